@@ -1,0 +1,68 @@
+"""Compare batch, layer and group normalization on small convolutional networks.
+
+    import normlab as nl
+
+    data = nl.load_dataset("digits")
+    network = nl.build_network("mnist-l1", norm="gn", seed=0)
+    run = nl.fit(network, data, nl.Recipe(epochs=5))
+    nl.plot_curves({"GN": run}, "test_accuracy")
+
+Names are imported when they are first used (PEP 562), so that the command can answer `--help`
+without waiting for torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "analysis": (
+        "Mistakes",
+        "confusion_matrix",
+        "find_common_mistakes",
+        "find_mistakes",
+        "predict",
+    ),
+    "assignments": ("ASSIGNMENTS", "Assignment", "Variant"),
+    "augment": ("AUGMENTATIONS",),
+    "data": ("Dataset", "normalize"),
+    "experiment": ("Results", "run_assignment"),
+    "fitting": ("fit",),
+    "networks": ("NETWORKS", "Network", "build_network", "summary"),
+    "norms": (
+        "NORMS",
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+        "layer_norm",
+        "make_norm",
+    ),
+    "penalties": ("l1_penalty",),
+    "plots": (
+        "plot_confusion",
+        "plot_curves",
+        "plot_loss_and_accuracy",
+        "plot_mistakes",
+        "save_figure",
+    ),
+    "recipes": ("Recipe",),
+    "report": ("write_report",),
+    "runs": ("Run",),
+    "sources": ("load_dataset",),
+    "training": ("EpochResult", "test_epoch", "train_epoch"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'normlab' has no attribute {name!r}")
+    value = getattr(import_module(f"normlab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

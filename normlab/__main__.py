@@ -1,0 +1,7 @@
+"""`python -m normlab` is the command `normlab`."""
+
+import sys
+
+from normlab.cli import main
+
+sys.exit(main())

@@ -1,0 +1,140 @@
+"""What a trained network predicts, and where it is wrong."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normlab.checks import one_of, whole_number
+from normlab.data import Dataset
+from normlab.runs import Run
+
+Predictor = nn.Module | Run
+"""A network, or a run, which remembers what its network predicted for the test images."""
+
+ORDERS = ("confident", "first")
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """Test images that a network gets wrong.
+
+    Args:
+        images: uint8 (K, C, H, W), as they are in the data set.
+        true, predicted: class indices, int64 (K,).
+        probability: softmax probability of the predicted class, float (K,).
+        index: place of each image in the test set, int64 (K,).
+        classes: names of the classes.
+        total: how many mistakes there are in all; K may be fewer.
+        tested: how many images were tested.
+        source: what the images are, for titles.
+    """
+
+    images: Tensor
+    true: Tensor
+    predicted: Tensor
+    probability: Tensor
+    index: Tensor
+    classes: tuple[str, ...]
+    total: int
+    tested: int
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, data: Dataset, *, train: bool = False, batch_size: int = 512
+) -> Tensor:
+    """Logits (N, classes) on the CPU for the test images (or, with `train`, the training images).
+
+    The network is in evaluation mode meanwhile and in its former mode afterwards.
+    """
+    example = next(network.parameters())
+    batches = data.loader(
+        train, batch_size, shuffle=False, device=example.device, dtype=example.dtype
+    )
+    was_training = network.training
+    network.eval()
+    try:
+        return torch.cat([network(images) for images, _ in batches]).cpu()
+    finally:
+        network.train(was_training)
+
+
+def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable class, int64 (N,), and its softmax probability, float32 (N,)."""
+    probability, predicted = logits.float().softmax(1).max(1)
+    return predicted, probability
+
+
+def _predictions(predictor: Predictor, data: Dataset) -> tuple[Tensor, Tensor]:
+    """Class and probability for the test images: a run's are at hand, a network's are computed."""
+    if isinstance(predictor, Run):
+        if predictor.config["is"]["data"]["fingerprint"] == data.fingerprint:
+            return predictor.predicted, predictor.probability
+        predictor = predictor.network
+    return class_and_probability(predict(predictor, data))
+
+
+def find_mistakes(
+    network: Predictor, data: Dataset, count: int = 10, *, order: str = "confident"
+) -> Mistakes:
+    """Up to `count` test images that the network, or the run's network, gets wrong.
+
+    `order` is "confident", those that it is surest of, or "first", as they stand in the test set.
+    Where there are fewer than `count`, all are returned; `len()` tells.
+    """
+    whole_number(count, "count")
+    one_of(order, ORDERS, "order of mistakes")
+    predicted, probability = _predictions(network, data)
+    wrong = (predicted != data.test_labels).nonzero().flatten()
+    if order == "confident":
+        chosen = wrong[probability[wrong].argsort(descending=True, stable=True)][:count]
+    else:
+        chosen = wrong[:count]
+    return _mistakes(data, chosen, predicted, probability, total=len(wrong))
+
+
+def _mistakes(
+    data: Dataset, chosen: Tensor, predicted: Tensor, probability: Tensor, *, total: int
+) -> Mistakes:
+    return Mistakes(
+        images=data.test_images[chosen],
+        true=data.test_labels[chosen],
+        predicted=predicted[chosen],
+        probability=probability[chosen],
+        index=chosen,
+        classes=data.classes,
+        total=total,
+        tested=len(data.test_labels),
+        source=data.source,
+    )
+
+
+def find_common_mistakes(
+    networks: Mapping[str, Predictor] | Iterable[Predictor], data: Dataset, count: int = 10
+) -> Mistakes:
+    """Up to `count` test images that all the networks or runs get wrong, in order.
+
+    The predicted class and probability shown are those of the first of them.
+    """
+    predictors = list(networks.values() if isinstance(networks, Mapping) else networks)
+    if not predictors:
+        raise ValueError("there is no network to look for common mistakes of")
+    guesses = [_predictions(predictor, data) for predictor in predictors]
+    missed = torch.stack([predicted != data.test_labels for predicted, _ in guesses]).all(0)
+    wrong = missed.nonzero().flatten()
+    chosen = wrong[: whole_number(count, "count")]
+    return _mistakes(data, chosen, *guesses[0], total=len(wrong))
+
+
+def confusion_matrix(network: Predictor, data: Dataset) -> Tensor:
+    """Counts, int64 (classes, classes): row the true class, column the predicted one."""
+    predicted, _ = _predictions(network, data)
+    classes = len(data.classes)
+    pairs = data.test_labels * classes + predicted
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)

@@ -1,0 +1,193 @@
+"""The five assignments as data: network, data set, variants, recipe, and what was reported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from normlab.checks import one_of
+from normlab.networks import build_network
+from normlab.recipes import Recipe
+from normlab.seeding import seeded
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of a comparison, and all that sets it apart from the others.
+
+    Args:
+        label: how tables and figures call it.
+        norm: as for `make_norm`.
+        groups: of "gn"; None takes the network's own.
+        skip: whether skip connections are there, where the network has some.
+        changes: fields of the recipe that this variant declares to differ, such as its L1.
+        reported: test accuracy that the student's submission reports, as a fraction.
+    """
+
+    label: str
+    norm: str
+    groups: int | None = None
+    skip: bool = True
+    changes: dict = field(default_factory=dict)
+    reported: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """The label as a folder's name: "BN + L1" is `bn-l1`."""
+        words = "".join(c if c.isalnum() else " " for c in self.label.lower()).split()
+        return "-".join(words)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A comparison of variants of one network.
+
+    Args:
+        name: short name; one of one's own is free.
+        title: what it is called in reports.
+        dataset: name of its data set.
+        variants: what is compared.
+        recipe: how every variant is trained, but for what it declares to change.
+        network: name of a network of `build_network`; or
+        build: a function that returns one's own network for a norm's name.
+        dropout: for `build_network`; None takes the network's own.
+    """
+
+    name: str
+    title: str
+    dataset: str
+    variants: tuple[Variant, ...]
+    recipe: Recipe = field(default_factory=Recipe)
+    network: str | None = None
+    build: Callable[[str], nn.Module] | None = None
+    dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.network is None) == (self.build is None):
+            raise ValueError(
+                f"assignment {self.name!r} needs either network=, a name, or build=, a function"
+            )
+        if not self.variants:
+            raise ValueError(f"assignment {self.name!r} has no variants to compare")
+        folders = [variant.folder for variant in self.variants]
+        for twice in (name for name in folders if folders.count(name) > 1):
+            raise ValueError(f"assignment {self.name!r} has two variants with the folder {twice!r}")
+
+    def recipe_for(self, variant: Variant, *, seed: int, epochs: int | None = None) -> Recipe:
+        """The recipe of one variant: everything but its declared changes is shared."""
+        changes = dict(variant.changes) | {"seed": seed}
+        return self.recipe.but(**changes | ({} if epochs is None else {"epochs": epochs}))
+
+
+def _variants(**reported: float) -> tuple[Variant, ...]:
+    """BN, GN and LN with the accuracies that a submission reports for them."""
+    return tuple(
+        Variant(norm.upper(), norm, reported=accuracy) for norm, accuracy in reported.items()
+    )
+
+
+_MNIST = Recipe(lr=0.05, augment=("rotate:7",))
+_CIFAR10 = Recipe(lr=0.1, nesterov=True, augment=("shift:4", "flip"))
+
+ASSIGNMENTS = {
+    assignment.name: assignment
+    for assignment in (
+        Assignment(
+            name="mnist-l1",
+            title="BN with L1, LN and GN on MNIST",
+            dataset="mnist",
+            network="mnist-l1",
+            dropout=0.0,
+            recipe=_MNIST,
+            variants=(
+                Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
+                Variant("GN", "gn", reported=0.9929),
+                Variant("LN", "ln", reported=0.9953),
+            ),
+        ),
+        Assignment(
+            name="mnist-eva6",
+            title="BN with L1, GN and two kinds of LN on MNIST",
+            dataset="mnist",
+            network="mnist-eva6",
+            dropout=0.0,
+            recipe=_MNIST,
+            variants=(
+                Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
+                Variant("GN", "gn", reported=0.9948),
+                Variant("LN", "ln"),
+                Variant("LN element-wise", "ln-elementwise", reported=0.9929),
+            ),
+        ),
+        Assignment(
+            name="cifar10-norms",
+            title="BN, GN and two kinds of LN on CIFAR-10",
+            dataset="cifar10",
+            network="cifar10-norms",
+            dropout=0.0,
+            recipe=_CIFAR10,
+            variants=(
+                *_variants(bn=0.7342, gn=0.7036),
+                Variant("LN", "ln"),
+                Variant("LN element-wise", "ln-elementwise", reported=0.6766),
+            ),
+        ),
+        Assignment(
+            name="cifar10-add",
+            title="BN, GN and LN in a residual network on CIFAR-10",
+            dataset="cifar10",
+            network="cifar10-add",
+            recipe=_CIFAR10,
+            variants=_variants(bn=0.7624, gn=0.7526, ln=0.7204),
+        ),
+        Assignment(
+            name="cifar10-skip",
+            title="BN, GN and LN with and without skip connections on CIFAR-10",
+            dataset="cifar10",
+            network="cifar10-skip",
+            dropout=0.0,
+            recipe=_CIFAR10,
+            variants=(
+                Variant("BN", "bn", skip=False, reported=0.7435),
+                Variant("GN", "gn", skip=False, reported=0.7435),
+                Variant("LN", "ln", skip=False, reported=0.7456),
+                Variant("BN + skip", "bn", reported=0.7642),
+                Variant("GN + skip", "gn", reported=0.7486),
+                Variant("LN + skip", "ln", reported=0.7325),
+            ),
+        ),
+    )
+}
+
+
+def find_assignment(name: str | Assignment) -> Assignment:
+    """The assignment of that name; one of one's own is handed back as it is."""
+    return (
+        name
+        if isinstance(name, Assignment)
+        else ASSIGNMENTS[one_of(name, ASSIGNMENTS, "assignment")]
+    )
+
+
+def build_variant(
+    assignment: Assignment,
+    variant: Variant,
+    *,
+    seed: int,
+    classes: int,
+    input_shape: tuple[int, int, int],
+) -> nn.Module:
+    """The untrained network of one variant, with the same initial weights for the same seed."""
+    if assignment.build is not None:
+        with seeded(seed, "weights"):
+            return assignment.build(variant.norm)
+    return build_network(
+        assignment.network,
+        variant.norm,
+        groups=variant.groups,
+        dropout=assignment.dropout,
+        skip=variant.skip,
+        classes=classes,
+        input_shape=input_shape,
+        seed=seed,
+    )

@@ -1,0 +1,202 @@
+"""The command `normlab`: reading arguments and printing; the work is done elsewhere."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import normlab
+
+DESCRIPTION = "Compare batch, layer and group normalization on small convolutional networks."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 1 where the work failed, or 2 where it was used wrongly."""
+    options = _parser().parse_args(arguments)
+    status = 2
+    try:
+        plan = options.check(options)
+        status = 1
+        options.work(options, plan)
+    except KeyboardInterrupt:
+        print(f"\nnormlab: interrupted; {options.after_interrupt(options)}", file=sys.stderr)
+        return 130
+    except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if options.traceback:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"normlab: {message}", file=sys.stderr)
+        return status
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="normlab", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"normlab {normlab.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_run, _add_list, _add_summary, _add_data):
+        command = add(commands)
+        command.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser
+
+
+def _add_run(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "run",
+        help="train all variants of an assignment and draw the comparison",
+        description="Trains all variants of an assignment and writes figures, tables and a page. "
+        "Without an assignment it runs mnist-l1 on the bundled digits, which need no download.",
+    )
+    command.add_argument("assignment", nargs="?", metavar="ASSIGNMENT", help="see `normlab list`")
+    command.add_argument("--dataset", help="another data set, or a folder of images")
+    command.add_argument("--data-root", type=Path, help="the folder that holds the data")
+    command.add_argument("--epochs", type=int, help="passes over the training images (20)")
+    command.add_argument("--seeds", type=int, default=1, help="runs of each variant (1)")
+    command.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
+    command.add_argument("--out", type=Path, help="output folder (runs/ASSIGNMENT-DATASET)")
+    again = command.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume", action="store_true", help="go on with what --out holds (the default)"
+    )
+    again.add_argument("--fresh", action="store_true", help="train anew what --out holds")
+    command.set_defaults(check=_check_run, work=_run, after_interrupt=_how_to_resume)
+    return command
+
+
+def _add_list(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("list", help="show assignments, networks, data sets and norms")
+    return _simple(command, _list)
+
+
+def _add_summary(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("summary", help="print a network's layers and parameters")
+    command.add_argument("network", metavar="NETWORK", help="see `normlab list`")
+    command.add_argument("--norm", default="bn", help="bn, ln, gn, ln-elementwise, in or none (bn)")
+    command.add_argument("--groups", type=int, help="groups of gn (the assignment's)")
+    command.add_argument("--no-skip", action="store_true", help="without skip connections")
+    return _simple(command, _summary, check=_build_for_summary)
+
+
+def _add_data(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("data", help="fetch or check a data set")
+    command.add_argument("name", metavar="NAME", help="a data set, or a folder of images")
+    command.add_argument("--data-root", type=Path, help="the folder that holds or receives it")
+    return _simple(command, _data, check=_check_dataset_name)
+
+
+def _simple(command, work, check=lambda options: None) -> argparse.ArgumentParser:
+    command.set_defaults(check=check, work=work, after_interrupt=lambda options: "nothing is lost")
+    return command
+
+
+# --- run --------------------------------------------------------------------------------------
+
+
+def _check_run(options: argparse.Namespace):
+    """The assignment, the name of its data and the output folder, or what is wrong with them."""
+    from normlab.assignments import find_assignment
+    from normlab.devices import pick_device
+    from normlab.experiment import seed_numbers
+    from normlab.sources import check_dataset_name
+
+    assignment = find_assignment(options.assignment or "mnist-l1")
+    # Without an assignment it must work anywhere at once, whatever data lies around.
+    dataset = options.dataset or (assignment.dataset if options.assignment else "digits")
+    check_dataset_name(dataset)
+    seed_numbers(options.seeds)
+    assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
+    pick_device(options.device)
+    if options.data_root is not None and not options.data_root.is_dir():
+        raise FileNotFoundError(f"the data root {options.data_root} is not a folder")
+    out = options.out or Path("runs") / f"{assignment.name}-{Path(dataset).name}"
+    return assignment, dataset, out
+
+
+def _run(options: argparse.Namespace, plan) -> None:
+    from normlab.experiment import load_assignment_data, run_assignment
+    from normlab.report import markdown_table, write_report
+
+    assignment, dataset, out = plan
+    options.out = out
+    data = load_assignment_data(assignment, dataset, options.data_root)
+    print(f"{assignment.title}, here: {data.source}", flush=True)
+    results = run_assignment(
+        assignment,
+        data=data,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        directory=out / "runs",
+        device=options.device,
+        fresh=options.fresh,
+    )
+    page = write_report(results, out)
+    print(f"\n{markdown_table(results)}\n\nFigures, tables and {page.name} are in {out}")
+    if dataset == "digits":
+        print(
+            f"These are the {len(data.train_images) + len(data.test_images):,} digits bundled with "
+            f"scikit-learn; `normlab run {assignment.name}` takes {assignment.dataset} instead and "
+            "downloads it if need be"
+        )
+
+
+def _how_to_resume(options: argparse.Namespace) -> str:
+    if options.out is None:
+        return "nothing was trained yet"
+    return f"finished epochs are kept in {options.out}: the same command goes on from there"
+
+
+# --- list, summary, data ----------------------------------------------------------------------
+
+
+def _list(options: argparse.Namespace, plan: None) -> None:
+    from normlab.assignments import ASSIGNMENTS
+    from normlab.networks import NETWORKS
+    from normlab.norms import NORMS
+    from normlab.sources import DATASETS
+
+    print("Assignments")
+    for assignment in ASSIGNMENTS.values():
+        labels = ", ".join(variant.label for variant in assignment.variants)
+        print(f"  {assignment.name:15} {assignment.title}: {labels}")
+    print("\nNetworks")
+    for name, design in NETWORKS.items():
+        shape = "×".join(map(str, design.input_shape))
+        print(f"  {name:15} images {shape}, gn with {design.groups} groups")
+    print("\nData sets\n  " + ", ".join(DATASETS) + ", or a folder with train/CLASS and test/CLASS")
+    print("\nNorms")
+    for kind in NORMS.values():
+        print(f"  {kind.name:15} {kind.title}")
+
+
+def _build_for_summary(options: argparse.Namespace):
+    from normlab.networks import build_network
+
+    return build_network(
+        options.network, options.norm, groups=options.groups, skip=not options.no_skip, seed=0
+    )
+
+
+def _summary(options: argparse.Namespace, network) -> None:
+    from normlab.networks import summary
+
+    summary(network, network.description["input_shape"])
+
+
+def _check_dataset_name(options: argparse.Namespace) -> None:
+    from normlab.sources import check_dataset_name
+
+    check_dataset_name(options.name)
+
+
+def _data(options: argparse.Namespace, plan: None) -> None:
+    from normlab.sources import load_dataset
+
+    data = load_dataset(options.name, options.data_root)
+    shape = "×".join(map(str, data.input_shape))
+    print(
+        f"{data.source}: {len(data.train_images):,} training and {len(data.test_images):,} test "
+        f"images of {shape}, {len(data.classes)} classes ({', '.join(data.classes)})\n"
+        f"mean {', '.join(f'{m:.4f}' for m in data.mean)}; "
+        f"standard deviation {', '.join(f'{s:.4f}' for s in data.std)}"
+    )

@@ -1,0 +1,262 @@
+"""A data set held as tensors, and batches of it made on the device."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from normlab.augment import parse_augmentation
+from normlab.checks import number, whole_number
+from normlab.seeding import generator
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels for training and testing.
+
+    Args:
+        name: short name, such as "mnist".
+        train_images, test_images: uint8 (N, C, H, W).
+        train_labels, test_labels: int64 (N,), from 0 to len(classes) − 1.
+        classes: the name of each class.
+        source: what the images are, as figures should name them; never a path.
+        test_name: what the second part is, "test" or "validation".
+
+    Raises `ValueError` or `TypeError` if they do not fit together.
+    """
+
+    name: str
+    train_images: Tensor = field(repr=False)
+    train_labels: Tensor = field(repr=False)
+    test_images: Tensor = field(repr=False)
+    test_labels: Tensor = field(repr=False)
+    classes: tuple[str, ...] = field(repr=False)
+    source: str
+    test_name: str = "test"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            _check_images(images, f"{part}_images")
+            _check_labels(labels, f"{part}_labels", len(images), len(self.classes))
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise ValueError(
+                f"train_images are of shape {tuple(self.train_images.shape[1:])} but test_images "
+                f"of {tuple(self.test_images.shape[1:])}: they must have the same shape"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return tuple(self.train_images.shape[1:])
+
+    @cached_property
+    def _mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        # Counting grey values is exact and needs no copy of the images as floats.
+        shades = torch.arange(256, dtype=torch.float64) / 255
+        counts = torch.zeros(self.input_shape[0], 256, dtype=torch.float64)
+        for some in self.train_images.split(4096):
+            for channel, values in enumerate(some.unbind(1)):
+                counts[channel] += torch.bincount(values.flatten(), minlength=256)
+        share = counts / counts.sum(1, keepdim=True)
+        mean = share @ shades
+        variance = (share @ shades**2 - mean**2).clamp_min(0)
+        return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel over the training images, in [0, 1]."""
+        return self._mean_and_std[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel over the training images, in [0, 1]."""
+        return self._mean_and_std[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over images, labels and class names: equal only for the same data."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(repr((tuple(part.shape), str(part.dtype))).encode())
+            digest.update(part.contiguous().numpy())
+        return digest.hexdigest()
+
+    def loader(
+        self,
+        train: bool = True,
+        batch_size: int = 128,
+        *,
+        shuffle: bool | None = None,
+        augment: Sequence[str] = (),
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Batches":
+        """Batches of (images, labels) to loop over: float (B, C, H, W), normalised, and int64 (B,).
+
+        The training part is shuffled anew in every pass, the test part is in order; `shuffle`
+        decides otherwise. `augment` names augmentations, as in `Recipe`.
+        """
+        return Batches(
+            self.train_images if train else self.test_images,
+            self.train_labels if train else self.test_labels,
+            mean=self.mean,
+            std=self.std,
+            batch_size=batch_size,
+            shuffle=train if shuffle is None else shuffle,
+            augment=augment,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+
+    def subset(
+        self, train: int | None = None, test: int | None = None, *, seed: int = 0
+    ) -> "Dataset":
+        """Fewer images, the classes balanced as far as they go; None keeps a part as it is."""
+        chosen = {}
+        for part, count in (("train", train), ("test", test)):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if count is None:
+                continue
+            if whole_number(count, f"the {part} images of a subset") > len(images):
+                raise ValueError(f"a subset of {count} {part} images: there are {len(images)}")
+            pick = _balanced(labels, count, generator(seed, "subset", part))
+            chosen |= {f"{part}_images": images[pick], f"{part}_labels": labels[pick]}
+        smaller = replace(self, **chosen)
+        sizes = f"{len(smaller.train_images):,} + {len(smaller.test_images):,} images"
+        return replace(smaller, source=f"{self.source}, subset of {sizes}")
+
+    def with_validation(self, fraction: float = 0.1, *, seed: int = 0) -> "Dataset":
+        """Puts a stratified part of the training set in the place of the test set.
+
+        Hyper-parameters chosen on it leave the test set unseen.
+        """
+        number(fraction, "the validation fraction", positive=True, below=1)
+        random = generator(seed, "validation")
+        held_out = torch.zeros(len(self.train_labels), dtype=torch.bool)
+        for label in range(len(self.classes)):
+            members = (self.train_labels == label).nonzero().flatten()
+            count = round(len(members) * fraction)
+            held_out[members[torch.randperm(len(members), generator=random)[:count]]] = True
+        if not held_out.any() or held_out.all():
+            raise ValueError(f"a validation fraction of {fraction} leaves a part without images")
+        return replace(
+            self,
+            train_images=self.train_images[~held_out],
+            train_labels=self.train_labels[~held_out],
+            test_images=self.train_images[held_out],
+            test_labels=self.train_labels[held_out],
+            source=f"{self.source}, validation part of the training set",
+            test_name="validation",
+        )
+
+
+def _check_images(images: Tensor, what: str) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"{what} must be a uint8 tensor with values from 0 to 255, not {kind}")
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(f"{what} must be of shape (N, C, H, W), not {tuple(images.shape)}")
+
+
+def _check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        kind = getattr(labels, "dtype", type(labels).__name__)
+        raise TypeError(f"{what} must be an int64 tensor, not {kind}")
+    if labels.shape != (images,):
+        raise ValueError(f"{what} must be of shape ({images},), not {tuple(labels.shape)}")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"{what} holds {wrong}: {classes} classes have labels 0 to {classes - 1}")
+
+
+def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Indices of `count` images, as equally from every class as the data allow, in random order."""
+    shuffled = torch.randperm(len(labels), generator=random)
+    rank = torch.empty_like(labels)  # how many of its class come before an image
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = torch.arange(len(members))
+    first = rank[shuffled].argsort(stable=True)[:count]
+    return shuffled[first.sort().values]
+
+
+def normalize(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(x / 255 − mean) / std for each channel of images (B, C, H, W) with values 0 to 255.
+
+    A channel that is constant over the training set (std 0) is only centred.
+    """
+    scale = torch.tensor([1 / (255 * (s or 1)) for s in std], dtype=dtype)
+    offset = torch.tensor([-m / (s or 1) for m, s in zip(mean, std, strict=True)], dtype=dtype)
+    scale, offset = (v.to(images.device, non_blocking=True).view(-1, 1, 1) for v in (scale, offset))
+    return torch.addcmul(offset, images.to(dtype), scale)
+
+
+class Batches:
+    """Normalised, augmented batches of images that stay on one device as uint8.
+
+    Iterating gives (images, labels): float (B, C, H, W) and int64 (B,); the last batch may be
+    shorter. The order and the augmentations of pass number `epoch` follow from the seed and that
+    number alone: they are the same for every network and device, and after an interruption.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        shuffle: bool = False,
+        augment: Sequence[str] = (),
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+        self.mean, self.std, self.dtype = mean, std, dtype
+        self.batch_size = whole_number(batch_size, "batch_size")
+        self.shuffle = shuffle
+        self.augmentations = [parse_augmentation(text) for text in augment]
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order, draws = self.draw_epoch()
+        self.epoch += 1
+        for start in range(0, len(order), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self.batch(order[rows], [drawn[rows] for drawn in draws])
+
+    def draw_epoch(self) -> tuple[Tensor, list[Tensor]]:
+        """The order of the images (N,) and each augmentation's draws (N, …), on the device."""
+        count, device = len(self.images), self.images.device
+        order = torch.arange(count)
+        if self.shuffle:
+            order = torch.randperm(count, generator=generator(self.seed, "order", self.epoch))
+        draws = [
+            augmentation.draw(count, generator(self.seed, augmentation.name, self.epoch))
+            for augmentation in self.augmentations
+        ]
+        return order.to(device), [drawn.to(device) for drawn in draws]
+
+    def batch(self, picked: Tensor, draws: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """One batch: the images `picked` (B,), augmented as drawn, then normalised."""
+        images = self.images[picked]
+        for augmentation, drawn in zip(self.augmentations, draws, strict=True):
+            images = augmentation.apply(images, drawn)
+        return normalize(images, self.mean, self.std, self.dtype), self.labels[picked]

@@ -1,0 +1,274 @@
+"""Pictures of histories, mistakes and confusions, from plain data: nothing here trains or predicts.
+
+Every function draws into `ax` where it takes one, or makes a figure of its own, and returns the
+figure. None calls `show`: a notebook shows its figures by itself, a script saves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from normlab.analysis import Mistakes
+from normlab.checks import one_of, whole_number
+from normlab.files import written_aside
+from normlab.runs import QUANTITIES, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+Runs = Mapping[str, Run | Sequence[Run]]
+"""What to compare: a run, or several that differ in their seed, for each label."""
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart, and with each a line style and
+# a marker, which survive grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+_NAMES = {
+    "train_loss": ("Training loss", "cross-entropy (nats per image)"),
+    "train_accuracy": ("Training accuracy", "right images (%)"),
+    "test_loss": ("Test loss", "cross-entropy (nats per image)"),
+    "test_accuracy": ("Test accuracy", "right images (%)"),
+    "penalty": ("L1 penalty", "penalty (nats)"),
+    "lr": ("Learning rate", "rate of the epoch's last step"),
+    "seconds": ("Time of an epoch", "wall time (s)"),
+}
+
+
+def plot_curves(
+    runs: Runs, quantity: str = "test_loss", *, ax: Axes | None = None, title: str | None = None
+) -> Figure:
+    """One curve for each label over the epochs, its last value written at its end.
+
+    Several runs of a label become their mean with a band of one standard deviation. Losses have a
+    logarithmic axis, so that the late epochs can be told apart.
+
+    Raises `ValueError` for an unknown quantity or no runs.
+    """
+    one_of(quantity, QUANTITIES, "quantity")
+    groups = {label: _as_list(some) for label, some in runs.items()}
+    if not any(groups.values()):
+        raise ValueError("there are no runs to plot")
+    ax = ax if ax is not None else _axes(6.4, 4.2)
+    scale = 100 if quantity.endswith("accuracy") else 1
+    ends = []
+    for place, (label, some) in enumerate(groups.items()):
+        length = min(len(run.history) for run in some)
+        values = np.array([[row[quantity] for row in run.history[:length]] for run in some]) * scale
+        _draw_curve(ax, values, label, place)
+        ends.append((values.mean(0)[-1], place))
+    _annotate(ax, groups, quantity, title)
+    _write_ends(ax, ends, quantity)
+    return ax.figure
+
+
+def _as_list(some: Run | Sequence[Run]) -> list[Run]:
+    return [some] if isinstance(some, Run) else list(some)
+
+
+def _axes(width: float, height: float) -> Axes:
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def _draw_curve(ax: Axes, values: np.ndarray, label: str, place: int) -> None:
+    """The mean over runs (rows) at each epoch (columns), and its band."""
+    epochs = np.arange(1, values.shape[1] + 1)
+    mean = values.mean(0)
+    look = place % len(COLOURS)
+    name = label if len(values) == 1 else f"{label} (mean of {len(values)} seeds)"
+    ax.plot(
+        epochs,
+        mean,
+        color=COLOURS[look],
+        linestyle=LINES[look],
+        marker=MARKERS[look],
+        markersize=3.5,
+        linewidth=1.6,
+        label=name,
+    )
+    if len(values) > 1:
+        spread = values.std(0, ddof=1)
+        ax.fill_between(
+            epochs, mean - spread, mean + spread, color=COLOURS[look], alpha=0.18, linewidth=0
+        )
+
+
+def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    name, unit = _NAMES[quantity]
+    sources = {run.config["from"]["data_source"] for some in groups.values() for run in some}
+    ax.set_title(title if title is not None else f"{name}, {', '.join(sorted(sources))}")
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(unit)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if quantity.endswith("loss"):
+        _logarithmic(ax)
+    if quantity.endswith("accuracy"):
+        _focus_on_late_epochs(ax)
+    ax.grid(alpha=0.3, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+
+
+def _logarithmic(ax: Axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _focus_on_late_epochs(ax: Axes) -> None:
+    """Cuts off the first epochs' low accuracies where they would flatten all that follows."""
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 4 :] for line in ax.lines])
+    span = max(late.max() - late.min(), 0.5)
+    lowest = late.min() - 0.35 * span
+    if values.min() < lowest:
+        ax.set_ylim(bottom=lowest, top=min(100.0, late.max() + 0.12 * span))
+        ax.text(
+            0.01, 0.01, "earlier epochs lie below", transform=ax.transAxes, fontsize=8, alpha=0.7
+        )
+
+
+def _write_ends(ax: Axes, ends: list[tuple[float, int]], quantity: str) -> None:
+    """Writes the last values to the right of the axes, moved apart where they would overlap."""
+    places = [(ax.transLimits.transform(ax.transScale.transform((1, v)))[1], v, k) for v, k in ends]
+    height, gap, lowest = 0.0, 0.055, -0.02
+    for place, value, look in sorted(places):
+        height = max(place, lowest)
+        lowest = height + gap
+        text = f"{value:.2f} %" if quantity.endswith("accuracy") else f"{value:.3g}"
+        ax.text(
+            1.01,
+            height,
+            text,
+            transform=ax.transAxes,
+            color=COLOURS[look % len(COLOURS)],
+            fontsize=9,
+            va="center",
+        )
+
+
+def plot_loss_and_accuracy(results: Runs, *, training: bool = False) -> Figure:
+    """Test loss and test accuracy side by side; with `training`, those of training above them.
+
+    `results` is what `run_assignment` returns, or runs by label.
+    """
+    from matplotlib import pyplot
+
+    runs = getattr(results, "runs", results)
+    parts = ("train", "test") if training else ("test",)
+    size = (12.0, 4.4 * len(parts))
+    figure, axes = pyplot.subplots(len(parts), 2, figsize=size, layout="constrained", squeeze=False)
+    for row, part in zip(axes, parts, strict=True):
+        for ax, kind in zip(row, ("loss", "accuracy"), strict=True):
+            plot_curves(runs, f"{part}_{kind}", ax=ax)
+    return figure
+
+
+def plot_mistakes(
+    mistakes: Mistakes, rows: int = 5, cols: int = 2, title: str | None = None
+) -> Figure:
+    """A matrix of misclassified images, each with its true and its predicted class.
+
+    Images are as they were before normalization. Where there are fewer than rows × cols, the
+    title says so.
+    """
+    from matplotlib import pyplot
+
+    room = whole_number(rows, "rows") * whole_number(cols, "cols")
+    size = (max(2.3 * cols, 4.4), 2.05 * rows + 0.9)
+    figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(_mistakes_title(mistakes, room, title), fontsize=12)
+    for place, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if place < len(mistakes):
+            _draw_mistake(ax, mistakes, place)
+    return figure
+
+
+def _mistakes_title(mistakes: Mistakes, room: int, title: str | None) -> str:
+    head = "Misclassified test images" if title is None else f"{title}: misclassified test images"
+    count = f"{mistakes.total} of {mistakes.tested:,} are wrong"
+    if mistakes.total < room:
+        count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,} is wrong"
+    return f"{head}\n{mistakes.source}: {count}"
+
+
+def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
+    image = mistakes.images[place].permute(1, 2, 0).numpy()
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    true, predicted = (mistakes.classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
+    sure = f"{float(mistakes.probability[place]):.0%}".replace("%", " %")
+    ax.set_title(f"true: {true}\npredicted: {predicted} ({sure})", fontsize=9)
+
+
+def plot_confusion(
+    matrix: Tensor, classes: Sequence[str], *, ax: Axes | None = None, title: str | None = None
+) -> Figure:
+    """Counts (classes, classes) as a table: row the true class, column the predicted one.
+
+    The colours show the share of a true class's images; the right ones, on the diagonal, are left
+    uncoloured so that the mistakes stand out.
+    """
+    counts = np.asarray(matrix)
+    if counts.shape != (len(classes), len(classes)):
+        raise ValueError(
+            f"the confusion matrix is of shape {counts.shape}, which does not fit "
+            f"{len(classes)} classes"
+        )
+    side = 0.52 * len(classes) + 1.6
+    ax = ax if ax is not None else _axes(side, side)
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    np.fill_diagonal(share, 0)
+    ax.imshow(share, cmap="Oranges", vmin=0, vmax=max(share.max(), 1e-9))
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            weight = "bold" if row == column else "normal"
+            dark = share[row, column] > 0.65 * max(share.max(), 1e-9)
+            ax.text(
+                column,
+                row,
+                f"{count}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                fontweight=weight,
+                color="white" if dark else "black",
+            )
+    crowded = max(map(len, classes)) > 2
+    ax.set_xticks(
+        range(len(classes)),
+        classes,
+        rotation=45 if crowded else 0,
+        ha="right" if crowded else "center",
+    )
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set_xlabel("predicted class")
+    ax.set_ylabel("true class")
+    ax.set_title(title if title is not None else "Test images by true and predicted class")
+    return ax.figure
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
+    """Writes the figure as PNG, whole or not at all, and closes it; returns the path."""
+    from matplotlib import pyplot
+
+    path = Path(path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=dpi, format="png", facecolor="white")
+    pyplot.close(figure)
+    return path

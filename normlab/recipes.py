@@ -1,0 +1,128 @@
+"""How a network is trained, as data: a recipe, its optimiser and its schedule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from normlab.augment import parse_augmentation
+from normlab.checks import number, one_of, whole_number
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("one-cycle", "cosine", "constant")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training beside the network and the data.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images in a step; the last batch of an epoch may be shorter.
+        optimizer: "sgd" (with momentum) or "adamw".
+        lr: learning rate; the highest one where the schedule changes it.
+        momentum: of SGD; 0 turns it off. AdamW ignores it.
+        nesterov: whether SGD's momentum looks ahead (Sutskever et al. 2013).
+        weight_decay: as `torch.optim` applies it, to all parameters.
+        schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
+            2018), "cosine" (Loshchilov & Hutter 2017), "constant"; it moves after every step.
+        l1: factor of `l1_penalty` in the loss.
+        label_smoothing: share of the target spread over all classes (Szegedy et al. 2016).
+        augment: names as for `parse_augmentation`, applied in order: "shift:2", "flip", "rotate".
+        dtype: "float32", or "float64" for comparisons that must be exact.
+        seed: of the order of images, the augmentation and the dropout.
+
+    Raises `ValueError` or `TypeError` that names the value that is wrong.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    schedule: str = "one-cycle"
+    l1: float = 0.0
+    label_smoothing: float = 0.0
+    augment: tuple[str, ...] = ()
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole_number(self.epochs, "epochs")
+        whole_number(self.batch_size, "batch_size")
+        one_of(self.optimizer, OPTIMIZERS, "optimizer")
+        number(self.lr, "lr", positive=True)
+        number(self.momentum, "momentum", below=1)
+        number(self.weight_decay, "weight_decay")
+        one_of(self.schedule, SCHEDULES, "schedule")
+        number(self.l1, "l1")
+        number(self.label_smoothing, "label_smoothing", below=1)
+        one_of(self.dtype, DTYPES, "dtype")
+        whole_number(self.seed, "seed", least=0)
+        augment = (self.augment,) if isinstance(self.augment, str) else tuple(self.augment)
+        for text in augment:
+            parse_augmentation(text)
+        object.__setattr__(self, "augment", augment)
+
+    def but(self, **changes: object) -> "Recipe":
+        """The same recipe with some fields changed."""
+        unknown = changes.keys() - self.__dataclass_fields__.keys()
+        if unknown:
+            one_of(sorted(unknown)[0], self.__dataclass_fields__, "field of a recipe")
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict:
+        """The fields as JSON can hold them."""
+        return asdict(self) | {"augment": list(self.augment)}
+
+
+def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters of the network; `ValueError` if it has none."""
+    parameters = [weight for weight in network.parameters() if weight.requires_grad]
+    if not parameters:
+        raise ValueError(f"{type(network).__name__} has no parameters to train")
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+    )
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, *, done: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A scheduler to step after every batch, for `steps` batches of which some are `done`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = recipe.lr
+    factor = schedule_factor(recipe.schedule, steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)
+
+
+def schedule_factor(schedule: str, steps: int) -> Callable[[int], float]:
+    """The learning rate of step 0, 1, … as a share of the recipe's."""
+    if schedule == "constant":
+        return lambda step: 1.0
+    if schedule == "cosine":
+        return lambda step: _cosine(1.0, 0.0, step / steps)
+    lowest = 1 / 25  # the usual one-cycle: from 1/25 up in 30 % of the steps, down to 4e-6
+    summit, last = max(0.3 * steps - 1, 1e-9), max(steps - 1, 1)
+
+    def one_cycle(step: int) -> float:
+        if step <= summit:
+            return _cosine(lowest, 1.0, step / summit)
+        return _cosine(1.0, lowest * 1e-4, min(1.0, (step - summit) / max(last - summit, 1e-9)))
+
+    return one_cycle
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

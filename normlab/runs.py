@@ -1,0 +1,305 @@
+"""A run: a network's training in memory and, where wanted, on disk."""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+
+from normlab.data import Dataset
+from normlab.files import read_json, remove_leftovers, write_bytes, write_json, write_text
+from normlab.recipes import Recipe
+
+COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "penalty",
+    "lr",
+    "seconds",
+)
+QUANTITIES = COLUMNS[1:]
+
+
+@dataclass
+class Run:
+    """A finished training.
+
+    Args:
+        network: with its final weights.
+        recipe: how it was trained.
+        history: a dict for each epoch with the keys of `COLUMNS`: losses in nats, accuracies as
+            fractions, the last learning rate of the epoch, wall seconds.
+        predicted: class given to each test image, int64 (N,).
+        probability: softmax probability of that class, float32 (N,).
+        config: what the run is and where it came from, as in `config.json`.
+        directory: where it is kept, if anywhere.
+    """
+
+    network: nn.Module = field(repr=False)
+    recipe: Recipe
+    history: list[dict] = field(repr=False)
+    predicted: Tensor = field(repr=False)
+    probability: Tensor = field(repr=False)
+    config: dict = field(repr=False)
+    directory: Path | None = None
+
+    @property
+    def last(self) -> dict:
+        """The last epoch: the one to quote."""
+        return self.history[-1]
+
+    @property
+    def best(self) -> dict:
+        """The epoch of the highest test accuracy: optimistic, since the test set picked it."""
+        return max(self.history, key=lambda row: row["test_accuracy"])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the network learned."""
+        return self.config["is"]["parameters"]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all epochs, tests included."""
+        return sum(row["seconds"] for row in self.history)
+
+    def frame(self):
+        """The history as a pandas DataFrame, a row for each epoch."""
+        import pandas
+
+        return pandas.DataFrame(self.history, columns=list(COLUMNS))
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of the weights and buffers, wherever they are."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """What a run *is*: two runs with equal identities compute the same thing."""
+    return {
+        "recipe": recipe.as_dict(),
+        "network": _describe(network),
+        "parameters": sum(w.numel() for w in network.parameters() if w.requires_grad),
+        "initial_weights": weights_digest(network),
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "train_images": len(data.train_images),
+            f"{data.test_name}_images": len(data.test_images),
+        },
+    }
+
+
+def _describe(network: nn.Module) -> dict:
+    """The arguments of `build_network`, or the class and its layers of a module of one's own."""
+    description = getattr(network, "description", None)
+    if isinstance(description, Mapping):
+        return json.loads(json.dumps(dict(description)))
+    layers = hashlib.sha256(repr(network).encode()).hexdigest()
+    return {"class": type(network).__name__, "layers": layers}
+
+
+def provenance(data: Dataset, device: torch.device) -> dict:
+    """Where a run came from: nothing here changes what it is."""
+    from normlab import __version__
+
+    return {
+        "normlab": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "data_source": data.source,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+class RunFolder:
+    """The folder of one run: every file in it is whole, and `config.json` says if it is finished.
+
+    `config.json`, `history.csv`, `weights.safetensors`, `predictions.safetensors` and, until the
+    run is done, `checkpoint.safetensors`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._config = self.directory / "config.json"
+        self._checkpoint = self.directory / "checkpoint.safetensors"
+        self._history = self.directory / "history.csv"
+        self._weights = self.directory / "weights.safetensors"
+        self._predictions = self.directory / "predictions.safetensors"
+
+    def open(self, what: dict) -> bool:
+        """Whether a finished run that is `what` lies here.
+
+        Raises `ValueError`, naming the difference, if the run here is something else.
+        """
+        remove_leftovers(self.directory)
+        if not self._config.is_file():
+            return False
+        config = read_json(self._config)
+        here = dict(config["is"])
+        if what["initial_weights"] == config.get("final_weights"):
+            here["initial_weights"] = what["initial_weights"]  # the run's own network, trained
+        differences = _differences(here, what)
+        if differences:
+            raise ValueError(
+                f"{self.directory} holds a run that is something else ({'; '.join(differences)}): "
+                "choose another directory or train afresh"
+            )
+        return "final_weights" in config
+
+    def start(self, what: dict, origin: dict) -> None:
+        """Writes down what the run is before its first epoch."""
+        write_json(self._config, {"is": what, "from": origin})
+
+    def clear(self) -> None:
+        """Removes a run, if there is one: its files, and nothing else that lies here."""
+        self._config.unlink(missing_ok=True)
+        for file in (self._checkpoint, self._history, self._weights, self._predictions):
+            file.unlink(missing_ok=True)
+
+    def save_epoch(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]
+    ) -> None:
+        """Keeps everything that the next epoch needs; random states follow from its number."""
+        tensors = _prefixed("network", network.state_dict())
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= _prefixed(f"optimizer.{index}", state)
+        content = tensors_to_bytes(tensors, metadata={"history": json.dumps(history)})
+        write_bytes(self._checkpoint, content)
+        self._write_history(history)
+
+    def load_epoch(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+        """Puts network and optimiser into the state of the last finished epoch.
+
+        Returns the history up to it, empty if there is none.
+        """
+        if not self._checkpoint.is_file():
+            return []
+        tensors, about = self._read(self._checkpoint)
+        states: dict[int, dict] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "optimizer":
+                index, _, name = name.partition(".")
+                states.setdefault(int(index), {})[name] = value
+        try:
+            network.load_state_dict(_unprefixed("network", tensors))
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": states, "param_groups": groups})
+            return json.loads(about["history"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise self._damaged(self._checkpoint) from error
+
+    def finish(self, run: Run) -> None:
+        """Writes the results; the run counts as finished once `config.json` names its weights."""
+        self._write_history(run.history)
+        write_bytes(self._weights, tensors_to_bytes(_prefixed("", run.network.state_dict())))
+        guesses = {"predicted": run.predicted.to(torch.int16), "probability": run.probability}
+        write_bytes(self._predictions, tensors_to_bytes(guesses))
+        write_json(self._config, run.config)
+        self._checkpoint.unlink(missing_ok=True)
+
+    def load(self, network: nn.Module) -> Run:
+        """The finished run that lies here, its weights put into `network`."""
+        config = read_json(self._config)
+        weights, _ = self._read(self._weights)
+        guesses, _ = self._read(self._predictions)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise self._damaged(self._weights) from error
+        if weights_digest(network) != config["final_weights"]:
+            raise self._damaged(self._weights)
+        return Run(
+            network=network,
+            recipe=Recipe(**config["is"]["recipe"]),
+            history=self._read_history(),
+            predicted=guesses["predicted"].long(),
+            probability=guesses["probability"],
+            config=config,
+            directory=self.directory,
+        )
+
+    def _write_history(self, history: list[dict]) -> None:
+        lines = [",".join(COLUMNS)]
+        lines += [",".join(repr(row[column]) for column in COLUMNS) for row in history]
+        write_text(self._history, "\n".join(lines) + "\n")
+
+    def _read_history(self) -> list[dict]:
+        try:
+            header, *lines = self._history.read_text().splitlines()
+            rows = [
+                dict(zip(header.split(","), map(float, line.split(",")), strict=True))
+                for line in lines
+            ]
+            return [row | {"epoch": int(row["epoch"])} for row in rows]
+        except (ValueError, KeyError) as error:
+            raise self._damaged(self._history) from error
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict]:
+        try:
+            content = path.read_bytes()
+            tensors = load_tensors(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        except (SafetensorError, ValueError) as error:
+            raise self._damaged(path) from error
+        return tensors, header.get("__metadata__", {})
+
+    def _damaged(self, path: Path) -> ValueError:
+        return ValueError(f"{path} is damaged: delete the folder {self.directory} and run again")
+
+
+def remove_run(directory: Path) -> None:
+    """Removes the run that lies in `directory`, and the folder if nothing else is in it."""
+    RunFolder(directory).clear()
+    if Path(directory).is_dir() and not any(Path(directory).iterdir()):
+        shutil.rmtree(directory)
+
+
+def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, each in memory of its own, as safetensors wants them."""
+    return {
+        f"{prefix}.{name}".lstrip("."): value.detach().cpu().clone().contiguous()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {
+        key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
+    }
+
+
+def _differences(here: dict, wanted: dict, where: str = "") -> list[str]:
+    """What differs between two nested dicts, one phrase each."""
+    found = []
+    for key in sorted(here.keys() | wanted.keys()):
+        one, other = here.get(key), wanted.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differences(one, other, f"{where}{key}.")
+        elif one != other and ("digest" in key or len(str(one)) > 60):
+            found.append(f"{where}{key} differs")
+        elif one != other:
+            found.append(f"{where}{key} is {one!r} there and {other!r} here")
+    return found

@@ -1,0 +1,458 @@
+"""Where images come from: bundled digits, files already here, a download, a folder of images."""
+
+import hashlib
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from normlab.checks import nearest, whole_number
+from normlab.data import Dataset
+from normlab.files import written_aside
+
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download counts as failed
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_CIFAR_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that torchvision can download."""
+
+    title: str
+    torchvision_name: str  # the class in torchvision.datasets
+    files: tuple[str, ...]  # what it leaves below the data root
+    address: str  # the official page
+
+
+SOURCES = {
+    "mnist": Source(
+        "MNIST",
+        "MNIST",
+        tuple(f"MNIST/raw/{name}" for name in _IDX_FILES),
+        "http://yann.lecun.com/exdb/mnist/",
+    ),
+    "fashion-mnist": Source(
+        "Fashion-MNIST",
+        "FashionMNIST",
+        tuple(f"FashionMNIST/raw/{name}" for name in _IDX_FILES),
+        "https://github.com/zalandoresearch/fashion-mnist",
+    ),
+    "cifar10": Source(
+        "CIFAR-10",
+        "CIFAR10",
+        tuple(f"cifar-10-batches-py/{name}" for name in _CIFAR_FILES),
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+    ),
+}
+DATASETS = ("digits", *SOURCES)
+
+
+def load_dataset(
+    name: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    download: bool = True,
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+) -> Dataset:
+    """Loads a data set: from files that are here if possible, else by downloading it.
+
+    Args:
+        name: "digits" (bundled, no download), "mnist", "fashion-mnist", "cifar10", or a folder
+            with `train/<class>/*` and `test/<class>/*` of png or jpg images.
+        root: a folder that holds data or shall receive it; without it, or when it holds none, the
+            folder in NORMLAB_DATA is looked at, then normlab's own cache folder.
+        download: whether to fetch what is nowhere to be found.
+        input_shape: (C, H, W) to convert the images to; a folder of images that differ in size
+            needs it.
+
+    A decoded data set is kept as one file in the cache folder, so that the next load is quick.
+    Raises `ValueError` for an unknown name or damaged files, `FileNotFoundError` for missing
+    ones, `OSError` for a download that failed; nothing half-written stays behind.
+    """
+    check_dataset_name(name)
+    _check_input_shape(input_shape)
+    if name == "digits":
+        return _load_digits(input_shape or (1, 28, 28))
+    if name in SOURCES:
+        data = _load_known(str(name), None if root is None else Path(root), download)
+        return data if input_shape is None else _converted(data, input_shape)
+    return _load_folder(Path(name).expanduser(), input_shape)
+
+
+def check_dataset_name(name: str | os.PathLike) -> None:
+    """Raises an error unless `name` is a data set's or a folder's."""
+    if name in DATASETS or Path(name).expanduser().is_dir():
+        return
+    if isinstance(name, str) and not set(name) & {"/", "\\", "."}:
+        raise ValueError(
+            f"unknown data set {name!r}: it must be one of {', '.join(DATASETS)} or a folder of "
+            f"images{nearest(name, DATASETS)}"
+        )
+    raise FileNotFoundError(f"there is no folder {str(name)!r} to load images from")
+
+
+def cache_folder() -> Path:
+    """The folder for downloads and decoded data sets, by the custom of the system."""
+    if "XDG_CACHE_HOME" in os.environ:
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path.home() / ".cache"
+    return base / "normlab"
+
+
+def data_roots(root: Path | None = None) -> list[Path]:
+    """The folders that are searched for data, in order."""
+    asked = [root.expanduser()] if root is not None else []
+    if os.environ.get("NORMLAB_DATA"):
+        asked.append(Path(os.environ["NORMLAB_DATA"]).expanduser())
+    return [*asked, cache_folder() / "data"]
+
+
+def _check_input_shape(shape: tuple[int, int, int] | None) -> None:
+    if shape is None:
+        return
+    if len(tuple(shape)) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"input_shape must be (C, H, W) with 1 or 3 channels, not {shape!r}")
+    for side in shape[1:]:
+        whole_number(side, "a side of input_shape")
+
+
+# --- bundled digits --------------------------------------------------------------------------
+
+
+def _load_digits(shape: tuple[int, int, int]) -> Dataset:
+    """scikit-learn's 1,797 digits of 8×8, in a fixed stratified split of 1,437 and 360."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).unsqueeze(1)  # (1797, 1, 8, 8), values 0 to 16
+    images = _resized(images * (255 / 16), shape)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=360, random_state=0, stratify=labels.numpy()
+    )
+    return Dataset(
+        name="digits",
+        train_images=images[train],
+        train_labels=labels[train],
+        test_images=images[test],
+        test_labels=labels[test],
+        classes=tuple(map(str, digits.target_names)),
+        source="scikit-learn digits",
+    )
+
+
+def _resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Images (N, C, h, w) as uint8 of `shape` (C', H, W): bilinear, grey repeated or averaged."""
+    channels, *sides = shape
+    images = images.float()
+    if list(images.shape[2:]) != sides:
+        images = F.interpolate(images, size=sides, mode="bilinear", antialias=True)
+    if images.shape[1] != channels:
+        images = images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def _converted(data: Dataset, shape: tuple[int, int, int]) -> Dataset:
+    """The same data set with images of another shape (C, H, W)."""
+    if data.input_shape == tuple(shape):
+        return data
+    parts = {}
+    for part in ("train_images", "test_images"):
+        pieces = [_resized(some, shape) for some in getattr(data, part).split(4096)]
+        parts[part] = torch.cat(pieces)
+    return Dataset(
+        data.name,
+        parts["train_images"],
+        data.train_labels,
+        parts["test_images"],
+        data.test_labels,
+        data.classes,
+        f"{data.source} as {'×'.join(map(str, shape))}",
+    )
+
+
+# --- known data sets, on disk or downloaded ---------------------------------------------------
+
+
+def _load_known(name: str, root: Path | None, download: bool) -> Dataset:
+    """A data set of torchvision's, or the JPEG copy of CIFAR-10, wherever it lies."""
+    source = SOURCES[name]
+    for place in data_roots(root):
+        files = [place / file for file in source.files]
+        if all(file.is_file() for file in files):
+            return _cached(name, files, lambda place=place: _read_known(name, place))
+        pictures = place / "cifar10"
+        if name == "cifar10" and (pictures / "train").is_dir():
+            return _load_folder(pictures, None, name=name, title="CIFAR-10 (JPEG copy)")
+    if not download:
+        raise FileNotFoundError(_not_found(name, root, f"{source.title} is not on this machine"))
+    place = _download(name, root)
+    files = [place / file for file in source.files]
+    return _cached(name, files, lambda: _read_known(name, place))
+
+
+def _read_known(name: str, place: Path) -> Dataset:
+    """Reads torchvision's files below `place`; a damaged one is named."""
+    import torchvision
+
+    source = SOURCES[name]
+    reader = getattr(torchvision.datasets, source.torchvision_name)
+    try:
+        parts = [reader(place, train=train, download=False) for train in (True, False)]
+    except Exception as error:  # torchvision raises whatever the damage happens to provoke
+        raise ValueError(
+            f"{_damaged_file(name, place)} is damaged ({error or type(error).__name__}): "
+            "delete it and load the data set again"
+        ) from error
+    images, labels = [], []
+    for part in parts:
+        pixels = torch.as_tensor(part.data)
+        images.append(pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2))
+        labels.append(torch.as_tensor(part.targets))
+    classes = [label.split(" - ")[0] for label in parts[0].classes]  # "7 - seven" is plain "7"
+    return Dataset(
+        name,
+        images[0].contiguous(),
+        labels[0],
+        images[1].contiguous(),
+        labels[1],
+        tuple(classes),
+        source.title,
+    )
+
+
+def _damaged_file(name: str, place: Path) -> Path:
+    """Which file cannot be read: for MNIST's the one that its header contradicts."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    for file in SOURCES[name].files:
+        try:
+            if file.endswith("idx3-ubyte"):
+                read_image_file(str(place / file))
+            elif file.endswith("idx1-ubyte"):
+                read_label_file(str(place / file))
+        except Exception:  # whatever it is, this is the file
+            return place / file
+    return (place / SOURCES[name].files[0]).parent
+
+
+def _download(name: str, root: Path | None) -> Path:
+    """Downloads to the first folder that can be written; returns that folder."""
+    import torchvision
+
+    source = SOURCES[name]
+    reader = getattr(torchvision.datasets, source.torchvision_name)
+    place = _writable(data_roots(root))
+    with tempfile.TemporaryDirectory(prefix=".normlab-", dir=place) as aside, _socket_timeout():
+        try:
+            for train in (True, False):  # the second call finds everything there
+                reader(aside, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            why = f"{source.title} could not be downloaded ({error})"
+            raise OSError(_not_found(name, root, why)) from error
+        for file in source.files:
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(aside) / file, place / file)
+    return place
+
+
+def _writable(places: list[Path]) -> Path:
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(place, os.W_OK):
+            return place
+    raise OSError(f"none of {', '.join(map(str, places))} can be written to")
+
+
+@contextmanager
+def _socket_timeout() -> Iterator[None]:
+    """torchvision downloads without a time-out: a silent server would hang a notebook for good."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _not_found(name: str, root: Path | None, why: str) -> str:
+    source = SOURCES[name]
+    folder = Path(source.files[0]).parent
+    files = ", ".join(Path(file).name for file in source.files)
+    roots = " or ".join(map(str, data_roots(root)))
+    return (
+        f"{why}: get it from {source.address} and put the unpacked files {files} into the "
+        f"folder {folder} below {roots}"
+    )
+
+
+# --- a folder of images ----------------------------------------------------------------------
+
+
+def _load_folder(
+    folder: Path,
+    shape: tuple[int, int, int] | None,
+    *,
+    name: str | None = None,
+    title: str | None = None,
+) -> Dataset:
+    """Images below train/<class> and test/<class>; the classes are those of train."""
+    name = name or folder.resolve().name
+    listing = {part: _list_classes(folder / part) for part in ("train", "test")}
+    if listing["train"].keys() != listing["test"].keys():
+        odd = sorted(listing["train"].keys() ^ listing["test"].keys())[0]
+        raise ValueError(f"class {odd!r} of {folder} must be both in train and in test")
+    files = [file for part in listing.values() for some in part.values() for file in some]
+
+    def decode() -> Dataset:
+        images, labels = [], []
+        channels = shape[0] if shape else _channels(files[0])
+        for part in listing.values():
+            paths = [file for some in part.values() for file in some]
+            images.append(_decode(paths, channels, shape))
+            counts = torch.tensor([len(some) for some in part.values()])
+            labels.append(torch.arange(len(part)).repeat_interleave(counts))
+        if images[0].shape[1:] != images[1].shape[1:]:
+            raise _different_sizes(folder, images[0].shape[2:], images[1].shape[2:])
+        classes = tuple(listing["train"])
+        return Dataset(name, images[0], labels[0], images[1], labels[1], classes, title or name)
+
+    return _cached(name, files, decode, extra=(shape, title))
+
+
+def _list_classes(part: Path) -> dict[str, list[Path]]:
+    """The image files of each class folder of train/ or test/, in the order of their names."""
+    if not part.is_dir():
+        raise FileNotFoundError(f"there is no folder {part}: it must hold a folder for each class")
+    classes = {}
+    for folder in sorted(entry.path for entry in os.scandir(part) if entry.is_dir()):
+        names = sorted(os.listdir(folder))
+        files = [Path(folder, file) for file in names if file.lower().endswith(IMAGE_SUFFIXES)]
+        if not files:
+            raise ValueError(f"class folder {folder} holds no png or jpg image")
+        classes[Path(folder).name] = files
+    if not classes:
+        raise ValueError(f"{part} holds no class folders")
+    return classes
+
+
+def _channels(file: Path) -> int:
+    """1 for a grey picture, 3 for a coloured one: the first picture decides for the folder."""
+    return 1 if _open_image(file).mode in ("1", "L", "I", "I;16") else 3
+
+
+def _open_image(file: Path):
+    from PIL import Image
+
+    try:
+        image = Image.open(file)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        raise ValueError(f"{file} cannot be read as an image: mend or remove it") from error
+    return image
+
+
+def _decode(files: list[Path], channels: int, shape: tuple[int, int, int] | None) -> Tensor:
+    """Reads images into one uint8 tensor (N, C, H, W), resized to `shape` where it is given."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    stack = None
+    for row, file in enumerate(files):
+        pixels = pil_to_tensor(_open_image(file).convert("L" if channels == 1 else "RGB"))
+        if shape is not None and tuple(pixels.shape) != tuple(shape):
+            pixels = _resized(pixels.unsqueeze(0), shape)[0]
+        if stack is None:
+            stack = torch.empty((len(files), *pixels.shape), dtype=torch.uint8)
+        if pixels.shape != stack.shape[1:]:
+            raise _different_sizes(file, stack.shape[2:], pixels.shape[1:])
+        stack[row] = pixels
+    return stack
+
+
+def _different_sizes(where: Path, first: torch.Size, other: torch.Size) -> ValueError:
+    sizes = [f"{height}×{width}" for height, width in (first, other)]
+    return ValueError(
+        f"the images differ in size: {sizes[0]} and, in {where}, {sizes[1]}; "
+        "input_shape=(C, H, W) resizes them all"
+    )
+
+
+# --- decoded data sets, kept as one file -------------------------------------------------------
+
+
+def _cached(
+    name: str, files: list[Path], decode: Callable[[], Dataset], extra: tuple = ()
+) -> Dataset:
+    """The data set decoded from `files`, from the cache if they are unchanged since."""
+    key = hashlib.sha256(repr(extra).encode())
+    for file in files:
+        status = file.stat()
+        key.update(f"{file.parent.name}/{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    path = cache_folder() / "decoded" / f"{name}-{key.hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return _read_cache(path)
+    data = decode()
+    try:
+        _write_cache(path, data)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"the decoded data set is not kept: {error}", stacklevel=2)
+    return data
+
+
+_PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def _write_cache(path: Path, data: Dataset) -> None:
+    about = {
+        "name": data.name,
+        "classes": "\n".join(data.classes),
+        "source": data.source,
+        "fingerprint": data.fingerprint,
+    }
+    with written_aside(path) as aside:
+        save_file({part: getattr(data, part) for part in _PARTS}, aside, metadata=about)
+
+
+def _read_cache(path: Path) -> Dataset:
+    """Maps the file into memory: processes that read it share one copy of the images."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            parts = [file.get_tensor(part) for part in _PARTS]
+        data = Dataset(about["name"], *parts, tuple(about["classes"].split("\n")), about["source"])
+        intact = data.fingerprint == about["fingerprint"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the cached data set {path} is damaged: delete it") from error
+    if not intact:
+        raise ValueError(f"the cached data set {path} is damaged: delete it")
+    return data
