@@ -88,15 +88,32 @@ def find_mistakes(
     `order` is "confident", those that it is surest of, or "first", as they stand in the test set.
     Where there are fewer than `count`, all are returned; `len()` tells.
     """
+    return find_common_mistakes([network], data, count, order=order)
+
+
+def find_common_mistakes(
+    networks: Mapping[str, Predictor] | Iterable[Predictor],
+    data: Dataset,
+    count: int = 10,
+    *,
+    order: str = "confident",
+) -> Mistakes:
+    """Up to `count` test images that all the networks or runs get wrong.
+
+    The predicted class and its probability are those of the first of them; so is the order.
+    """
     whole_number(count, "count")
     one_of(order, ORDERS, "order of mistakes")
-    predicted, probability = _predictions(network, data)
-    wrong = (predicted != data.test_labels).nonzero().flatten()
+    predictors = list(networks.values() if isinstance(networks, Mapping) else networks)
+    if not predictors:
+        raise ValueError("there is no network to look for mistakes of")
+    guesses = [_predictions(predictor, data) for predictor in predictors]
+    missed = torch.stack([predicted != data.test_labels for predicted, _ in guesses]).all(0)
+    wrong = missed.nonzero().flatten()
+    predicted, probability = guesses[0]
     if order == "confident":
-        chosen = wrong[probability[wrong].argsort(descending=True, stable=True)][:count]
-    else:
-        chosen = wrong[:count]
-    return _mistakes(data, chosen, predicted, probability, total=len(wrong))
+        wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
+    return _mistakes(data, wrong[:count], predicted, probability, total=len(wrong))
 
 
 def _mistakes(
@@ -113,23 +130,6 @@ def _mistakes(
         tested=len(data.test_labels),
         source=data.source,
     )
-
-
-def find_common_mistakes(
-    networks: Mapping[str, Predictor] | Iterable[Predictor], data: Dataset, count: int = 10
-) -> Mistakes:
-    """Up to `count` test images that all the networks or runs get wrong, in order.
-
-    The predicted class and probability shown are those of the first of them.
-    """
-    predictors = list(networks.values() if isinstance(networks, Mapping) else networks)
-    if not predictors:
-        raise ValueError("there is no network to look for common mistakes of")
-    guesses = [_predictions(predictor, data) for predictor in predictors]
-    missed = torch.stack([predicted != data.test_labels for predicted, _ in guesses]).all(0)
-    wrong = missed.nonzero().flatten()
-    chosen = wrong[: whole_number(count, "count")]
-    return _mistakes(data, chosen, *guesses[0], total=len(wrong))
 
 
 def confusion_matrix(network: Predictor, data: Dataset) -> Tensor:

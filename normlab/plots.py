@@ -110,7 +110,7 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str 
     ax.set_title(title if title is not None else f"{name}, {', '.join(sorted(sources))}")
     ax.set_xlabel("epoch")
     ax.set_ylabel(unit)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if quantity.endswith("loss"):
         _logarithmic(ax)
     if quantity.endswith("accuracy"):
@@ -132,34 +132,42 @@ def _logarithmic(ax: Axes) -> None:
 
 def _focus_on_late_epochs(ax: Axes) -> None:
     """Cuts off the first epochs' low accuracies where they would flatten all that follows."""
-    values = np.concatenate([line.get_ydata() for line in ax.lines])
-    late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 4 :] for line in ax.lines])
+    curves = [line.get_ydata() for line in ax.lines]
+    late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
     span = max(late.max() - late.min(), 0.5)
     lowest = late.min() - 0.35 * span
-    if values.min() < lowest:
+    if min(curve.min() for curve in curves) < lowest:
         ax.set_ylim(bottom=lowest, top=min(100.0, late.max() + 0.12 * span))
-        ax.text(
-            0.01, 0.01, "earlier epochs lie below", transform=ax.transAxes, fontsize=8, alpha=0.7
-        )
+        ax.set_xlabel("epoch (the first values lie below the frame)")
 
 
 def _write_ends(ax: Axes, ends: list[tuple[float, int]], quantity: str) -> None:
     """Writes the last values to the right of the axes, moved apart where they would overlap."""
-    places = [(ax.transLimits.transform(ax.transScale.transform((1, v)))[1], v, k) for v, k in ends]
-    height, gap, lowest = 0.0, 0.055, -0.02
-    for place, value, look in sorted(places):
-        height = max(place, lowest)
-        lowest = height + gap
-        text = f"{value:.2f} %" if quantity.endswith("accuracy") else f"{value:.3g}"
+    ax.get_ylim()  # settles the limits, which the transformation below needs
+    to_axes = ax.transScale + ax.transLimits
+    ends = sorted(ends)
+    heights = _spread([to_axes.transform((1, value))[1] for value, _ in ends], gap=0.055)
+    for (value, place), height in zip(ends, heights, strict=True):
         ax.text(
             1.01,
             height,
-            text,
+            f"{value:.2f} %" if quantity.endswith("accuracy") else f"{value:#.3g}",
             transform=ax.transAxes,
-            color=COLOURS[look % len(COLOURS)],
+            color=COLOURS[place % len(COLOURS)],
             fontsize=9,
             va="center",
         )
+
+
+def _spread(heights: list[float], *, gap: float) -> list[float]:
+    """Ascending heights in [0, 1] moved as little as needed to lie `gap` apart."""
+    for place in range(1, len(heights)):
+        heights[place] = max(heights[place], heights[place - 1] + gap)
+    ceiling = 1.0
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], ceiling)
+        ceiling = heights[place] - gap
+    return heights
 
 
 def plot_loss_and_accuracy(results: Runs, *, training: bool = False) -> Figure:
@@ -190,9 +198,10 @@ def plot_mistakes(
     from matplotlib import pyplot
 
     room = whole_number(rows, "rows") * whole_number(cols, "cols")
-    size = (max(2.3 * cols, 4.4), 2.05 * rows + 0.9)
+    rows = max(1, min(rows, -(-len(mistakes) // cols)))  # no empty rows where there are few
+    size = (max(2.0 * cols, 4.2), 1.85 * rows + 0.8)
     figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
-    figure.suptitle(_mistakes_title(mistakes, room, title), fontsize=12)
+    figure.suptitle(_mistakes_title(mistakes, room, title), fontsize=11)
     for place, ax in enumerate(axes.flat):
         ax.axis("off")
         if place < len(mistakes):
