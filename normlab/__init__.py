@@ -25,7 +25,7 @@ _HOMES = {
     ),
     "assignments": ("ASSIGNMENTS", "Assignment", "Variant"),
     "augment": ("AUGMENTATIONS",),
-    "data": ("Dataset", "normalize"),
+    "data": ("Dataset",),
     "experiment": ("Results", "run_assignment"),
     "fitting": ("fit",),
     "networks": ("NETWORKS", "Network", "build_network", "summary"),

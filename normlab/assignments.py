@@ -94,7 +94,7 @@ ASSIGNMENTS = {
     for assignment in (
         Assignment(
             name="mnist-l1",
-            title="BN with L1, LN and GN on MNIST",
+            title="BN with L1, GN and LN",
             dataset="mnist",
             network="mnist-l1",
             dropout=0.0,
@@ -107,7 +107,7 @@ ASSIGNMENTS = {
         ),
         Assignment(
             name="mnist-eva6",
-            title="BN with L1, GN and two kinds of LN on MNIST",
+            title="BN with L1, GN and two kinds of LN",
             dataset="mnist",
             network="mnist-eva6",
             dropout=0.0,
@@ -121,7 +121,7 @@ ASSIGNMENTS = {
         ),
         Assignment(
             name="cifar10-norms",
-            title="BN, GN and two kinds of LN on CIFAR-10",
+            title="BN, GN and two kinds of LN",
             dataset="cifar10",
             network="cifar10-norms",
             dropout=0.0,
@@ -134,7 +134,7 @@ ASSIGNMENTS = {
         ),
         Assignment(
             name="cifar10-add",
-            title="BN, GN and LN in a residual network on CIFAR-10",
+            title="BN, GN and LN in a residual network",
             dataset="cifar10",
             network="cifar10-add",
             recipe=_CIFAR10,
@@ -142,7 +142,7 @@ ASSIGNMENTS = {
         ),
         Assignment(
             name="cifar10-skip",
-            title="BN, GN and LN with and without skip connections on CIFAR-10",
+            title="BN, GN and LN with and without skip connections",
             dataset="cifar10",
             network="cifar10-skip",
             dropout=0.0,

@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace, plan) -> None:
     assignment, dataset, out = plan
     options.out = out
     data = load_assignment_data(assignment, dataset, options.data_root)
-    print(f"{assignment.title}, here: {data.source}", flush=True)
+    print(f"{assignment.title}, {data.source}", flush=True)
     results = run_assignment(
         assignment,
         data=data,

@@ -1,15 +1,20 @@
 """A data set held as tensors, and batches of it made on the device."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from normlab.augment import parse_augmentation
 from normlab.checks import number, whole_number
+from normlab.files import written_aside
 from normlab.seeding import generator
 
 
@@ -102,18 +107,63 @@ class Dataset:
         The training part is shuffled anew in every pass, the test part is in order; `shuffle`
         decides otherwise. `augment` names augmentations, as in `Recipe`.
         """
+        images, labels = self._resident(train, torch.device(device))
         return Batches(
-            self.train_images if train else self.test_images,
-            self.train_labels if train else self.test_labels,
+            images,
+            labels,
             mean=self.mean,
             std=self.std,
             batch_size=batch_size,
             shuffle=train if shuffle is None else shuffle,
             augment=augment,
             seed=seed,
-            device=device,
             dtype=dtype,
         )
+
+    def _resident(self, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels on a device, where all loaders share them."""
+        part = "train" if train else "test"
+        images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+        if device.type == "cpu":
+            return images, labels
+        if (train, device) not in self._copies:
+            self._copies[train, device] = (images.to(device), labels.to(device))
+        return self._copies[train, device]
+
+    @cached_property
+    def _copies(self) -> dict[tuple[bool, torch.device], tuple[Tensor, Tensor]]:
+        return {}
+
+    def save(self, path: Path) -> None:
+        """Keeps the data set in one file, which `Dataset.open` maps into memory."""
+        about = {
+            "name": self.name,
+            "classes": json.dumps(self.classes),
+            "source": self.source,
+            "test_name": self.test_name,
+            "fingerprint": self.fingerprint,
+        }
+        with written_aside(path) as aside:
+            save_file({part: getattr(self, part).contiguous() for part in _PARTS}, aside, about)
+
+    @classmethod
+    def open(cls, path: Path) -> "Dataset":
+        """The data set kept in a file; processes that open it share one copy of the images.
+
+        Raises `ValueError` if the file is not whole.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                parts = {part: file.get_tensor(part) for part in _PARTS}
+            names = {key: about[key] for key in ("name", "source", "test_name")}
+            data = cls(**names, **parts, classes=tuple(json.loads(about["classes"])))
+            intact = data.fingerprint == about["fingerprint"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the data set kept in {path} is damaged: delete it") from error
+        if not intact:
+            raise ValueError(f"the data set kept in {path} is damaged: delete it")
+        return data
 
     def subset(
         self, train: int | None = None, test: int | None = None, *, seed: int = 0
@@ -157,6 +207,9 @@ class Dataset:
         )
 
 
+_PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
 def _check_images(images: Tensor, what: str) -> None:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
@@ -188,17 +241,16 @@ def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
     return shuffled[first.sort().values]
 
 
-def normalize(
-    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+def _scale_and_offset(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(x / 255 − mean) / std for each channel of images (B, C, H, W) with values 0 to 255.
+    """1 / (255 · std) and −mean / std for each channel: (2, C, 1, 1).
 
     A channel that is constant over the training set (std 0) is only centred.
     """
-    scale = torch.tensor([1 / (255 * (s or 1)) for s in std], dtype=dtype)
-    offset = torch.tensor([-m / (s or 1) for m, s in zip(mean, std, strict=True)], dtype=dtype)
-    scale, offset = (v.to(images.device, non_blocking=True).view(-1, 1, 1) for v in (scale, offset))
-    return torch.addcmul(offset, images.to(dtype), scale)
+    scale = [1 / (255 * (s or 1)) for s in std]
+    offset = [-m / (s or 1) for m, s in zip(mean, std, strict=True)]
+    return torch.tensor([scale, offset], dtype=dtype, device=device).view(2, -1, 1, 1)
 
 
 class Batches:
@@ -220,12 +272,12 @@ class Batches:
         shuffle: bool = False,
         augment: Sequence[str] = (),
         seed: int = 0,
-        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.images = images.to(device)
-        self.labels = labels.to(device)
-        self.mean, self.std, self.dtype = mean, std, dtype
+        self.images, self.labels = images, labels
+        self.dtype = dtype
+        self.memory_format = torch.contiguous_format
+        self._scale, self._offset = _scale_and_offset(mean, std, dtype, self.images.device)
         self.batch_size = whole_number(batch_size, "batch_size")
         self.shuffle = shuffle
         self.augmentations = [parse_augmentation(text) for text in augment]
@@ -259,4 +311,5 @@ class Batches:
         images = self.images[picked]
         for augmentation, drawn in zip(self.augmentations, draws, strict=True):
             images = augmentation.apply(images, drawn)
-        return normalize(images, self.mean, self.std, self.dtype), self.labels[picked]
+        images = images.to(self.dtype, memory_format=self.memory_format)
+        return torch.addcmul(self._offset, images, self._scale), self.labels[picked]

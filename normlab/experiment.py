@@ -1,17 +1,23 @@
 """A whole assignment: all variants and seeds, those that are done already taken from disk."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from normlab.assignments import Assignment, Variant, build_variant, find_assignment
-from normlab.checks import whole_number
+from normlab.checks import one_of, whole_number
 from normlab.data import Dataset
-from normlab.fitting import fit
-from normlab.networks import NETWORKS
+from normlab.devices import pick_device
+from normlab.engine import ENGINES
+from normlab.fitting import Job, fit_together
+from normlab.networks import NETWORKS, multiply_adds
+from normlab.parallel import side_by_side, whole_rounds
+from normlab.recipes import Recipe
 from normlab.runs import Run, remove_run
 from normlab.sources import load_dataset
 
@@ -81,8 +87,12 @@ def run_assignment(
     device: str | torch.device | None = None,
     progress: bool = True,
     fresh: bool = False,
+    engine: str = "auto",
 ) -> Results:
     """Trains every variant of an assignment with every seed and returns the `Results`.
+
+    On a GPU all of them are in flight together; on a CPU they run side by side in processes of
+    one thread each, where there is enough to do.
 
     Args:
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.
@@ -91,21 +101,86 @@ def run_assignment(
         epochs: other than the recipe's.
         directory: where to keep the runs, in `<variant>/seed-0` and so on. Runs found there are
             loaded if they are finished, and go on if they were interrupted.
-        device, progress: as for `fit`.
+        device, progress, engine: as for `fit`.
         fresh: trains anew what `directory` holds already.
     """
     assignment = find_assignment(name)
     numbers = seed_numbers(seeds)
+    device = pick_device(device)
+    one_of(engine, ENGINES, "engine")
     data = data if data is not None else load_assignment_data(assignment)
-    runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
-    for seed in numbers:  # a first seed of everything before the second of anything
-        for variant in assignment.variants:
-            place = Path(directory) / variant.folder / f"seed-{seed}" if directory else None
-            if fresh and place is not None:
-                remove_run(place)
-            run = _run_variant(assignment, variant, data, seed, epochs, place, device, progress)
-            runs[variant.label].append(run)
+    with ExitStack() as stack:
+        place = directory or stack.enter_context(TemporaryDirectory(prefix="normlab-"))
+        plans = _plan(assignment, numbers, epochs, Path(place))
+        for plan in plans if fresh else ():
+            remove_run(plan.directory)
+        if device.type == "cpu" and engine == "auto":
+            _run_side_by_side(plans, data, progress)
+        groups = [plans] if device.type == "cuda" else [[plan] for plan in plans]
+        runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
+        for group in groups:
+            jobs = [plan.job(data) for plan in group]
+            done = fit_together(jobs, data, device=device, progress=progress, engine=engine)
+            for plan, run in zip(group, done, strict=True):
+                run.directory = run.directory if directory else None
+                runs[plan.variant.label].append(run)
     return Results(assignment, data, runs)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One run of an assignment: a variant and a seed, and the folder for it."""
+
+    assignment: Assignment
+    variant: Variant
+    recipe: Recipe
+    directory: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.variant.label}, seed {self.recipe.seed}"
+
+    @property
+    def epochs(self) -> int:
+        return self.recipe.epochs
+
+    def job(self, data: Dataset) -> Job:
+        """The untrained network, ready for `fit_together`."""
+        network = build_variant(
+            self.assignment,
+            self.variant,
+            seed=self.recipe.seed,
+            classes=len(data.classes),
+            input_shape=data.input_shape,
+        )
+        return Job(network, self.recipe, self.directory, self.label)
+
+
+def _plan(assignment: Assignment, seeds: list[int], epochs: int | None, place: Path) -> list[_Plan]:
+    """All runs; a first seed of everything before the second of anything."""
+    return [
+        _Plan(
+            assignment,
+            variant,
+            assignment.recipe_for(variant, seed=seed, epochs=epochs),
+            place / variant.folder / f"seed-{seed}",
+        )
+        for seed in seeds
+        for variant in assignment.variants
+    ]
+
+
+def _run_side_by_side(plans: list[_Plan], data: Dataset, progress: bool) -> None:
+    """Trains as many of the runs as fill the cores; the loop that follows finds them finished."""
+    first = plans[0].job(data).network
+    work = 3 * multiply_adds(first, data.input_shape) * len(data.train_images)  # both ways
+    count, workers = whole_rounds(plans, work * sum(plan.epochs for plan in plans))
+    if count:
+        side_by_side(_train, plans[:count], data, workers=workers, progress=progress)
+
+
+def _train(plan: _Plan, data: Dataset) -> None:
+    fit_together([plan.job(data)], data, device="cpu", progress=False)
 
 
 def seed_numbers(seeds: int | Iterable[int]) -> list[int]:
@@ -116,26 +191,3 @@ def seed_numbers(seeds: int | Iterable[int]) -> list[int]:
             raise ValueError(f"seeds must name at least one seed, each once, not {numbers}")
         return numbers
     return list(range(whole_number(seeds, "seeds")))
-
-
-def _run_variant(
-    assignment: Assignment,
-    variant: Variant,
-    data: Dataset,
-    seed: int,
-    epochs: int | None,
-    place: Path | None,
-    device: str | torch.device | None,
-    progress: bool,
-) -> Run:
-    network = build_variant(
-        assignment, variant, seed=seed, classes=len(data.classes), input_shape=data.input_shape
-    )
-    recipe = assignment.recipe_for(variant, seed=seed, epochs=epochs)
-    label = f"{variant.label}, seed {seed}"
-    try:
-        return fit(
-            network, data, recipe, directory=place, device=device, progress=progress, label=label
-        )
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{label}: {error}") from error

@@ -1,22 +1,24 @@
 """`fit`: trains a network by a recipe, keeps what it finished, and resumes what was interrupted."""
 
-import functools
 import math
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from normlab.analysis import class_and_probability, predict
-from normlab.data import Batches, Dataset
+from normlab.checks import one_of
+from normlab.data import Dataset
 from normlab.devices import pick_device
+from normlab.engine import ENGINES, make_engine
 from normlab.progress import Progress, make_progress
-from normlab.recipes import DTYPES, Recipe, make_optimizer, make_scheduler
+from normlab.recipes import DTYPES, Recipe
 from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
-from normlab.seeding import fork_random_state, seeded
-from normlab.training import EpochResult, test_epoch, train_epoch
+from normlab.seeding import fork_random_state
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -32,6 +34,7 @@ def fit(
     device: str | torch.device | None = None,
     progress: bool = True,
     label: str | None = None,
+    engine: str = "auto",
 ) -> Run:
     """Trains `network` in place, tests it after every epoch, and returns the `Run`.
 
@@ -44,33 +47,175 @@ def fit(
         device: "cpu", "cuda", "cuda:1", "mps"; without it, the fastest there is.
         progress: whether to say how far it is.
         label: what the progress calls the run.
+        engine: "auto" for the fastest way through an epoch, "plain" for the loop of `train_epoch`.
 
     Raises:
         ValueError: the network does not fit the data, or `directory` holds another run.
         FloatingPointError: the loss became infinite or no number; finished epochs are kept.
     """
-    recipe = recipe or Recipe()
+    job = Job(network, recipe or Recipe(), directory and Path(directory), label)
+    return fit_together([job], data, device=device, progress=progress, engine=engine)[0]
+
+
+@dataclass
+class Job:
+    """What `fit_together` trains: a network, how, where to keep it, and what to call it."""
+
+    network: nn.Module
+    recipe: Recipe
+    directory: Path | None = None
+    label: str | None = None
+
+
+def fit_together(
+    jobs: Sequence[Job],
+    data: Dataset,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    engine: str = "auto",
+) -> list[Run]:
+    """`fit` for several networks at once: on a GPU their epochs overlap."""
     device = pick_device(device)
-    what = identity(network, data, recipe)
-    folder = RunFolder(Path(directory)) if directory is not None else None
-    finished = folder is not None and folder.open(what)
-    _move(network, device, recipe)
-    if finished:
-        return folder.load(network)
-    _check_network(network, data)
-    training = _Training(network, data, recipe, device, folder)
-    label = label or (Path(directory).name if directory else type(network).__name__)
-    config = {"is": what, "from": provenance(data, device)}
-    with make_progress(label, recipe.epochs, len(training.batches), show=progress) as shown:
-        history = training.run(config, shown)
-    predicted, probability = class_and_probability(predict(network, data))
-    config["final_weights"] = weights_digest(network)
-    run = Run(
-        network, recipe, history, predicted, probability, config, directory and folder.directory
-    )
-    if folder is not None:
-        folder.finish(run)
-    return run
+    one_of(engine, ENGINES, "engine")
+    trainings = [_Training(job, data, device, engine) for job in jobs]
+    with ExitStack() as stack:
+        for training in trainings:
+            stack.enter_context(training.open(progress))
+        while unfinished := [training for training in trainings if not training.finished]:
+            for training in unfinished:
+                training.launch()
+            for training in unfinished:
+                training.collect()
+        return [training.run() for training in trainings]
+
+
+class _Training:
+    """One job from its folder, epoch by epoch, to its `Run`."""
+
+    def __init__(self, job: Job, data: Dataset, device: torch.device, engine: str) -> None:
+        self.network, self.recipe, self.data = job.network, job.recipe, data
+        self.label = job.label or (job.directory.name if job.directory else None)
+        self.label = self.label or type(job.network).__name__
+        what = identity(job.network, data, job.recipe)
+        self.folder = RunFolder(job.directory) if job.directory is not None else None
+        self.loaded = self.folder is not None and self.folder.open(what)
+        _move(self.network, device, self.recipe)
+        if not self.loaded:
+            self._prepare(what, device, engine)
+
+    def _prepare(self, what: dict, device: torch.device, engine: str) -> None:
+        _check_network(self.network, self.data)
+        recipe, dtype = self.recipe, DTYPES[self.recipe.dtype]
+        batches = self.data.loader(
+            batch_size=recipe.batch_size,
+            augment=recipe.augment,
+            seed=recipe.seed,
+            device=device,
+            dtype=dtype,
+        )
+        tests = self.data.loader(False, TEST_BATCH, device=device, dtype=dtype)
+        self.engine, why = make_engine(engine, self.network, recipe, batches, tests)
+        origin = provenance(self.data, device) | {"engine": self.engine.name, "because": why}
+        self.config = {"is": what, "from": origin}
+        self.history: list[dict] = []
+        labels = self.data.train_labels
+        self.chance = labels.bincount().max().item() / len(labels)
+
+    def open(self, progress: bool) -> ExitStack:
+        """Resumes what the folder holds; leaving the context closes the display.
+
+        If an exception leaves it, the network gets its initial weights back where a folder keeps
+        the trained ones, so that the same call with the same network resumes.
+        """
+        stack = ExitStack()
+        if self.loaded:
+            return stack
+        initial = {name: value.clone() for name, value in self.network.state_dict().items()}
+        stack.push(lambda kind, *_: self._put_back(initial) if kind else None)
+        if self.folder is not None:
+            self.history = self.folder.load_epoch(self.network, self.engine.optimizer)
+            self.folder.start(self.config["is"], self.config["from"])
+        self.shown: Progress = stack.enter_context(
+            make_progress(self.label, self.recipe.epochs, self.engine.steps, show=progress)
+        )
+        self.shown.start_at(len(self.history))
+        return stack
+
+    def _put_back(self, initial: dict[str, torch.Tensor]) -> None:
+        if self.folder is not None:
+            self.network.load_state_dict(initial)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left to do."""
+        return self.loaded or len(self.history) == self.recipe.epochs
+
+    def launch(self) -> None:
+        """Starts the next epoch."""
+        self.engine.launch(len(self.history))
+
+    def collect(self) -> None:
+        """Waits for the epoch, checks and keeps it."""
+        epoch = len(self.history)
+        try:
+            train, test = self.engine.collect(self.shown.counted)
+        except ValueError as error:
+            raise _explained(error, self.recipe) from error
+        self._check_finite(train.loss + train.penalty, "training", epoch)
+        self._check_finite(test.loss, "test", epoch)
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": train.loss,
+            "train_accuracy": train.accuracy,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
+            "penalty": train.penalty,
+            "lr": self.engine.last_rate(epoch),
+            "seconds": train.seconds + test.seconds,
+        }
+        self.history.append(row)
+        if self.folder is not None:
+            self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
+        self.shown.finish_epoch(row)
+        self._warn_at_chance()
+
+    def run(self) -> Run:
+        """The finished run, which its folder then holds."""
+        if self.loaded:
+            return self.folder.load(self.network)
+        predicted, probability = class_and_probability(predict(self.network, self.data))
+        self.config["final_weights"] = weights_digest(self.network)
+        run = Run(
+            self.network,
+            self.recipe,
+            self.history,
+            predicted,
+            probability,
+            self.config,
+            self.folder and self.folder.directory,
+        )
+        if self.folder is not None:
+            self.folder.finish(run)
+        return run
+
+    def _check_finite(self, loss: float, which: str, epoch: int) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.label}: the {which} loss became {loss} in epoch {epoch + 1}: try a lower "
+                f"learning rate than {self.recipe.lr:g}, the one-cycle schedule, or a "
+                "normalization if there is none"
+            )
+
+    def _warn_at_chance(self) -> None:
+        accuracy = self.history[-1]["train_accuracy"]
+        if len(self.history) == CHANCE_EPOCHS and accuracy < self.chance + 0.02:
+            warnings.warn(
+                f"{self.label}: after {CHANCE_EPOCHS} epochs the training accuracy is "
+                f"{accuracy:.1%}, no better than always guessing one class: try another learning "
+                f"rate than {self.recipe.lr:g}, less L1, or check the labels",
+                stacklevel=4,
+            )
 
 
 def _move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
@@ -106,115 +251,11 @@ def _check_network(network: nn.Module, data: Dataset) -> None:
         )
 
 
-class _Training:
-    """Network, optimiser, batches and folder of one training, epoch by epoch."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        data: Dataset,
-        recipe: Recipe,
-        device: torch.device,
-        folder: RunFolder | None,
-    ) -> None:
-        self.network, self.recipe, self.device, self.folder = network, recipe, device, folder
-        self.optimizer = make_optimizer(network, recipe)
-        dtype = DTYPES[recipe.dtype]
-        self.batches: Batches = data.loader(
-            batch_size=recipe.batch_size,
-            augment=recipe.augment,
-            seed=recipe.seed,
-            device=device,
-            dtype=dtype,
-        )
-        self.tests = data.loader(False, TEST_BATCH, device=device, dtype=dtype)
-        self.loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-        self.chance = data.train_labels.bincount().max().item() / len(data.train_labels)
-
-    def run(self, config: dict, shown: Progress) -> list[dict]:
-        """All epochs that are not done yet; returns the history of all."""
-        initial = {name: value.clone() for name, value in self.network.state_dict().items()}
-        try:
-            history = self._resume(config)
-            shown.start_at(len(history))
-            for epoch in range(len(history), self.recipe.epochs):
-                history.append(self._epoch(epoch, shown))
-                self._keep(history)
-                shown.finish_epoch(history[-1])
-                self._warn_at_chance(history)
-            return history
-        except BaseException:
-            if self.folder is not None:  # so that the same call, with this network, resumes
-                self.network.load_state_dict(initial)
-            raise
-
-    def _resume(self, config: dict) -> list[dict]:
-        if self.folder is None:
-            return []
-        history = self.folder.load_epoch(self.network, self.optimizer)
-        self.folder.start(config["is"], config["from"])
-        return history
-
-    def _keep(self, history: list[dict]) -> None:
-        if self.folder is not None:
-            self.folder.save_epoch(self.network, self.optimizer, history)
-
-    def _epoch(self, epoch: int, shown: Progress) -> dict:
-        self.batches.epoch = epoch
-        steps = len(self.batches)
-        scheduler = make_scheduler(
-            self.optimizer, self.recipe, self.recipe.epochs * steps, done=epoch * steps
-        )
-        with seeded(self.recipe.seed, "dropout", epoch, device=self.device):
-            train = self._train(shown.counted(self.batches), scheduler)
-        self._check_finite(train.loss + train.penalty, "training", epoch)
-        test = test_epoch(self.network, self.tests)
-        self._check_finite(test.loss, "test", epoch)
-        return {
-            "epoch": epoch + 1,
-            "train_loss": train.loss,
-            "train_accuracy": train.accuracy,
-            "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
-            "penalty": train.penalty,
-            "lr": scheduler.lr_lambdas[0]((epoch + 1) * steps - 1) * self.recipe.lr,
-            "seconds": train.seconds + test.seconds,
-        }
-
-    def _train(self, batches, scheduler) -> EpochResult:
-        try:
-            return train_epoch(
-                self.network,
-                batches,
-                self.optimizer,
-                loss=self.loss,
-                scheduler=scheduler,
-                l1=self.recipe.l1,
-            )
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ValueError(
-                "batch normalization met a batch of one image with one pixel a channel, which has "
-                f"no variance: use a batch_size other than {self.recipe.batch_size}"
-            ) from error
-
-    def _check_finite(self, loss: float, which: str, epoch: int) -> None:
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the {which} loss became {loss} in epoch {epoch + 1}: try a lower learning rate "
-                f"than {self.recipe.lr:g}, the one-cycle schedule, or a normalization if there is "
-                "none"
-            )
-
-    def _warn_at_chance(self, history: list[dict]) -> None:
-        if len(history) != CHANCE_EPOCHS:
-            return
-        accuracy = history[-1]["train_accuracy"]
-        if accuracy < self.chance + 0.02:
-            warnings.warn(
-                f"after {CHANCE_EPOCHS} epochs the training accuracy is {accuracy:.1%}, no better "
-                f"than always guessing one class: try another learning rate than "
-                f"{self.recipe.lr:g}, less L1, or check the labels",
-                stacklevel=4,
-            )
+def _explained(error: ValueError, recipe: Recipe) -> ValueError:
+    """torch's complaint about a batch without variance, with what to do about it."""
+    if "more than 1 value per channel" not in str(error):
+        return error
+    return ValueError(
+        "batch normalization met a batch of one image with one pixel a channel, which has no "
+        f"variance: use a batch_size other than {recipe.batch_size}"
+    )

@@ -306,6 +306,22 @@ def count_parameters(network: nn.Module) -> int:
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 
+def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of the convolution and linear layers for one image, forward."""
+    counted = []
+
+    def count(layer: nn.Module, _: tuple, output: Tensor) -> None:
+        counted.append(output[0].numel() * layer.weight[0].numel())
+
+    twin = copy.deepcopy(network).cpu().float().eval()
+    for layer in twin.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        twin(torch.zeros(1, *input_shape))
+    return sum(counted)
+
+
 def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Prints torchsummary's table for images of `input_shape` (C, H, W); returns the parameters.
 

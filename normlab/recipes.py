@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
 from normlab.checks import number, one_of, whole_number
@@ -81,20 +81,27 @@ class Recipe:
         return asdict(self) | {"augment": list(self.augment)}
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters of the network; `ValueError` if it has none."""
+def make_optimizer(
+    network: nn.Module, recipe: Recipe, *, rate: Tensor | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters of the network; `ValueError` if it has none.
+
+    A `rate` that is a tensor takes the place of the recipe's number, in a fused optimiser that
+    reads it on its device.
+    """
     parameters = [weight for weight in network.parameters() if weight.requires_grad]
     if not parameters:
         raise ValueError(f"{type(network).__name__} has no parameters to train")
+    common = {
+        "lr": recipe.lr if rate is None else rate,
+        "weight_decay": recipe.weight_decay,
+        "fused": True if rate is not None else None,
+    }
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov and recipe.momentum > 0,
-    )
+        on_gpu = rate is not None and rate.is_cuda
+        return torch.optim.AdamW(parameters, capturable=on_gpu, **common)
+    nesterov = recipe.nesterov and recipe.momentum > 0
+    return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=nesterov, **common)
 
 
 def make_scheduler(

@@ -86,7 +86,7 @@ def report_text(results: Results) -> str:
     data, origin = results.data, first.config["from"]
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
     parts = [
-        f"# {results.assignment.title}",
+        f"# {results.assignment.title}, {results.data.source}",
         f"Images: {data.source} ({images} images). Device: {origin['device']}, "
         f"torch {origin['torch']}, normlab {origin['normlab']}, {origin['date']}.",
         markdown_table(results),

@@ -166,6 +166,14 @@ class RunFolder:
             )
         return "final_weights" in config
 
+    def is_finished(self) -> bool:
+        """Whether the run that lies here is done."""
+        return self._config.is_file() and "final_weights" in read_json(self._config)
+
+    def history_so_far(self) -> list[dict]:
+        """The epochs that are done, none if there is no run."""
+        return self._read_history() if self._history.is_file() else []
+
     def start(self, what: dict, origin: dict) -> None:
         """Writes down what the run is before its first epoch."""
         write_json(self._config, {"is": what, "from": origin})

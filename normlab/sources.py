@@ -14,13 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from normlab.checks import nearest, whole_number
 from normlab.data import Dataset
-from normlab.files import written_aside
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download counts as failed
 
@@ -420,39 +418,10 @@ def _cached(
         key.update(f"{file.parent.name}/{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     path = cache_folder() / "decoded" / f"{name}-{key.hexdigest()[:16]}.safetensors"
     if path.is_file():
-        return _read_cache(path)
+        return Dataset.open(path)
     data = decode()
     try:
-        _write_cache(path, data)
+        data.save(path)
     except (OSError, SafetensorError) as error:
         warnings.warn(f"the decoded data set is not kept: {error}", stacklevel=2)
-    return data
-
-
-_PARTS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-def _write_cache(path: Path, data: Dataset) -> None:
-    about = {
-        "name": data.name,
-        "classes": "\n".join(data.classes),
-        "source": data.source,
-        "fingerprint": data.fingerprint,
-    }
-    with written_aside(path) as aside:
-        save_file({part: getattr(data, part) for part in _PARTS}, aside, metadata=about)
-
-
-def _read_cache(path: Path) -> Dataset:
-    """Maps the file into memory: processes that read it share one copy of the images."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-            parts = [file.get_tensor(part) for part in _PARTS]
-        data = Dataset(about["name"], *parts, tuple(about["classes"].split("\n")), about["source"])
-        intact = data.fingerprint == about["fingerprint"]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the cached data set {path} is damaged: delete it") from error
-    if not intact:
-        raise ValueError(f"the cached data set {path} is damaged: delete it")
     return data

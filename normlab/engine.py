@@ -1,0 +1,414 @@
+"""The fast ways through an epoch. They compute what the plain loop computes; `fit` chooses one.
+
+`PlainEngine` is the loop of `training.py`. `CpuEngine` is the same loop with the tensors laid out
+channels last and a dropout that draws its mask from random bits by the word. `GraphEngine` puts a
+whole step (picking the images, augmentation, network, loss, optimiser, the sums) into one CUDA
+graph, so that an epoch is a few hundred replays without a word from the host.
+"""
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab.checks import one_of
+from normlab.data import Batches
+from normlab.penalties import l1_penalty
+from normlab.recipes import Recipe, make_optimizer, make_scheduler, schedule_factor
+from normlab.seeding import fork_random_state, seeded
+from normlab.training import EpochResult, test_epoch, train_epoch
+
+ENGINES = ("auto", "plain")
+
+Counted = Callable[[Iterable], Iterator]
+"""Hands on the batches of an epoch and counts them for a display."""
+
+
+class PlainEngine:
+    """The loops of `training.py`, as a student would call them."""
+
+    name = "plain"
+
+    def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
+        self.network, self.recipe, self.batches, self.tests = network, recipe, train, test
+        self.steps = len(train)
+        self.optimizer = self.make_optimizer()
+        self.loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+        self.epoch = 0
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser, whose state is kept in checkpoints."""
+        return make_optimizer(self.network, self.recipe)
+
+    def launch(self, epoch: int) -> None:
+        """Starts an epoch, where the device works on its own; otherwise only notes its number."""
+        self.epoch = epoch
+
+    def collect(self, counted: Counted) -> tuple[EpochResult, EpochResult]:
+        """The results of training and testing in the epoch that was launched."""
+        self.batches.epoch = self.epoch
+        scheduler = make_scheduler(
+            self.optimizer,
+            self.recipe,
+            self.recipe.epochs * self.steps,
+            done=self.epoch * self.steps,
+        )
+        with self.around(), self.random_state():
+            train = train_epoch(
+                self.network,
+                counted(self.batches),
+                self.optimizer,
+                loss=self.loss,
+                scheduler=scheduler,
+                l1=self.recipe.l1,
+            )
+            return train, test_epoch(self.network, self.tests)
+
+    def last_rate(self, epoch: int) -> float:
+        """The learning rate of the last step of an epoch."""
+        factor = schedule_factor(self.recipe.schedule, self.recipe.epochs * self.steps)
+        return self.recipe.lr * factor((epoch + 1) * self.steps - 1)
+
+    def random_state(self) -> AbstractContextManager[None]:
+        """The state from which this epoch's dropout is drawn."""
+        device = self.batches.images.device
+        return seeded(self.recipe.seed, "dropout", self.epoch, device=device)
+
+    def around(self) -> AbstractContextManager[None]:
+        """What holds while an epoch runs."""
+        return nullcontext()
+
+
+class CpuEngine(PlainEngine):
+    """The plain loop, channels last and with quicker dropout: the fastest eager way on a CPU."""
+
+    name = "cpu-channels-last"
+
+    def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
+        super().__init__(network, recipe, train, test)
+        train.memory_format = test.memory_format = torch.channels_last
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        self.network.to(memory_format=torch.channels_last)
+        try:
+            with quick_dropout(self.network):
+                yield
+        finally:
+            self.network.to(memory_format=torch.contiguous_format)
+
+
+# --- dropout ---------------------------------------------------------------------------------
+
+
+class _Dropout(torch.autograd.Function):
+    """x · mask / (1 − p), with the mask kept as one byte an element for the way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, probability: float) -> Tensor:
+        keep, share = _random_mask(x, probability)
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / share
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return (gradient * keep).mul_(ctx.scale), None
+
+
+def _random_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
+    """A mask laid out as x, false with `probability`, and the share that it keeps on average.
+
+    torch's own mask takes one number from a serial generator for each element, which is 35 to 40 %
+    of a step of these networks. Here each draw of 64 bits serves four elements; the probability
+    is thereby a multiple of 2⁻¹⁶, and the scale is that of the probability in fact used.
+    """
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None)  # all 64 bits; without the bounds the sign bit would stay 0
+    dropped = round(probability * 2**16)
+    keep = words.view(torch.int16)[: x.numel()] >= dropped - 2**15
+    return keep.as_strided(x.size(), x.stride()), 1 - dropped / 2**16
+
+
+def dropout(x: Tensor, probability: float) -> Tensor:
+    """Sets elements to 0 with `probability` and scales the others so that the mean stays.
+
+    Source: Srivastava et al., "Dropout", 2014.
+    """
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    return _Dropout.apply(x, probability)
+
+
+@contextmanager
+def quick_dropout(network: nn.Module) -> Iterator[None]:
+    """Inside the block the network's `nn.Dropout` layers draw their masks the quick way."""
+    layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.p < 1]
+
+    def forward(layer: nn.Dropout, x: Tensor) -> Tensor:
+        return dropout(x, layer.p) if layer.training and layer.p else x
+
+    for layer in layers:
+        layer.forward = functools.partial(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------
+
+
+class GraphEngine(PlainEngine):
+    """A whole step captured once and replayed for every batch; several engines overlap.
+
+    What changes from step to step lies on the device: the epoch's order and augmentation draws,
+    the place in them, the table of learning rates, and the sums of the results. The short last
+    batch has a graph of its own, and so has the test. `launch` enqueues a whole epoch on the
+    engine's stream and returns; `collect` waits for it.
+    """
+
+    name = "cuda-graph"
+    WARM_UPS = 3  # steps before the capture, which PyTorch's allocator and cuDNN need
+
+    def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
+        super().__init__(network, recipe, train, test)
+        network.to(memory_format=torch.channels_last)
+        train.memory_format = test.memory_format = torch.channels_last
+        self.device = train.images.device
+        factor = schedule_factor(recipe.schedule, recipe.epochs * self.steps)
+        rates = [recipe.lr * factor(step) for step in range(recipe.epochs * self.steps)]
+        self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
+        self.step_number = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
+        self.order, self.draws = train.draw_epoch()
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.precision, self.loss_scale = _precision(self.device, recipe)
+        self._train_replays: list[Callable[[], None]] = []
+        self._test_replays: list[Callable[[], None]] = []
+        self._started = 0.0
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Fused, with a learning rate that is a tensor: a number would be baked into the graph."""
+        dtype, device = self.batches.dtype, self.batches.images.device
+        rate = torch.tensor(self.recipe.lr, dtype=dtype, device=device)
+        return make_optimizer(self.network, self.recipe, rate=rate)
+
+    def launch(self, epoch: int) -> None:
+        super().launch(epoch)
+        if not self._train_replays:
+            with self._on_stream(), self.random_state():
+                self._capture_all()
+        self._started = time.perf_counter()
+        self.batches.epoch = epoch
+        with self._on_stream(), self.random_state():
+            order, draws = self.batches.draw_epoch()
+            self.order.copy_(order)
+            for mine, drawn in zip(self.draws, draws, strict=True):
+                mine.copy_(drawn)
+            self.step_number.fill_(epoch * self.steps)
+            self.sums.zero_()
+            for replays in (self._train_replays, self._test_replays):
+                self.row.zero_()
+                for replay in replays:
+                    replay()
+
+    def collect(self, counted: Counted) -> tuple[EpochResult, EpochResult]:
+        with self._on_stream():
+            train, test = self.sums.tolist()  # waits for the device
+        for _ in counted(range(self.steps)):
+            pass
+        seconds = time.perf_counter() - self._started  # of both: they ran in one go
+        return (
+            _means(train, len(self.order), seconds),
+            _means(test, len(self.tests.images), seconds=0.0),
+        )
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _capture_all(self) -> None:
+        """Captures the steps, then puts back what the warm-ups changed."""
+        self._lay_out_state()
+        state = self._tensors_of_state()
+        before = [tensor.clone() for tensor in state]
+        train, test = [], []
+        for count, size in _sizes(len(self.order), self.batches.batch_size):
+            train += [self.capture(functools.partial(self._train_step, size))] * count
+        for count, size in _sizes(len(self.tests.images), self.tests.batch_size):
+            test += [self.capture(functools.partial(self._test_step, size))] * count
+        self._restore(state, before)
+        self._train_replays, self._test_replays = train, test
+
+    def _lay_out_state(self) -> None:
+        """Gives a loaded optimiser state the layout of its weights, which fused kernels assume."""
+        for weight, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    state[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
+
+    @torch.no_grad()
+    def _restore(self, state: list[Tensor], before: list[Tensor]) -> None:
+        """Puts values back in place, where the graphs find them; an optimiser begins at nothing."""
+        for tensor, saved in zip(state, before, strict=True):
+            tensor.copy_(saved)
+        known = {id(tensor) for tensor in state}
+        for tensor in self._tensors_of_state():
+            if id(tensor) not in known:
+                tensor.zero_()
+
+    def _tensors_of_state(self) -> list[Tensor]:
+        """Everything that a step changes in place."""
+        states = [state.values() for state in self.optimizer.state.values()]
+        tensors = [value for state in states for value in state if isinstance(value, Tensor)]
+        return [*self.network.parameters(), *self.network.buffers(), *tensors]
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A function that repeats `step` on the device without the host's work."""
+        for _ in range(self.WARM_UPS):
+            self.row.zero_()
+            self.step_number.zero_()
+            step()
+        if self.stream is None:
+            return step
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+    def _train_step(self, size: int) -> None:
+        self.network.train()
+        rows = self.row + torch.arange(size, device=self.device)
+        draws = [drawn[rows] for drawn in self.draws]
+        images, labels = self.batches.batch(self.order[rows], draws)
+        with self.precision():
+            logits = self.network(images)
+        penalty = self.recipe.l1 * l1_penalty(self.network) if self.recipe.l1 else 0.0
+        objective = self.loss(self._full(logits), labels) + penalty
+        self.optimizer.zero_grad(set_to_none=True)
+        (objective * self.loss_scale).backward()
+        self._unscale()
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(self.rates[self.step_number])
+        self.optimizer.step()
+        self._add(0, logits, labels, penalty)
+        self.row.add_(size)
+        self.step_number.add_(1)
+
+    @torch.no_grad()
+    def _test_step(self, size: int) -> None:
+        self.network.eval()
+        rows = self.row + torch.arange(size, device=self.device)
+        images, labels = self.tests.batch(rows, [])
+        with self.precision():
+            logits = self.network(images)
+        self._add(1, logits, labels, 0.0)
+        self.row.add_(size)
+
+    def _full(self, logits: Tensor) -> Tensor:
+        """Logits in the precision in which losses are computed."""
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _unscale(self) -> None:
+        if self.loss_scale != 1.0:
+            gradients = [w.grad for w in self.network.parameters() if w.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+
+    @torch.no_grad()
+    def _add(self, part: int, logits: Tensor, labels: Tensor, penalty: Tensor | float) -> None:
+        loss = F.cross_entropy(self._full(logits), labels, reduction="sum")
+        right = (logits.argmax(1) == labels).sum()
+        self.sums[part, 0].add_(loss)
+        self.sums[part, 1].add_(right)
+        self.sums[part, 2].add_(penalty * len(labels))
+
+
+def _means(sums: list[float], images: int, seconds: float) -> EpochResult:
+    """Means over images from the sums of losses, right images and penalties."""
+    return EpochResult(*(value / images for value in sums), images=images, seconds=seconds)
+
+
+def _sizes(images: int, batch_size: int) -> list[tuple[int, int]]:
+    """How many batches of which size an epoch has: whole ones, and perhaps a shorter last."""
+    sizes = [(images // batch_size, batch_size), (1, images % batch_size)]
+    return [(count, size) for count, size in sizes if count and size]
+
+
+def _precision(
+    device: torch.device, recipe: Recipe
+) -> tuple[Callable[[], AbstractContextManager], float]:
+    """Half precision where the GPU computes in it: bf16 from Ampere on, before that fp16.
+
+    fp16's smallest gradients would be 0, so the loss is multiplied by a factor (Micikevicius et
+    al., "Mixed Precision Training", 2018); a fixed one, since a graph cannot take back a step.
+    """
+    if device.type != "cuda" or recipe.dtype == "float64":
+        return nullcontext, 1.0
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    dtype = torch.bfloat16 if ampere else torch.float16
+    # Weights that autocast caches outside the graph would be those of the first step for ever.
+    context = functools.partial(
+        torch.autocast, device_type="cuda", dtype=dtype, cache_enabled=False
+    )
+    return context, 1.0 if ampere else 1024.0
+
+
+# --- the choice ------------------------------------------------------------------------------
+
+
+def make_engine(
+    choice: str, network: nn.Module, recipe: Recipe, train: Batches, test: Batches
+) -> tuple[PlainEngine, str]:
+    """The engine for a network on its device, and in a few words why this one.
+
+    `choice` is "auto", or "plain" for the loop of `training.py` whatever the device.
+    """
+    one_of(choice, ENGINES, "engine")
+    device = train.images.device
+    kind, why = PlainEngine, f"asked for by engine={choice!r}"
+    if choice == "auto":
+        kind, why = _fastest(network, train, device)
+    return kind(network, recipe, train, test), why
+
+
+def _fastest(
+    network: nn.Module, train: Batches, device: torch.device
+) -> tuple[type[PlainEngine], str]:
+    kinds = {"cpu": CpuEngine, "cuda": GraphEngine}
+    if device.type == "cuda" and train.dtype == torch.float64:
+        return PlainEngine, "float64 is for exact comparisons, and a GPU's fused optimiser is not"
+    if device.type not in kinds:
+        return PlainEngine, f"there is no faster way on {device.type}"
+    problem = _channels_last_problem(network, train)
+    if problem:
+        return PlainEngine, f"the network does not run channels last: {problem}"
+    return kinds[device.type], f"the fastest way on {device.type}"
+
+
+def _channels_last_problem(network: nn.Module, train: Batches) -> str:
+    """What a copy of the network raises on channels-last images; `.view` in its forward, say."""
+    device = train.images.device
+    images = torch.zeros(2, *train.images.shape[1:], dtype=train.dtype, device=device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    try:
+        twin = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
+        with fork_random_state(device):
+            logits = twin(images.contiguous(memory_format=torch.channels_last))
+            F.cross_entropy(logits, labels).backward()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())
+    return ""

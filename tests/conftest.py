@@ -1,0 +1,128 @@
+"""What the tests share: small data sets, a small network, and nothing of the machine's own."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normlab as nl
+
+REAL_DATA = os.environ.get("NORMLAB_DATA")  # before the fixture below hides it
+
+matplotlib.use("Agg")
+# The commands that tests start draw without a display, and without listing all fonts anew in the
+# temporary cache folder.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory) -> Path:
+    """A cache folder of each test's own, and no data folder: no test depends on the machine."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.delenv("NORMLAB_DATA", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data_root() -> Path:
+    """The folder in which MNIST lies, as NORMLAB_DATA named it before the tests started."""
+    if not REAL_DATA:
+        pytest.skip("NORMLAB_DATA does not name a folder with MNIST")
+    root = Path(REAL_DATA).expanduser()
+    if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+        pytest.skip("the folder in NORMLAB_DATA holds no MNIST/raw/train-images-idx3-ubyte")
+    return root.absolute()
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk():` lets no file of this process grow beyond 4 kB, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="there is no limit to set on this system")
+
+    @contextmanager
+    def limited(size: int = 4096):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+@pytest.fixture(scope="session")
+def digits() -> nl.Dataset:
+    """The bundled digits, 1×28×28."""
+    return nl.load_dataset("digits")
+
+
+def make_tiny(train: int = 96, test: int = 40, *, seed: int = 0) -> nl.Dataset:
+    """Noisy pictures of four patterns, 1×12×12: a network learns them in an epoch or two."""
+    random = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(0, 2, (4, 1, 12, 12), generator=random) * 120
+
+    def part(count: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(count) % 4
+        noise = torch.randint(0, 136, (count, 1, 12, 12), generator=random)
+        return (patterns[labels] + noise).to(torch.uint8), labels
+
+    return nl.Dataset("tiny", *part(train), *part(test), tuple("abcd"), "made-up patterns")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> nl.Dataset:
+    """96 + 40 images of four classes."""
+    return make_tiny()
+
+
+class TinyNetwork(nn.Module):
+    """A network such as a student writes, with a normalization to choose."""
+
+    def __init__(self, norm: str = "bn", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.norm = nl.make_norm(norm, 8, groups=2, size=(12, 12))
+        self.dropout = nn.Dropout(dropout)
+        self.pool = nn.AvgPool2d(4)
+        self.linear = nn.Linear(8 * 3 * 3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.norm(self.conv(x))))
+        return self.linear(self.dropout(x).flatten(1))
+
+
+def make_tiny_network(norm: str = "bn", seed: int = 0, *, dropout: float = 0.0) -> TinyNetwork:
+    """An untrained `TinyNetwork` whose weights follow from the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyNetwork(norm, dropout)
+
+
+@pytest.fixture(scope="session")
+def tiny_network():
+    """`tiny_network(norm="bn", seed=0)` makes a network for `tiny`."""
+    return make_tiny_network
+
+
+@pytest.fixture(scope="session")
+def tiny_assignment() -> nl.Assignment:
+    """A comparison of three `TinyNetwork`s that takes a moment."""
+    return nl.Assignment(
+        name="tiny-norms",
+        title="BN with L1, GN and LN on patterns",
+        dataset="tiny",
+        build=TinyNetwork,
+        recipe=nl.Recipe(epochs=2, batch_size=16, lr=0.1),
+        variants=(
+            nl.Variant("BN + L1", "bn", changes={"l1": 1e-4}),
+            nl.Variant("GN", "gn"),
+            nl.Variant("LN", "ln"),
+        ),
+    )

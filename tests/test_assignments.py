@@ -1,0 +1,161 @@
+"""The five assignments are what their tables say, and compare like with like."""
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+from normlab.assignments import build_variant, find_assignment
+
+# label, norm, groups of its norms, skip connections, L1 factor, parameters with ten classes
+EXPECTED = {
+    "mnist-l1": [
+        ("BN + L1", "bn", None, True, 1e-5, 7_750),
+        ("GN", "gn", 5, True, 0, 7_750),
+        ("LN", "ln", 1, True, 0, 7_750),
+    ],
+    "mnist-eva6": [
+        ("BN + L1", "bn", None, True, 1e-5, 8_016),
+        ("GN", "gn", 2, True, 0, 8_016),
+        ("LN", "ln", 1, True, 0, 8_016),
+        ("LN element-wise", "ln-elementwise", None, True, 0, 37_592),
+    ],
+    "cifar10-norms": [
+        ("BN", "bn", None, True, 0, 41_992),
+        ("GN", "gn", 4, True, 0, 41_992),
+        ("LN", "ln", 1, True, 0, 41_992),
+        ("LN element-wise", "ln-elementwise", None, True, 0, 146_008),
+    ],
+    "cifar10-add": [
+        ("BN", "bn", None, True, 0, 22_672),
+        ("GN", "gn", 2, True, 0, 22_672),
+        ("LN", "ln", 1, True, 0, 22_672),
+    ],
+    "cifar10-skip": [
+        ("BN", "bn", None, False, 0, 33_720),
+        ("GN", "gn", 4, False, 0, 33_720),
+        ("LN", "ln", 1, False, 0, 33_720),
+        ("BN + skip", "bn", None, True, 0, 34_520),
+        ("GN + skip", "gn", 4, True, 0, 34_520),
+        ("LN + skip", "ln", 1, True, 0, 34_520),
+    ],
+}
+LAYERS = {
+    "bn": nn.BatchNorm2d,
+    "gn": nn.GroupNorm,
+    "ln": nn.GroupNorm,
+    "ln-elementwise": nn.LayerNorm,
+}
+CASES = [(name, *row) for name, rows in EXPECTED.items() for row in rows]
+
+
+def make(assignment: nl.Assignment, variant: nl.Variant, seed: int = 0) -> nn.Module:
+    shape = (1, 28, 28) if assignment.dataset == "mnist" else (3, 32, 32)
+    return build_variant(assignment, variant, seed=seed, classes=10, input_shape=shape)
+
+
+def convolutions(network: nn.Module) -> list[torch.Tensor]:
+    """Weights of the convolutions, but for those of the shortcuts, which not all variants have."""
+    return [
+        layer.weight
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d) and "shortcut" not in name
+    ]
+
+
+def test_there_are_five_assignments_and_their_variants():
+    found = {
+        name: [variant.label for variant in assignment.variants]
+        for name, assignment in nl.ASSIGNMENTS.items()
+    }
+    assert found == {name: [row[0] for row in rows] for name, rows in EXPECTED.items()}
+    assert all(assignment.name == name for name, assignment in nl.ASSIGNMENTS.items())
+
+
+@pytest.mark.parametrize(("name", "label", "norm", "groups", "skip", "l1", "parameters"), CASES)
+def test_a_variant_is_what_its_label_says(name, label, norm, groups, skip, l1, parameters):
+    assignment = nl.ASSIGNMENTS[name]
+    (variant,) = [one for one in assignment.variants if one.label == label]
+    network = make(assignment, variant)
+    kinds = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+    norms = [layer for layer in network.modules() if isinstance(layer, kinds)]
+    assert {type(layer) for layer in norms} == {LAYERS[norm]}
+    assert {getattr(layer, "num_groups", None) for layer in norms} == {groups}
+    assert variant.skip == skip
+    assert sum(weight.numel() for weight in network.parameters()) == parameters
+    assert assignment.recipe_for(variant, seed=0).l1 == l1
+    assert name.startswith(assignment.dataset)
+
+
+@pytest.mark.parametrize("assignment", nl.ASSIGNMENTS.values(), ids=lambda one: one.name)
+def test_recipes_share_all_that_is_not_declared(assignment):
+    shared = assignment.recipe.as_dict() | {"seed": 3, "epochs": 7}
+    for variant in assignment.variants:
+        recipe = assignment.recipe_for(variant, seed=3, epochs=7).as_dict()
+        assert recipe == shared | variant.changes
+        assert variant.changes.keys() <= {"l1"}
+    assert assignment.recipe_for(assignment.variants[0], seed=0).epochs == 20
+
+
+@pytest.mark.parametrize("assignment", nl.ASSIGNMENTS.values(), ids=lambda one: one.name)
+def test_all_variants_of_a_seed_start_from_the_same_convolutions(assignment):
+    first, *others = (convolutions(make(assignment, v, seed=2)) for v in assignment.variants)
+    for other in others:
+        assert len(other) == len(first)
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize(
+    ("label", "folder"),
+    [
+        ("BN + L1", "bn-l1"),
+        ("LN element-wise", "ln-element-wise"),
+        ("groups=4 (GN)", "groups-4-gn"),
+    ],
+)
+def test_a_label_becomes_a_folder(label, folder):
+    assert nl.Variant(label, "bn").folder == folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"network": None}, "needs either network=, a name, or build=, a function"),
+        ({"build": nn.Sequential}, "needs either network=, a name, or build=, a function"),
+        ({"variants": ()}, "has no variants to compare"),
+        (
+            {"variants": (nl.Variant("BN+L1", "bn"), nl.Variant("BN - L1", "bn"))},
+            "two variants with the folder 'bn-l1'",
+        ),
+    ],
+)
+def test_an_assignment_that_cannot_work_is_refused(arguments, words):
+    usual = {"network": "mnist-l1", "variants": (nl.Variant("BN", "bn"),)}
+    with pytest.raises(ValueError, match=f"assignment 'mine'.*{words}"):
+        nl.Assignment("mine", "My own", "digits", **(usual | arguments))
+
+
+def test_a_network_of_ones_own_follows_from_the_seed(tiny_assignment):
+    def weights(seed: int, place: int = 0) -> list[torch.Tensor]:
+        torch.manual_seed(99 + place)  # whatever a student drew before must not matter
+        state = torch.get_rng_state()
+        network = build_variant(
+            tiny_assignment,
+            tiny_assignment.variants[place],
+            seed=seed,
+            classes=4,
+            input_shape=(1, 12, 12),
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        return [w for name, w in network.named_parameters() if "norm" not in name]
+
+    assert all(map(torch.equal, weights(0), weights(0)))
+    assert all(map(torch.equal, weights(0), weights(0, place=1)))
+    assert not torch.equal(weights(0)[0], weights(1)[0])
+
+
+def test_an_assignment_is_found_by_name_or_is_ones_own(tiny_assignment):
+    assert find_assignment("cifar10-add") is nl.ASSIGNMENTS["cifar10-add"]
+    assert find_assignment(tiny_assignment) is tiny_assignment
+    with pytest.raises(ValueError, match="did you mean 'mnist-l1'"):
+        find_assignment("mnist-l2")

@@ -1,0 +1,429 @@
+"""The command as a user meets it: what it prints, writes and returns."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import normlab as nl
+from normlab.cli import main
+from normlab.norms import NORMS
+from normlab.sources import DATASETS
+
+COMMAND = [sys.executable, "-m", "normlab"]
+REPORT = {"report.md", "results.csv", "results.json", "test-loss.png", "test-accuracy.png"}
+
+
+def make_folder(place: Path, train: int = 8, test: int = 4) -> Path:
+    """A folder of 20×20 images of two classes, with so many of each."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for shade, name in ((60, "dark"), (200, "light")):
+            folder = place / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = shade + random.integers(-50, 50, (20, 20))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return place
+
+
+def error_of(capsys) -> str:
+    """The one line that a failed command says."""
+    said = capsys.readouterr().err
+    assert said.startswith("normlab: ")
+    assert said.count("\n") == 1
+    assert said.endswith("\n")
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What `normlab run mnist-l1 --dataset FOLDER --epochs 1` leaves and says."""
+    place = tmp_path_factory.mktemp("trained")
+    out = place / "out"
+    options = ["--dataset", str(make_folder(place / "shades")), "--out", str(out)]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(["run", "mnist-l1", *options, "--epochs", "1", "--device", "cpu"])
+    assert status == 0
+    return options, out, printed.getvalue()
+
+
+@pytest.fixture
+def again(trained, tmp_path):
+    """The same command without its epochs, on a copy of what it left."""
+    options, out, _ = trained
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    return ["run", "mnist-l1", *options[:2], "--out", str(copy), "--device", "cpu"], copy
+
+
+def histories(out: Path) -> dict[str, list[str]]:
+    """The lines of every `history.csv`; their seconds tell one training from another."""
+    return {
+        file.parent.relative_to(out).as_posix(): file.read_text().splitlines()[1:]
+        for file in out.rglob("history.csv")
+    }
+
+
+# --- what works -------------------------------------------------------------------------------
+
+
+def test_run_needs_no_assignment_and_no_data(tmp_path, monkeypatch, capsys):
+    decoy = make_folder(tmp_path / "decoy" / "cifar10").parent
+    monkeypatch.setenv("NORMLAB_DATA", str(decoy))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--epochs", "1", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "scikit-learn digits" in said.out.splitlines()[0]
+    assert "1,797 digits" in said.out
+    out = tmp_path / "runs" / "mnist-l1-digits"
+    assert str(out.relative_to(tmp_path)) in said.out
+    assert {entry.name for entry in out.iterdir()} >= REPORT
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["data"]["name"] == "digits"
+    assert [variant["variant"] for variant in facts["variants"]] == ["BN + L1", "GN", "LN"]
+    for variant in facts["variants"]:
+        assert f"{100 * variant['test_accuracy']:.2f}" in said.out
+
+
+def test_run_takes_a_folder_of_images(trained):
+    _, out, printed = trained
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["data"]["source"] == "shades"
+    assert (facts["data"]["train_images"], facts["data"]["test_images"]) == (16, 8)
+    assert "shades" in printed.splitlines()[0]
+    assert "digits" not in printed
+    assert {name: len(lines) for name, lines in histories(out).items()} == {
+        f"runs/{variant}/seed-0": 1 for variant in ("bn-l1", "gn", "ln")
+    }
+
+
+@pytest.mark.parametrize("folder", ["shades", "shades/", "./shades", "."])
+def test_results_on_a_folder_are_named_after_it(folder, tmp_path, monkeypatch, capsys):
+    place = make_folder(tmp_path / "shades")
+    monkeypatch.chdir(place if folder == "." else tmp_path)
+    arguments = ["run", "mnist-eva6", "--dataset", folder, "--epochs", "1", "--device", "cpu"]
+    monkeypatch.setattr("normlab.report.write_report", lambda results, out: Path(out, "page"))
+    assert main(arguments) == 0
+    assert "are in runs/mnist-eva6-shades\n" in capsys.readouterr().out
+
+
+def test_seeds_make_more_runs(again, capsys):
+    command, out = again
+    assert main([*command, "--epochs", "1", "--seeds", "2"]) == 0
+    assert {name for name in histories(out) if "gn" in name} == {
+        "runs/gn/seed-0",
+        "runs/gn/seed-1",
+    }
+    with open(out / "results.csv") as file:
+        assert [row["seeds"] for row in csv.DictReader(file)] == ["2"] * 3
+    assert " ± " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [[], ["--resume"]])
+def test_the_same_command_loads_what_is_finished(option, again, capsys):
+    command, out = again
+    before = histories(out)
+    assert main([*command, "--epochs", "1", *option]) == 0
+    assert histories(out) == before
+
+
+def test_fresh_trains_anew(again, capsys):
+    command, out = again
+    before = histories(out)
+    assert main([*command, "--epochs", "2", "--fresh"]) == 0
+    after = histories(out)
+    assert after.keys() == before.keys()
+    assert all(len(lines) == 2 for lines in after.values())
+    for name, lines in before.items():
+        assert lines[0] not in after[name]
+
+
+def test_list_shows_all_there_is_to_choose_from(capsys):
+    assert main(["list"]) == 0
+    words = capsys.readouterr().out.replace(",", " ").replace(":", " ").split()
+    for name in (*nl.ASSIGNMENTS, *nl.NETWORKS, *DATASETS, *NORMS):
+        assert name in words
+    labels = {variant.label for one in nl.ASSIGNMENTS.values() for variant in one.variants}
+    assert set(" ".join(labels).split()) <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parameters"),
+    [
+        (["mnist-l1"], "7,750"),
+        (["mnist-eva6", "--norm", "ln-elementwise"], "37,592"),
+        (["cifar10-skip", "--norm", "GN", "--groups", "2"], "34,520"),
+        (["cifar10-skip", "--norm", "gn", "--no-skip"], "33,720"),
+    ],
+)
+def test_summary_counts_the_parameters(arguments, parameters, capsys):
+    assert main(["summary", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert f"Total params: {parameters}\n" in printed
+    norm = arguments[2] if len(arguments) > 2 else "bn"
+    layers = {"bn": "BatchNorm2d", "ln-elementwise": "LayerNorm"}
+    assert layers.get(norm, "GroupNorm") in printed
+
+
+def test_data_describes_the_digits(digits, capsys):
+    assert main(["data", "digits"]) == 0
+    printed = capsys.readouterr().out
+    pixels = digits.train_images.double() / 255
+    for words in (
+        "scikit-learn digits: 1,437 training and 360 test images of 1×28×28",
+        "10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)",
+        f"mean {pixels.mean():.4f}",
+        f"standard deviation {pixels.std(correction=0):.4f}",
+    ):
+        assert words in printed
+
+
+def test_data_checks_a_folder_of_images(tmp_path, capsys):
+    assert main(["data", str(make_folder(tmp_path / "shades"))]) == 0
+    printed = capsys.readouterr().out
+    assert "shades: 16 training and 8 test images of 1×20×20, 2 classes (dark, light)" in printed
+
+
+def test_data_finds_mnist_where_it_lies(real_data_root, capsys):
+    assert main(["data", "mnist", "--data-root", str(real_data_root)]) == 0
+    printed = capsys.readouterr().out
+    assert "MNIST: 60,000 training and 10,000 test images of 1×28×28" in printed
+    assert "mean 0.1307; standard deviation 0.3081" in printed  # the well-known numbers
+
+
+def test_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"normlab {nl.__version__}\n"
+
+
+# --- wrong use: status 2 ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "mnist-l2"], "did you mean 'mnist-l1'?"),
+        (["run", "--dataset", "mnits"], "did you mean 'mnist'?"),
+        (["run", "--dataset", "./nowhere"], "there is no folder './nowhere'"),
+        (["run", "--epochs", "0"], "epochs must be at least 1, not 0"),
+        (["run", "--epochs", "-3"], "epochs must be at least 1, not -3"),
+        (["run", "--seeds", "0"], "seeds must be at least 1, not 0"),
+        (["run", "--device", "gpu"], "unknown device 'gpu'"),
+        (["run", "--device", "cuda:99"], "device 'cuda:99'"),
+        (["run", "--data-root", "nowhere"], "data root nowhere is not a folder"),
+        (["summary", "mnist-l3"], "did you mean 'mnist-l1'?"),
+        (["summary", "mnist-l1", "--norm", "ln-elementwis"], "mean 'ln-elementwise'?"),
+        (["summary", "mnist-l1", "--norm", "gn", "--groups", "3"], "groups=3 does not divide 10"),
+        (["data", "cifar"], "did you mean 'cifar10'?"),
+        (["data", "no/where"], "there is no folder 'no/where'"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert words in error_of(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["ran"], "invalid choice: 'ran'"),
+        (["run", "--epochs", "many"], "invalid int value: 'many'"),
+        (["run", "--resume", "--fresh"], "--fresh: not allowed with argument --resume"),
+        (["summary"], "required: NETWORK"),
+    ],
+)
+def test_arguments_that_cannot_be_read_show_the_usage(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: normlab")
+    assert words in said
+
+
+# --- work that fails: status 1 ----------------------------------------------------------------
+
+
+def test_an_output_folder_that_is_a_file_is_named(tmp_path, capsys):
+    taken = tmp_path / "out"
+    taken.write_text("in the way")
+    images = str(make_folder(tmp_path / "shades"))
+    assert main(["run", "--dataset", images, "--out", str(taken), "--epochs", "1"]) == 1
+    said = error_of(capsys)
+    assert str(taken) in said
+    assert "cannot write" in said
+    assert taken.read_text() == "in the way"
+
+
+def test_other_epochs_in_the_same_folder_are_refused(again, capsys):
+    command, out = again
+    before = histories(out)
+    assert main([*command, "--epochs", "2"]) == 1
+    said = error_of(capsys)
+    assert "recipe.epochs is 1 there and 2 here" in said
+    assert "train afresh" in said
+    assert histories(out) == before
+
+
+def test_a_damaged_run_is_named(again, capsys):
+    command, out = again
+    weights = out / "runs" / "gn" / "seed-0" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    assert main([*command, "--epochs", "1"]) == 1
+    said = error_of(capsys)
+    assert f"{weights} is damaged" in said
+    assert str(weights.parent) in said
+
+
+def test_a_damaged_image_is_named(tmp_path, capsys):
+    broken = make_folder(tmp_path / "shades") / "test" / "dark" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert main(["data", str(tmp_path / "shades")]) == 1
+    assert f"{broken} cannot be read as an image" in error_of(capsys)
+
+
+def test_a_damaged_data_set_is_named(tmp_path, capsys):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(b"no images")
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(b"no labels")
+    assert main(["run", "mnist-l1", "--data-root", str(tmp_path), "--epochs", "1"]) == 1
+    assert f"{folder / 'train-images-idx3-ubyte'} is damaged" in error_of(capsys)
+
+
+def test_a_data_set_that_cannot_be_downloaded_can_be_put_there_by_hand(
+    tmp_path, monkeypatch, capsys
+):
+    def offline(self):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", offline)
+    assert main(["data", "mnist", "--data-root", str(tmp_path)]) == 1
+    said = error_of(capsys)
+    assert "MNIST could not be downloaded (Error downloading train-images" in said
+    assert "train-images-idx3-ubyte" in said
+    assert str(tmp_path) in said
+    assert "http" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_traceback_shows_where_an_error_arose(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    assert main(["data", str(tmp_path), "--traceback"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):")
+    assert "sources.py" in said
+    assert said.splitlines()[-1].startswith("normlab: ")
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------
+
+
+# However little there is to do, in processes side by side where there is more than one core.
+SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.parallel as p; p.WORTHWHILE = 0; "
+SIDE_BY_SIDE += "sys.exit(c.main())"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to another process on Windows")
+@pytest.mark.parametrize(
+    "command",
+    [COMMAND, [sys.executable, "-c", SIDE_BY_SIDE]],
+    ids=["one after another", "side by side"],
+)
+def test_after_ctrl_c_the_same_command_goes_on(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "shades", train=250)
+    options = ["--epochs", "8", "--out", "mine", "--device", "cpu"]
+    arguments = ["run", "mnist-l1", "--dataset", "shades", *options]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        # A run's history is written after each of its epochs.
+        while process.poll() is None and not list(tmp_path.rglob("history.csv")):
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)  # to its helpers too, as a terminal does
+        _, said = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 130, said
+    assert len(said.split("\n")) == 3  # the terminal's ^C, one line, its end
+    assert "normlab: interrupted" in said
+    assert "kept in mine: the same command goes on" in said
+    before = histories(tmp_path / "mine")
+    assert not (tmp_path / "mine" / "report.md").exists()
+
+    assert main(arguments) == 0
+    after = histories(tmp_path / "mine")
+    assert {len(lines) for lines in after.values()} == {8}
+    assert before
+    for name, lines in before.items():
+        assert 0 < len(lines) <= 8
+        assert after[name][: len(lines)] == lines  # down to the seconds: not trained again
+    assert (tmp_path / "mine" / "report.md").exists()
+
+
+def test_ctrl_c_before_training_says_so(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normlab.sources.load_dataset", interrupted)
+    assert main(["data", "digits"]) == 130
+    assert "interrupted; nothing is lost" in capsys.readouterr().err
+
+
+# --- a quick start ----------------------------------------------------------------------------
+
+
+def test_help_does_not_wait_for_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "normlab", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for command in ("run", "list", "summary", "data"):
+        assert f"\n    {command} " in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert {"normlab", "argparse"} <= imported
+    assert not imported & {"torch", "numpy", "matplotlib", "pandas", "sklearn", "torchvision"}
+
+
+def test_python_m_is_the_command(tmp_path):
+    done = subprocess.run(
+        [*COMMAND, "data", "nowhere"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("normlab: unknown data set 'nowhere'")
+
+
+def test_the_random_state_of_the_caller_stays(trained, tmp_path, capsys):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert main(["summary", "cifar10-add"]) == 0
+    assert torch.equal(torch.get_rng_state(), before)

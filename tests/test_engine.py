@@ -1,0 +1,210 @@
+"""The fast ways through an epoch compute what the plain one computes."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+from normlab import engine
+from normlab.engine import CpuEngine, GraphEngine, PlainEngine
+from normlab.norms import NORMS
+
+# Without a GPU the graph's step is called instead of replayed: its bookkeeping (places, learning
+# rates, sums, short batches, what the warm-ups leave behind) is the same.
+FAST = (CpuEngine, GraphEngine)
+
+
+@pytest.fixture
+def few_digits(digits):
+    """90 images: batches of 32 end with a short one."""
+    return digits.subset(train=90, test=40)
+
+
+def fit_with(kind, monkeypatch, data, recipe, *, network=None, **options):
+    monkeypatch.setattr(engine, "_fastest", lambda *_: (kind, "a test"))
+    network = network or nl.build_network("mnist-l1", dropout=0.0, seed=1)
+    run = nl.fit(network, data, recipe, device="cpu", progress=False, **options)
+    assert run.config["from"]["engine"] == kind.name
+    return run
+
+
+def assert_close(one, other, tolerance):
+    for mine, theirs in zip(one.history, other.history, strict=True):
+        for key in ("train_loss", "test_loss", "penalty", "lr"):
+            assert mine[key] == pytest.approx(theirs[key], rel=tolerance, abs=1e-15), key
+        for key in ("train_accuracy", "test_accuracy"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-9)
+    mine, theirs = (
+        torch.cat([value.flatten().double() for value in run.network.state_dict().values()])
+        for run in (one, other)
+    )
+    assert (mine - theirs).norm() < tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("norm", NORMS)
+def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, monkeypatch):
+    data = nl.load_dataset("digits", input_shape=(1, 16, 16)).subset(train=90, test=40)
+    l1 = 1e-4 if norm in ("bn", "ln") else 0.0
+    augment = ("shift:2", "rotate")
+    # A rate at which training is stable: elsewhere rounding errors grow with every step.
+    recipe = nl.Recipe(epochs=17, batch_size=32, lr=0.003, l1=l1, augment=augment, dtype="float64")
+    runs = []
+    for way in (kind, PlainEngine):
+        # Norm before ReLU: after it, instance norm and global pooling leave nothing to learn.
+        network = nl.build_network(
+            "cifar10-norms", norm, dropout=0.0, input_shape=data.input_shape, seed=1
+        )
+        runs.append(fit_with(way, monkeypatch, data, recipe, network=network))
+    assert 17 * 3 >= 50
+    assert_close(*runs, 1e-9)
+
+
+@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.05},
+        {"nesterov": True, "weight_decay": 5e-4, "schedule": "cosine"},
+        {"momentum": 0.0, "schedule": "constant", "label_smoothing": 0.1},
+    ],
+)
+def test_every_optimizer_and_schedule_agrees(kind, changes, few_digits, monkeypatch):
+    recipe = nl.Recipe(epochs=4, batch_size=32, dtype="float64").but(**changes)
+    runs = [fit_with(way, monkeypatch, few_digits, recipe) for way in (kind, PlainEngine)]
+    assert_close(*runs, 1e-9)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_three_steps_in_float32_agree(kind, few_digits, monkeypatch):
+    recipe = nl.Recipe(epochs=1, batch_size=32, lr=0.01)
+    runs = [fit_with(way, monkeypatch, few_digits, recipe) for way in (kind, PlainEngine)]
+    assert_close(*runs, 1e-3)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_an_interrupted_run_resumes_to_the_same_weights(kind, few_digits, monkeypatch, tmp_path):
+    recipe = nl.Recipe(epochs=3, batch_size=32, optimizer="adamw", lr=0.01, augment=("shift:1",))
+    whole = fit_with(kind, monkeypatch, few_digits, recipe)
+
+    def stop_after_two(folder, network, optimizer, history):
+        save(folder, network, optimizer, history)
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    save = nl.runs.RunFolder.save_epoch
+    monkeypatch.setattr(nl.runs.RunFolder, "save_epoch", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        fit_with(kind, monkeypatch, few_digits, recipe, directory=tmp_path)
+    monkeypatch.setattr(nl.runs.RunFolder, "save_epoch", save)
+    resumed = fit_with(kind, monkeypatch, few_digits, recipe, directory=tmp_path)
+    for name, value in resumed.network.state_dict().items():
+        assert torch.equal(value, whole.network.state_dict()[name]), name
+
+
+def test_dropout_in_the_fast_loop_trains_as_well_as_the_plain_one(digits, monkeypatch):
+    data = digits.subset(train=120, test=20)
+    losses = {}
+    for kind in (CpuEngine, PlainEngine):
+        losses[kind] = torch.tensor(
+            [
+                fit_with(
+                    kind,
+                    monkeypatch,
+                    data,
+                    nl.Recipe(epochs=4, batch_size=32, seed=seed),
+                    network=nl.build_network("mnist-l1", dropout=0.2, seed=seed),
+                ).last["train_loss"]
+                for seed in range(10)
+            ]
+        )
+    fast, plain = losses.values()
+    error = math.sqrt((fast.var() + plain.var()) / 10)
+    assert abs(fast.mean() - plain.mean()) < 4 * error
+    assert not torch.equal(fast, plain)  # it did draw other masks
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.05, 0.3, 0.5, 0.9])
+def test_the_mask_drops_at_its_rate_and_keeps_the_mean(probability):
+    torch.manual_seed(0)
+    count = 2**20
+    x = engine.dropout(torch.ones(count), probability)
+    dropped = (x == 0).float().mean().item()
+    error = math.sqrt(probability * (1 - probability) / count)
+    assert dropped == pytest.approx(probability, abs=4 * error + 2**-16)
+    assert x[x != 0].unique().item() == pytest.approx(1 / (1 - probability), rel=1e-4)
+
+
+def test_the_masks_elements_are_independent():
+    torch.manual_seed(0)
+    count, p = 2**20, 0.25
+    keep = (engine.dropout(torch.ones(count), p) != 0).double()
+    centred = (keep - keep.mean()) / keep.std()
+    # Lags within one draw of 64 bits (1 to 3), across draws, and across the rows of an image.
+    for lag in (1, 2, 3, 4, 5, 8, 32, 1024):
+        correlation = (centred[:-lag] * centred[lag:]).mean().abs().item()
+        assert correlation < 5 / math.sqrt(count), lag
+    for lane in range(4):  # none of the four elements of a draw has another rate
+        rate = 1 - keep[lane::4].mean().item()
+        assert rate == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / (count / 4)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_dropout_is_its_mask(layout):
+    torch.manual_seed(0)
+    x = torch.rand(4, 6, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    y = engine.dropout(x, 0.4)
+    y.backward(torch.full_like(y, 2.0))
+    kept = y != 0
+    assert torch.allclose(x.grad, kept * 2 / 0.6, rtol=1e-4)
+    assert torch.allclose(y, kept * x / 0.6, rtol=1e-4)
+    assert 0.3 < 1 - kept.float().mean() < 0.5
+
+
+def test_dropout_is_put_back_after_training(few_digits):
+    network = nl.build_network("mnist-l1", dropout=0.2, seed=0)
+    nl.fit(network, few_digits, nl.Recipe(epochs=1), device="cpu", progress=False)
+    assert all("forward" not in vars(layer) for layer in network.modules())
+
+
+class Viewing(nn.Module):
+    """As students write it: `.view` does not work on channels-last tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.linear = nn.Linear(4 * 26 * 26, 10)
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.linear(x.view(x.size(0), -1))
+
+
+def test_a_network_that_cannot_run_channels_last_takes_the_plain_path(few_digits):
+    recipe = nl.Recipe(epochs=1)
+    run = nl.fit(Viewing(), few_digits, recipe, device="cpu", progress=False)
+    assert run.config["from"]["engine"] == "plain"
+    assert "view" in run.config["from"]["because"]
+
+
+def test_the_path_is_recorded_and_can_be_chosen(few_digits, tmp_path):
+    network = nl.build_network("mnist-l1", seed=0)
+    recipe = nl.Recipe(epochs=1)
+    fast = nl.fit(network, few_digits, recipe, device="cpu", progress=False)
+    assert fast.config["from"]["engine"] == "cpu-channels-last"
+    plain = nl.fit(network, few_digits, recipe, device="cpu", progress=False, engine="plain")
+    assert plain.config["from"]["engine"] == "plain"
+    with pytest.raises(ValueError, match=r"unknown engine 'plane'.*did you mean 'plain'"):
+        nl.fit(network, few_digits, recipe, device="cpu", progress=False, engine="plane")
+
+
+def test_a_recipe_in_half_precision_scales_its_loss_back(few_digits, monkeypatch):
+    """With a loss scale the steps are the same: it is taken out of the gradients again."""
+    recipe = nl.Recipe(epochs=2, batch_size=32, dtype="float64")
+    plain = fit_with(PlainEngine, monkeypatch, few_digits, recipe)
+    precision = engine._precision
+    monkeypatch.setattr(engine, "_precision", lambda *a: (precision(*a)[0], 1024.0))
+    scaled = fit_with(GraphEngine, monkeypatch, few_digits, recipe)
+    assert_close(scaled, plain, 1e-9)

@@ -1,0 +1,259 @@
+"""Assignments run as a whole: folders, tables, and what is not trained twice."""
+
+import csv
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+import normlab as nl
+from normlab.experiment import load_assignment_data, seed_numbers
+
+FOLDERS = ["bn-l1", "gn", "ln"]
+
+
+def run(assignment, data, directory=None, **options) -> nl.Results:
+    return nl.run_assignment(
+        assignment, data=data, directory=directory, device="cpu", progress=False, **options
+    )
+
+
+class Watch(list):
+    """The (class, convolution weights) of each training step of the small networks.
+
+    `stop` interrupts before that many steps, as Ctrl-C would.
+    """
+
+    STEPS = 6  # 96 images in batches of 16
+
+    def __init__(self, monkeypatch, network_type: type, stop: int | None = None) -> None:
+        forward = network_type.forward
+
+        def watched(network, images):
+            if network.training and len(images) == 16:  # no trial on a few images, no test
+                if len(self) == stop:
+                    raise KeyboardInterrupt
+                self.append((type(network.norm), network.conv.weight.detach().clone()))
+            return forward(network, images)
+
+        monkeypatch.setattr(network_type, "forward", watched)
+
+    @property
+    def epochs(self) -> float:
+        return len(self) / self.STEPS
+
+
+@pytest.fixture
+def watch(monkeypatch, tiny_network) -> Watch:
+    return Watch(monkeypatch, type(tiny_network()))
+
+
+def facts(results: nl.Results) -> dict:
+    """What a training gave, but for how long it took."""
+    return {
+        (label, one.recipe.seed): (
+            one.config["final_weights"],
+            one.predicted.tolist(),
+            [{k: v for k, v in row.items() if k != "seconds"} for row in one.history],
+        )
+        for label in results
+        for one in results[label]
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tiny_assignment, tmp_path_factory):
+    """Two seeds of the small assignment, and the folder that holds them."""
+    folder = tmp_path_factory.mktemp("finished")
+    return run(tiny_assignment, tiny, folder, seeds=2), folder
+
+
+def test_each_run_has_a_folder_for_its_variant_and_seed(finished):
+    _, folder = finished
+    runs = {file.parent.relative_to(folder).as_posix() for file in folder.rglob("config.json")}
+    assert runs == {f"{variant}/seed-{seed}" for variant in FOLDERS for seed in (0, 1)}
+    assert not list(folder.rglob("checkpoint*"))
+
+
+def test_results_hold_a_run_for_each_variant_and_seed(finished, tiny, tiny_assignment):
+    results, folder = finished
+    assert list(results) == ["BN + L1", "GN", "LN"]
+    for variant in tiny_assignment.variants:
+        for seed, one in enumerate(results[variant.label]):
+            assert one.recipe == tiny_assignment.recipe_for(variant, seed=seed)
+            assert one.directory == folder / variant.folder / f"seed-{seed}"
+    assert results.data is tiny
+
+
+def test_the_table_follows_from_the_histories_on_disk(finished, tiny_network):
+    results, folder = finished
+    table = results.table()
+    assert table["variant"].tolist() == ["BN + L1", "GN", "LN"]
+    for variant, row in zip(FOLDERS, table.to_dict("records"), strict=True):
+        histories = []
+        for seed in (0, 1):
+            with open(folder / variant / f"seed-{seed}" / "history.csv") as file:
+                histories.append([(e["test_accuracy"], e["seconds"]) for e in csv.DictReader(file)])
+        accuracies = [[float(accuracy) for accuracy, _ in one] for one in histories]
+        last = [one[-1] for one in accuracies]
+        means = [statistics.mean(epoch) for epoch in zip(*accuracies, strict=True)]
+        assert row["seeds"] == 2
+        assert row["parameters"] == sum(w.numel() for w in tiny_network().parameters())
+        assert row["test_accuracy"] == pytest.approx(statistics.mean(last))
+        assert row["sd"] == pytest.approx(statistics.stdev(last))
+        assert row["best_accuracy"] == pytest.approx(max(means))
+        assert row["best_epoch"] == means.index(max(means)) + 1
+        seconds = [sum(float(wall) for _, wall in one) for one in histories]
+        assert row["seconds"] == pytest.approx(statistics.mean(seconds))
+
+
+def test_one_seed_has_no_standard_deviation(tiny, tiny_assignment):
+    table = run(tiny_assignment, tiny, epochs=1).table()
+    assert table["seeds"].tolist() == [1, 1, 1]
+    assert all(map(math.isnan, table["sd"]))
+
+
+def test_finished_runs_are_loaded(finished, tiny, tiny_assignment, watch):
+    results, folder = finished
+    again = run(tiny_assignment, tiny, folder, seeds=2)
+    assert watch.epochs == 0
+    assert facts(again) == facts(results)
+    assert again.table().equals(results.table())
+    for label in results:
+        loaded, trained = again[label][1].network, results[label][1].network
+        assert torch.equal(nl.predict(loaded, tiny), nl.predict(trained, tiny))
+
+
+def test_another_seed_trains_only_what_is_missing(tiny, tiny_assignment, tmp_path, watch):
+    first = run(tiny_assignment, tiny, tmp_path, seeds=[4], epochs=1)
+    assert watch.epochs == 3
+    both = run(tiny_assignment, tiny, tmp_path, seeds=[4, 2], epochs=1)
+    assert watch.epochs == 6
+    assert {key: value for key, value in facts(both).items() if key[1] == 4} == facts(first)
+
+
+@pytest.mark.parametrize("steps", [8, 24, 31])
+def test_an_interrupted_assignment_goes_on_to_the_same_result(
+    steps, finished, tiny, tiny_assignment, tiny_network, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        Watch(patch, type(tiny_network()), stop=steps)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_assignment, tiny, tmp_path)
+    watch = Watch(monkeypatch, type(tiny_network()))
+    resumed = facts(run(tiny_assignment, tiny, tmp_path))
+    assert watch.epochs == 6 - steps // 6  # three variants of two epochs
+    assert resumed == {key: value for key, value in facts(finished[0]).items() if key[1] == 0}
+
+
+def test_fresh_trains_anew_and_leaves_other_files_alone(tiny, tiny_assignment, tmp_path, watch):
+    first = run(tiny_assignment, tiny, tmp_path, epochs=1)
+    notes = [tmp_path / "notes.txt", tmp_path / "gn" / "seed-0" / "notes.txt"]
+    for file in notes:
+        file.write_text("mine")
+    elsewhere = tmp_path / "gn" / "seed-7" / "weights.safetensors"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("a seed that was not asked for")
+    watch.clear()
+    # Without `fresh` another number of epochs would be refused.
+    second = run(tiny_assignment, tiny, tmp_path, epochs=2, fresh=True)
+    assert watch.epochs == 6
+    assert all(len(one.history) == 2 for label in second for one in second[label])
+    assert [file.read_text() for file in notes] == ["mine", "mine"]
+    assert elsewhere.read_text() == "a seed that was not asked for"
+    assert facts(second) != facts(first)
+
+
+def test_other_epochs_in_the_same_folder_are_refused(finished, tiny, tiny_assignment):
+    _, folder = finished
+    with pytest.raises(ValueError, match=r"recipe\.epochs is 2 there and 3 here"):
+        run(tiny_assignment, tiny, folder, epochs=3)
+
+
+def test_variants_of_a_seed_start_from_the_same_convolutions(tiny, tiny_assignment, watch):
+    run(tiny_assignment, tiny, seeds=2, epochs=1)
+    starts = watch[:: watch.STEPS]  # each run's first step
+    layers = [layer.__name__ for layer, _ in starts]
+    assert layers == ["BatchNorm2d", "GroupNorm", "GroupNorm"] * 2
+    weights = [weight for _, weight in starts]
+    for first, *others in (weights[:3], weights[3:]):
+        assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(weights[0], weights[3])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "numbers"), [(1, [0]), (3, [0, 1, 2]), ([5, 2], [5, 2]), (range(2, 4), [2, 3])]
+)
+def test_seeds_are_a_number_or_a_list(seeds, numbers):
+    assert seed_numbers(seeds) == numbers
+
+
+@pytest.mark.parametrize(
+    ("seeds", "error", "words"),
+    [
+        (0, ValueError, "seeds must be at least 1, not 0"),
+        (-1, ValueError, "seeds must be at least 1, not -1"),
+        ("3", TypeError, "seeds must be a whole number, not '3'"),
+        (1.5, TypeError, "seeds must be a whole number, not 1.5"),
+        (True, TypeError, "seeds must be a whole number, not True"),
+        ([0, 0], ValueError, "each once, not [0, 0]"),
+        ([], ValueError, "at least one seed"),
+        ([0, -1], ValueError, "each of seeds must be at least 0, not -1"),
+        ([0.5], TypeError, "each of seeds must be a whole number, not 0.5"),
+    ],
+)
+def test_bad_seeds_are_refused_before_anything_is_trained(
+    seeds, error, words, tiny, tiny_assignment, watch
+):
+    with pytest.raises(error) as caught:
+        run(tiny_assignment, tiny, seeds=seeds)
+    assert not watch
+    assert words in str(caught.value)
+
+
+def test_an_unknown_assignment_is_answered_with_the_nearest(tiny):
+    with pytest.raises(ValueError, match="did you mean 'cifar10-norms'"):
+        nl.run_assignment("cifar-norms", data=tiny)
+
+
+def test_a_diverging_variant_is_named(tiny, tiny_assignment):
+    variants = (nl.Variant("BN", "bn"), nl.Variant("GN high", "gn", changes={"lr": 1e30}))
+    with pytest.raises(FloatingPointError, match=r"^GN high, seed 3: the training loss became"):
+        run(replace(tiny_assignment, variants=variants), tiny, seeds=[3])
+
+
+def test_the_data_set_of_the_assignment_is_loaded(tiny, tiny_assignment, monkeypatch):
+    asked = []
+
+    def load(name, root, **options):
+        asked.append((name, root))
+        return tiny
+
+    monkeypatch.setattr("normlab.experiment.load_dataset", load)
+    results = nl.run_assignment(tiny_assignment, epochs=1, device="cpu", progress=False)
+    assert asked == [("tiny", None)]
+    assert results.data is tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mnist-eva6", (1, 28, 28)), ("cifar10-skip", (3, 32, 32))]
+)
+def test_digits_take_the_shape_of_the_network(name, shape):
+    data = load_assignment_data(nl.ASSIGNMENTS[name], "digits")
+    assert data.input_shape == shape
+    assert data.source == "scikit-learn digits"
+
+
+def test_a_named_network_is_run_on_other_images(tiny, tmp_path):
+    small = replace(
+        nl.ASSIGNMENTS["mnist-eva6"], variants=nl.ASSIGNMENTS["mnist-eva6"].variants[3:]
+    )
+    padded = [torch.nn.functional.pad(i, (4,) * 4) for i in (tiny.train_images, tiny.test_images)]
+    data = replace(tiny, train_images=padded[0], test_images=padded[1])
+    results = run(small, data, tmp_path, epochs=1)
+    (one,) = results["LN element-wise"]
+    assert one.config["is"]["network"]["input_shape"] == [1, 20, 20]
+    assert one.config["is"]["network"]["classes"] == 4
+    assert nl.predict(one.network, data).shape == (40, 4)

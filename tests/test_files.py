@@ -1,0 +1,117 @@
+"""Files that are whole or not there, also when the disk is full."""
+
+import json
+
+import pytest
+
+import normlab as nl
+from normlab.files import (
+    read_json,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+    write_text,
+    written_aside,
+)
+
+
+def everything_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_the_file_appears_when_it_is_whole(tmp_path, before):
+    path = tmp_path / "new" / "file.txt"
+    if before is not None:
+        path.parent.mkdir()
+        path.write_bytes(before)
+    with written_aside(path) as aside:
+        aside.write_bytes(b"half")
+        assert (path.read_bytes() if path.exists() else None) == before
+        aside.write_bytes(b"whole")
+    assert everything_in(path.parent) == {"file.txt": b"whole"}
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, before, failure):
+    path = tmp_path / "file.txt"
+    if before is not None:
+        path.write_bytes(before)
+
+    def write():
+        with written_aside(path) as aside:
+            aside.write_bytes(b"half")
+            raise failure(28, "it went wrong")
+
+    with pytest.raises(failure, match="it went wrong"):
+        write()
+    assert everything_in(tmp_path) == ({} if before is None else {"file.txt": before})
+
+
+def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"loss": 0.5})
+    with pytest.raises(ValueError):
+        write_json(path, {"loss": float("nan")})
+    assert everything_in(tmp_path).keys() == {"value.json"}
+    assert read_json(path) == {"loss": 0.5}
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_told_in_a_sentence(tmp_path, full_disk):
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+    with full_disk(), pytest.raises(OSError, match=r"cannot write .*: File too large$") as caught:
+        write_bytes(path, bytes(100_000))
+    assert str(path) in str(caught.value)
+    assert everything_in(tmp_path) == {"file.bin": b"old"}
+    write_bytes(path, bytes(100_000))
+    assert path.stat().st_size == 100_000
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "runs").write_text("a file in the place of the folder")
+    path = tmp_path / "runs" / "file.txt"
+    with pytest.raises(OSError, match="cannot write") as caught:
+        write_text(path, "text")
+    assert str(path) in str(caught.value)
+
+
+def test_a_full_disk_does_not_keep_a_data_set_from_loading(tmp_path, own_cache, full_disk):
+    from PIL import Image
+
+    for place in ("train/a", "test/a"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (100, 100), 7).save(tmp_path / place / "0.png")
+    with full_disk(), pytest.warns(UserWarning, match="not kept"):
+        data = nl.load_dataset(tmp_path)
+    assert data.train_images.unique().tolist() == [7]
+    assert [path for path in own_cache.rglob("*") if path.is_file()] == []
+
+
+def test_text_is_utf_8_with_the_line_ends_it_was_given(tmp_path):
+    write_text(tmp_path / "a.txt", "ä × µ\n")
+    assert (tmp_path / "a.txt").read_bytes() == "ä × µ\n".encode()
+
+
+def test_json_comes_back_as_it_was(tmp_path):
+    value = {"lr": 0.1, "names": ["ä", "b"], "none": None}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00"])
+def test_damaged_json_is_named_with_what_to_do(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged .*: delete") as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in (".weights.safetensors.123.part", "weights.safetensors", "notes.part", ".hidden"):
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path)
+    assert set(everything_in(tmp_path)) == {"weights.safetensors", "notes.part", ".hidden"}

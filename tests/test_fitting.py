@@ -1,0 +1,378 @@
+"""`fit`: what it computes, that it computes it again, and that it goes on after an interruption."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normlab as nl
+from normlab.runs import RunFolder
+
+AUGMENT = ("shift:1", "flip")
+RECIPE = nl.Recipe(epochs=3, batch_size=16, lr=0.1)
+
+
+def fit(network, data, recipe=RECIPE, directory=None, **options):
+    """`fit` on the CPU, where equal runs are equal bit for bit, and silent."""
+    return nl.fit(
+        network, data, recipe, directory=directory, device="cpu", progress=False, **options
+    )
+
+
+def without_seconds(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def assert_same_run(one, other):
+    assert without_seconds(one.history) == without_seconds(other.history)
+    weights, others = one.network.state_dict(), other.network.state_dict()
+    assert weights.keys() == others.keys()
+    for name in weights:
+        assert torch.equal(weights[name], others[name]), name
+    assert torch.equal(one.predicted, other.predicted)
+    assert torch.equal(one.probability, other.probability)
+
+
+def on_training_batch(network, act):
+    """Calls `act(number, images)` before every training batch; returns a function that ends it."""
+    seen = 0
+
+    def hook(module, inputs):
+        nonlocal seen
+        images = inputs[0]
+        if module.training and images.any():  # not the empty images that only try the network
+            seen += 1
+            act(seen, images.detach().clone(memory_format=torch.contiguous_format))
+
+    return network.register_forward_pre_hook(hook).remove
+
+
+# --- what a training is ----------------------------------------------------------------------
+
+
+def plain_training(network, data, recipe):
+    """The recipe in a loop of one's own: float64, weights decay, L1, smoothing, one-cycle."""
+    network.double()
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+    )
+    batches = data.loader(batch_size=recipe.batch_size, seed=recipe.seed, dtype=torch.float64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, recipe.epochs * len(batches), cycle_momentum=False
+    )
+    test_images, test_labels = next(iter(data.loader(False, 1000, dtype=torch.float64)))
+    history = []
+    for _ in range(recipe.epochs):
+        network.train()
+        losses, right, penalties = [], 0, []
+        for images, labels in batches:
+            logits = network(images)
+            penalty = recipe.l1 * (network.conv.weight.abs().sum() + network.linear.weight.norm(1))
+            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad()
+            (loss + penalty).backward()
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+            losses += F.cross_entropy(logits, labels, reduction="none").tolist()
+            right += int((logits.argmax(1) == labels).sum())
+            penalties += [penalty.item()] * len(labels)
+        network.eval()
+        logits = network(test_images)
+        history.append(
+            {
+                "train_loss": np.mean(losses),
+                "train_accuracy": right / len(losses),
+                "test_loss": F.cross_entropy(logits, test_labels).item(),
+                "test_accuracy": (logits.argmax(1) == test_labels).double().mean().item(),
+                "penalty": np.mean(penalties),
+                "lr": rate,
+            }
+        )
+    return history
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln", "gn", "none"])
+def test_fit_computes_what_a_plain_loop_computes(tiny, tiny_network, norm):
+    # 20 does not divide 96: the mean over images is not that over batches.
+    recipe = RECIPE.but(
+        batch_size=20, dtype="float64", weight_decay=1e-3, l1=1e-3, label_smoothing=0.1, seed=5
+    )
+    run = fit(tiny_network(norm), tiny, recipe)
+    network = tiny_network(norm)
+    history = plain_training(network, tiny, recipe)
+    for row, expected in zip(run.history, history, strict=True):
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(run.network.state_dict()[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_a_network_learns_and_is_trained_in_place(tiny, tiny_network):
+    network = tiny_network()
+    run = fit(network, tiny, RECIPE.but(epochs=6))
+    assert run.network is network
+    assert run.last["test_accuracy"] > 0.9
+    assert [row["epoch"] for row in run.history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_last_epoch_is_that_of_the_final_weights(tiny, tiny_network):
+    run = fit(tiny_network(), tiny)
+    logits = nl.predict(run.network, tiny)
+    right = (logits.argmax(1) == tiny.test_labels).double().mean().item()
+    assert run.last["test_accuracy"] == right
+    assert run.last["test_loss"] == pytest.approx(F.cross_entropy(logits, tiny.test_labels).item())
+
+
+def test_a_network_of_ones_own_needs_nothing_from_normlab(digits):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
+    data = digits.subset(300, 100)
+    run = fit(network, data, nl.Recipe(epochs=3, batch_size=32, optimizer="adamw", lr=0.01))
+    assert run.last["test_accuracy"] > 0.6
+    assert run.parameters == 784 * 32 + 32 + 32 * 10 + 10
+    assert run.config["is"]["network"]["class"] == "Sequential"
+
+
+def test_a_float64_recipe_trains_and_keeps_float64(tiny, tiny_network, tmp_path):
+    recipe = RECIPE.but(dtype="float64")
+    run = fit(tiny_network(), tiny, recipe, tmp_path)
+    assert run.network.linear.weight.dtype == torch.float64
+    assert_same_run(fit(tiny_network(), tiny, recipe, tmp_path), run)
+    assert_same_run(fit(run.network, tiny, recipe, tmp_path), run)
+
+
+# --- the same again --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny, tiny_network, optimizer):
+    recipe = RECIPE.but(optimizer=optimizer, lr=0.02, augment=AUGMENT)
+    one, same = (fit(tiny_network("gn", dropout=0.3), tiny, recipe) for _ in range(2))
+    assert_same_run(one, same)
+    other = fit(tiny_network("gn", dropout=0.3), tiny, recipe.but(seed=1))
+    assert without_seconds(other.history) != without_seconds(one.history)
+
+
+def test_a_run_does_not_depend_on_the_global_random_state(tiny, tiny_network):
+    recipe = RECIPE.but(augment=AUGMENT)
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        runs.append(fit(tiny_network(dropout=0.3), tiny, recipe))
+    assert_same_run(*runs)
+
+
+def test_fit_leaves_the_global_random_states_alone(tiny, tiny_network):
+    network = tiny_network(dropout=0.3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    fit(network, tiny, RECIPE.but(augment=AUGMENT))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+
+
+def test_all_variants_see_the_same_images_in_the_same_order(tiny, tiny_network):
+    seen = []
+    for norm, dropout, l1 in (("bn", 0.0, 0.0), ("bn", 0.0, 1e-3), ("gn", 0.5, 0.0), ("ln", 0, 0)):
+        network, batches = tiny_network(norm, dropout=dropout), []
+        on_training_batch(network, lambda _, images, batches=batches: batches.append(images))
+        fit(network, tiny, RECIPE.but(l1=l1, augment=AUGMENT))
+        seen.append(torch.cat(batches))
+    assert seen[0].shape == (3 * 96, 1, 12, 12)
+    for others in seen[1:]:
+        assert torch.equal(others, seen[0])
+    first, second = seen[0][:96], seen[0][96:192]
+    assert not torch.equal(first, second)
+
+
+# --- interruptions ---------------------------------------------------------------------------
+
+KILLED = """
+import sys
+import time
+
+sys.path[:0] = [{tests!r}]
+from conftest import make_tiny, make_tiny_network
+from test_fitting import AUGMENT, RECIPE, fit, on_training_batch
+
+
+def stall(number, images):
+    if number == 2 * 6 + 3:  # in the middle of the third epoch
+        print("ready", flush=True)
+        time.sleep(300)
+
+
+network = make_tiny_network(dropout=0.3)
+on_training_batch(network, stall)
+recipe = RECIPE.but(epochs=5, optimizer={optimizer!r}, lr=0.02, augment=AUGMENT)
+fit(network, make_tiny(), recipe, {directory!r})
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_killed_training_goes_on_to_the_same_result(tiny, tiny_network, tmp_path, optimizer):
+    script = KILLED.format(
+        tests=str(Path(__file__).parent), optimizer=optimizer, directory=str(tmp_path)
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+    assert process.returncode == (-signal.SIGKILL if hasattr(signal, "SIGKILL") else 1)
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + 2
+
+    recipe = RECIPE.but(epochs=5, optimizer=optimizer, lr=0.02, augment=AUGMENT)
+    network, counted = tiny_network(dropout=0.3), []
+    stop = on_training_batch(network, lambda number, _: counted.append(number))
+    resumed = fit(network, tiny, recipe, tmp_path)
+    stop()
+    assert len(counted) == 3 * 6  # two of five epochs were not repeated
+    assert_same_run(resumed, fit(tiny_network(dropout=0.3), tiny, recipe))
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch", [2, 6 + 4, 12 + 6])  # in the first, second and last epoch
+def test_after_an_interrupt_the_same_call_with_the_same_network_goes_on(
+    tiny, tiny_network, tmp_path, batch, dtype
+):
+    recipe = RECIPE.but(dtype=dtype, augment=AUGMENT)
+    network = tiny_network(dropout=0.3)
+
+    def interrupt(number, _):
+        if number == batch:
+            raise KeyboardInterrupt
+
+    stop = on_training_batch(network, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, tiny, recipe, tmp_path)
+    stop()
+    resumed = fit(network, tiny, recipe, tmp_path)
+    assert_same_run(resumed, fit(tiny_network(dropout=0.3), tiny, recipe))
+
+
+def test_an_interrupt_while_results_are_written_loses_no_epoch(
+    tiny, tiny_network, tmp_path, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    network = tiny_network()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(network, tiny, RECIPE, tmp_path)
+    on_training_batch(network, lambda *_: pytest.fail("an epoch was repeated"))
+    resumed = fit(network, tiny, RECIPE, tmp_path)
+    assert_same_run(resumed, fit(tiny_network(), tiny))
+
+
+def test_after_a_full_disk_the_same_call_goes_on(tiny, tiny_network, tmp_path, full_disk):
+    network = tiny_network("gn")
+    with full_disk(), pytest.raises(OSError, match=r"cannot write .*checkpoint\.safetensors"):
+        fit(network, tiny, RECIPE, tmp_path)
+    assert_same_run(fit(network, tiny, RECIPE, tmp_path), fit(tiny_network("gn"), tiny))
+
+
+def test_without_a_directory_nothing_is_written(tiny, tiny_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fit(tiny_network(), tiny)
+    assert run.directory is None
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- networks and recipes that cannot work ---------------------------------------------------
+
+
+class TwoOutputs(nn.Module):
+    """Returns a pair, as networks with an auxiliary output do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(144, 4)
+
+    def forward(self, x):
+        logits = self.linear(x.flatten(1))
+        return logits, logits
+
+
+def flat(*layers):
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def frozen():
+    return flat(nn.Linear(144, 4).requires_grad_(False))
+
+
+MISFITS = {
+    "other number of classes": (lambda: flat(nn.Linear(144, 7)), ValueError, r"\(B, 4\).*\(2, 7\)"),
+    "a map of logits": (lambda: nn.Conv2d(1, 4, 3), ValueError, r"\(B, 4\).*\(2, 4, 10, 10\)"),
+    "more than one output": (TwoOutputs, TypeError, "tensor of logits, not a tuple"),
+    "no parameters": (nn.Flatten, ValueError, "Flatten has no parameters"),
+    "nothing to train": (frozen, ValueError, "no parameters to train"),
+    "colour only": (lambda: nn.Conv2d(3, 4, 12), ValueError, r"cannot take .*\(1, 12, 12\)"),
+    "other size": (lambda: flat(nn.Linear(784, 4)), ValueError, r"cannot take .*\(1, 12, 12\)"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_network_that_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path, case):
+    make, error, message = MISFITS[case]
+    network = make()
+    network.train(False)
+    with pytest.raises(error, match=message) as caught:
+        fit(network, tiny, RECIPE, tmp_path / "run")
+    assert type(network).__name__ in str(caught.value)
+    assert not network.training
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 95])
+def test_batch_norm_on_single_pixels_of_a_single_image_is_explained(tiny, batch_size):
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 12), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4)
+    )  # 12×12 to 1×1
+    with pytest.raises(ValueError, match=f"no variance: .*other than {batch_size}$"):
+        fit(network, tiny, RECIPE.but(batch_size=batch_size))
+    fit(network, tiny, RECIPE.but(batch_size=94, epochs=1))  # the last batch has two
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_a_loss_that_is_no_number_is_explained_and_finished_epochs_are_kept(
+    tiny, tiny_network, tmp_path, engine
+):
+    recipe = RECIPE.but(lr=1e3, schedule="constant", epochs=5)
+    network = tiny_network("none")
+    with pytest.raises(FloatingPointError) as caught:
+        fit(network, tiny, recipe, tmp_path, engine=engine)
+    kept = (tmp_path / "history.csv").read_text().splitlines()[1:]
+    assert len(kept) >= 1
+    assert f"in epoch {len(kept) + 1}: try a lower learning rate than 1000" in str(caught.value)
+    # Nothing is lost and nothing is different the next time.
+    with pytest.raises(FloatingPointError, match=f"in epoch {len(kept) + 1}"):
+        fit(network, tiny, recipe, tmp_path, engine=engine)
+    assert (tmp_path / "history.csv").read_text().splitlines()[1:] == kept
+
+
+def test_a_network_that_learns_nothing_is_worth_one_warning(tiny, tiny_network):
+    recipe = RECIPE.but(lr=1e-9, epochs=6)
+    with pytest.warns(UserWarning, match="after 5 epochs .* no better than .*1e-09") as caught:
+        fit(tiny_network(), tiny, recipe)
+    assert len(caught) == 1
+
+
+def test_the_warning_points_at_the_call_of_fit(tiny, tiny_network):
+    with pytest.warns(UserWarning, match="after 5 epochs") as caught:
+        nl.fit(tiny_network(), tiny, RECIPE.but(lr=1e-9, epochs=5), device="cpu", progress=False)
+    assert caught[0].filename == __file__
+
+
+def test_no_warning_comes_before_five_epochs(tiny, tiny_network, recwarn):
+    fit(tiny_network(), tiny, RECIPE.but(lr=1e-9, epochs=4))
+    assert len(recwarn) == 0

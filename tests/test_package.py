@@ -1,0 +1,367 @@
+"""The package as a whole: its layers, its public names, its wheel, its README."""
+
+import ast
+import configparser
+import contextlib
+import email
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from packaging.requirements import Requirement
+from PIL import Image
+
+import normlab as nl
+import normlab.experiment
+from normlab.cli import main
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "normlab"
+
+# A module imports only those that stand before it.
+ORDER = (
+    "checks",
+    "files",
+    "seeding",
+    "devices",
+    "norms",
+    "penalties",
+    "augment",
+    "data",
+    "sources",
+    "networks",
+    "training",
+    "recipes",
+    "engine",
+    "runs",
+    "analysis",
+    "progress",
+    "fitting",
+    "parallel",
+    "assignments",
+    "experiment",
+    "plots",
+    "report",
+    "cli",
+    "__main__",
+)
+# Imported by the functions that need them, so that the rest does not wait for them.
+ON_DEMAND = {"torchvision", "matplotlib", "pandas", "sklearn", "torchsummary"}
+
+TOP_LEVEL = {
+    *("notebooks", "normlab", "tests", "README.md", "setup.cfg", "pyproject.toml", "LICENSE"),
+    *(".gitignore", ".gitattributes", ".ci", ".github"),
+}
+README = (ROOT / "README.md").read_text()
+
+
+# --- layers -----------------------------------------------------------------------------------
+
+
+def imports_of(tree: ast.AST) -> list[str]:
+    """Dotted names of everything that is imported, also inside functions."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def parsed(module: str) -> ast.AST:
+    return ast.parse((SOURCE / f"{module}.py").read_text())
+
+
+def test_the_order_lists_every_module():
+    assert {file.stem for file in SOURCE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_one_way(module):
+    earlier = ORDER[: ORDER.index(module)]
+    for name in imports_of(parsed(module)):
+        if name.startswith("normlab.") and name != "normlab.__version__":
+            assert name.split(".")[1] in earlier, f"normlab/{module}.py imports {name}"
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_no_module_goes_through_the_public_names(module):
+    # `normlab.fit` inside the package would be an import that the order above does not see.
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "normlab":
+            assert node.attr == "__version__"
+
+
+def test_the_requirements_are_what_is_imported():
+    imported = {name.split(".")[0] for module in ORDER for name in imports_of(parsed(module))}
+    imported -= {*sys.stdlib_module_names, "normlab"}
+    imported -= {
+        "IPython",
+        "PIL",
+    }  # in a notebook's kernel only; what torchvision reads images with
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options"]["install_requires"].splitlines()
+    declared = {Requirement(line).name for line in lines if line and not line.startswith("#")}
+    assert {{"sklearn": "scikit-learn"}.get(name, name) for name in imported} == declared
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """What is in `sys.modules` after importing normlab, then each of its modules in turn."""
+    code = f"""
+import importlib, json, sys
+found = {{}}
+for name in ["normlab", *(f"normlab.{{module}}" for module in {ORDER[:-1]})]:
+    importlib.import_module(name)
+    found[name] = sorted({{module.split(".")[0] for module in sys.modules}})
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_importing_normlab_waits_for_nothing(loaded):
+    assert not {"torch", "numpy", "safetensors", *ON_DEMAND} & set(loaded["normlab"])
+
+
+@pytest.mark.parametrize("module", ORDER[:-1])
+def test_a_module_leaves_large_packages_to_those_who_need_them(module, loaded):
+    assert not ON_DEMAND & set(loaded[f"normlab.{module}"])
+
+
+# --- public names -----------------------------------------------------------------------------
+
+
+def public_callables() -> list[tuple[str, object]]:
+    """Functions, classes, and the classes' public methods, by name."""
+    found = []
+    for name in nl.__all__:
+        value = getattr(nl, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            found.append((name, value))
+        if inspect.isclass(value):
+            methods = inspect.getmembers(value, inspect.isroutine)
+            found += [
+                (f"{name}.{method}", function)
+                for method, function in methods
+                if not method.startswith("_")
+                and getattr(function, "__module__", "").startswith("normlab")
+            ]
+    return found
+
+
+@pytest.mark.parametrize("name", nl.__all__)
+def test_a_public_name_is_there_and_listed(name):
+    assert getattr(nl, name) is not None
+    assert name in dir(nl)
+
+
+@pytest.mark.parametrize(("name", "value"), public_callables())
+def test_public_names_are_explained(name, value):
+    text = inspect.getdoc(value) or ""
+    # A dataclass without a docstring gets its signature for one.
+    assert len(text.split()) >= 4
+    assert not text.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize(("name", "value"), public_callables())
+def test_public_arguments_have_type_hints(name, value):
+    for parameter in inspect.signature(value).parameters.values():
+        if parameter.name not in ("self", "cls"):
+            assert parameter.annotation is not parameter.empty, parameter.name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'normlab' has no attribute 'fitt'"):
+        nl.fitt  # noqa: B018
+
+
+# --- the wheel --------------------------------------------------------------------------------
+
+
+def can_build_here() -> bool:
+    """Whether setuptools is here, new enough to make a wheel on its own."""
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, version.split(".")[:2])) >= (70, 1)
+
+
+def pip(*arguments: str, cwd: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("this environment has no pip")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel made from a copy of the sources: setuptools leaves a build folder behind."""
+    place = tmp_path_factory.mktemp("wheel")
+    copy = place / "source"
+    copy.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(SOURCE, copy / "normlab", ignore=shutil.ignore_patterns("__pycache__"))
+    isolation = ["--no-build-isolation"] if can_build_here() else []
+    pip("wheel", ".", "--no-deps", "--wheel-dir", str(place), *isolation, cwd=copy)
+    (made,) = place.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_the_wheel_holds_all_modules_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert b"normlab = normlab.cli:main" in b"".join(
+            archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt")
+        )
+    assert names == {f"normlab/{file.name}" for file in SOURCE.glob("*.py")} | {"normlab/py.typed"}
+
+
+def test_the_version_is_written_in_one_place(metadata):
+    assert metadata["Version"] == nl.__version__
+    assert nl.__version__ not in (ROOT / "setup.cfg").read_text()
+
+
+def test_requirements_have_lower_bounds_only(metadata):
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    assert {"torch", "nbval", "jupyter"} <= {requirement.name for requirement in requirements}
+    for requirement in requirements:
+        assert [bound.operator for bound in requirement.specifier] == [">="], requirement.name
+
+
+def test_the_installed_wheel_works_from_another_folder(wheel, tmp_path, monkeypatch):
+    target = tmp_path / "installed"
+    pip("install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(target))
+    code = "import normlab; print(normlab.__file__); print(normlab.Recipe(epochs=3))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    place, recipe = done.stdout.splitlines()
+    assert Path(place) == target / "normlab" / "__init__.py"
+    assert recipe.startswith("Recipe(epochs=3, ")
+
+
+# --- the repository and its README ------------------------------------------------------------
+
+
+def test_the_repository_holds_what_belongs_there():
+    try:
+        done = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is not a git checkout")
+    assert {name.split("/")[0].strip('"') for name in done.stdout.splitlines()} <= TOP_LEVEL
+
+
+def blocks(*languages: str) -> list[str]:
+    """The README's code blocks in one of these languages."""
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", README, re.M | re.S)
+
+
+def commands() -> list[str]:
+    """Each `normlab …` in the README's shell blocks and tables."""
+    lines = [part for block in blocks("sh", "bash") for part in re.split(r"\n|;|&&", block)]
+    lines += re.findall(r"^\| `(normlab [^`]*)` \|", README, re.M)
+    plain = [line.strip().removeprefix("$ ").removeprefix(".venv/bin/") for line in lines]
+    return list(dict.fromkeys(line for line in plain if line.startswith("normlab ")))
+
+
+def programs() -> list[str]:
+    """The README's Python blocks, but for those that only a notebook understands."""
+    return [block for block in blocks("python", "py") if not re.search(r"^[%!]", block, re.M)]
+
+
+def needed_data(words: list[str]) -> str | None:
+    """The data set that a command takes from elsewhere."""
+    if words[0] == "data":
+        return words[1] if words[1] != "digits" else None
+    if words[0] == "run" and len(words) > 1 and "--dataset" not in words:
+        return nl.ASSIGNMENTS[words[1]].dataset if words[1] in nl.ASSIGNMENTS else None
+    return None
+
+
+def test_the_readme_shows_commands_and_a_program():
+    assert any(line.startswith("normlab run") for line in commands())
+    assert programs()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, capsys):
+    words = shlex.split(command, comments=True)[1:]
+    if (name := needed_data(words)) is not None:
+        root = request.getfixturevalue("real_data_root")
+        monkeypatch.setenv("NORMLAB_DATA", str(root))
+        try:
+            nl.load_dataset(name, download=False)
+        except FileNotFoundError:
+            pytest.skip(f"NORMLAB_DATA names a folder without {name}")
+    if "FOLDER" in words:
+        words[words.index("FOLDER")] = str(image_folder(tmp_path / "images"))
+    if words[0] == "run":
+        words += ["--epochs", "1", "--seeds", "1", "--device", "cpu"]  # the last one counts
+        monkeypatch.setattr(normlab.experiment, "load_dataset", load_few)
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    assert capsys.readouterr().out
+
+
+def load_few(*arguments, **options) -> nl.Dataset:
+    """Of a large data set a few hundred images, which show as well that the command works."""
+    data = nl.load_dataset(*arguments, **options)
+    return data.subset(384, 128) if len(data.train_images) > 384 else data
+
+
+def image_folder(place: Path) -> Path:
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for number, name in enumerate(("cats", "dogs")):
+            folder = place / part / name
+            folder.mkdir(parents=True)
+            for picture in range(3):
+                pixels = random.integers(100 * number, 100 * number + 100, (28, 28))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{picture}.png")
+    return place
+
+
+@pytest.mark.parametrize("program", programs())
+def test_a_program_of_the_readme_runs(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = program.replace("epochs=20", "epochs=1").replace('"mnist"', '"digits"')
+    with contextlib.redirect_stdout(None):
+        exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    assert pyplot.get_fignums() or "plot" not in program
+    pyplot.close("all")
+
+
+def test_the_files_that_the_readme_names_are_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    here = [link for link in links if "://" not in link]
+    assert here
+    for link in here:
+        assert (ROOT / link).is_file(), link

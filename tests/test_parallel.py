@@ -1,0 +1,130 @@
+"""Runs side by side in processes give what runs one after another give."""
+
+import os
+import signal
+
+import joblib
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+from normlab import parallel
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """Any amount of work is worth two processes."""
+    monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
+    monkeypatch.setattr(parallel, "WORTHWHILE", 0)
+
+
+def own_assignment(build, labels=("BN", "LN")):
+    variants = tuple(nl.Variant(label, label.lower()) for label in labels)
+    return nl.Assignment(
+        name="own", title="Own", dataset="digits", variants=variants, build=build,
+        recipe=nl.Recipe(epochs=2, batch_size=32),
+    )  # fmt: skip
+
+
+def small_network(norm):
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False),
+        nl.make_norm(norm, 8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+
+
+def rows(run):
+    return [{key: row[key] for key in row if key != "seconds"} for row in run.history]
+
+
+def test_whole_rounds_fill_all_cores(monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
+    much = parallel.WORTHWHILE
+    assert parallel.whole_rounds(range(6), much) == (6, 2)
+    assert parallel.whole_rounds(range(3), much) == (2, 2)
+    assert parallel.whole_rounds(range(1), much)[0] == 0
+    assert parallel.whole_rounds(range(6), much / 2)[0] == 0
+    monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 16)
+    assert parallel.whole_rounds(range(6), much) == (6, 6)
+
+
+def test_processes_give_the_same_as_one_thread_here(tiny, two_cores, tmp_path, monkeypatch):
+    assignment = own_assignment(small_network)
+    apart = nl.run_assignment(
+        assignment, data=tiny, directory=tmp_path, device="cpu", progress=False
+    )
+    assert all(
+        (tmp_path / name / "seed-0" / "weights.safetensors").is_file() for name in ("bn", "ln")
+    )
+    monkeypatch.setattr(parallel, "WORTHWHILE", float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = nl.run_assignment(assignment, data=tiny, device="cpu", progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    for label in here:
+        assert rows(apart[label][0]) == rows(here[label][0])
+
+
+def test_progress_of_processes_is_shown_line_by_line(tiny, two_cores, capsys):
+    nl.run_assignment(own_assignment(small_network), data=tiny, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    for label in ("BN", "LN"):
+        mine = [line for line in lines if line.startswith(f"{label}, seed 0: epoch")]
+        assert [line.split("epoch ")[1][:3] for line in mine] == ["1/2", "2/2"]
+
+
+def killing(marker, *, once):
+    """A `build` that kills the process in which it is called, the first time or every time."""
+    parent = os.getpid()
+
+    def build(norm):
+        if os.getpid() != parent and norm == "ln" and not (once and marker.exists()):
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return small_network(norm)
+
+    return build
+
+
+def test_a_killed_process_loses_nothing(tiny, two_cores, tmp_path):
+    assignment = own_assignment(killing(tmp_path / "killed", once=True))
+    results = nl.run_assignment(
+        assignment, data=tiny, directory=tmp_path / "runs", device="cpu", progress=False
+    )
+    assert (tmp_path / "killed").exists()
+    assert [len(results[label][0].history) for label in results] == [2, 2]
+
+
+def test_a_process_that_is_killed_again_is_named(tiny, two_cores, tmp_path):
+    assignment = own_assignment(killing(tmp_path / "killed", once=False))
+    with pytest.raises(RuntimeError, match=r"killed twice.*LN, seed 0.*goes on"):
+        nl.run_assignment(
+            assignment, data=tiny, directory=tmp_path / "runs", device="cpu", progress=False
+        )
+
+
+def test_a_loss_that_diverges_in_a_process_is_said_here(tiny, two_cores):
+    assignment = own_assignment(small_network)
+    assignment = nl.Assignment(**vars(assignment) | {"recipe": nl.Recipe(epochs=2, lr=1e30)})
+    with pytest.raises(FloatingPointError, match=r"seed 0: the (training|test) loss became"):
+        nl.run_assignment(assignment, data=tiny, device="cpu", progress=False)
+
+
+def test_processes_map_the_images_instead_of_copying_them(tiny, tmp_path):
+    tiny.save(tmp_path / "data.safetensors")
+    data = nl.Dataset.open(tmp_path / "data.safetensors")
+    start = data.train_images.data_ptr()
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            low, high = (int(part, 16) for part in line.split()[0].split("-"))
+            if low <= start < high:
+                assert line.rstrip().endswith("data.safetensors")
+                return
+    pytest.fail("the images lie in no mapping")

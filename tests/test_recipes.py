@@ -1,0 +1,215 @@
+"""What a recipe accepts, and its optimiser and schedule against torch and formulas."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from normlab import Recipe
+from normlab.recipes import make_optimizer, make_scheduler, schedule_factor
+
+BAD = {
+    "epochs": [0, -1, 2.0, "20", True, None, math.nan],
+    "batch_size": [0, -128, 128.0, "128", False],
+    "optimizer": ["adam", "", None, 3],
+    "lr": [0, 0.0, -0.1, math.nan, math.inf, "0.1", True, None],
+    "momentum": [-0.1, 1, 1.5, math.nan, -math.inf, "0.9", True],
+    "nesterov": ["no", None, 2],
+    "weight_decay": [-1e-4, math.nan, math.inf, "0", False],
+    "schedule": ["one cycle", "linear", None],
+    "l1": [-1e-5, math.nan, math.inf, "1e-5", True],
+    "label_smoothing": [-0.1, 1, math.nan, "0.1", True],
+    "augment": ["shfit", ("shift", "flip:2"), ("shift:nan",), (3,), None, 3],
+    "dtype": ["float16", torch.float32, None],
+    "seed": [-1, 0.0, "0", True, None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, bad) for field in BAD for bad in BAD[field]])
+def test_bad_value_is_refused_in_a_sentence_that_names_the_field(field, value):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        Recipe(**{field: value})
+    message = str(raised.value)
+    assert field in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("field", "typed", "meant"),
+    [
+        ("optimizer", "SGD", "sgd"),
+        ("optimizer", "adam", "adamw"),
+        ("schedule", "onecycle", "one-cycle"),
+        ("schedule", "cosinus", "cosine"),
+        ("dtype", "flaot32", "float32"),
+        ("augment", "rotation", "rotate"),
+    ],
+)
+def test_unknown_name_suggests_the_nearest(field, typed, meant):
+    with pytest.raises(ValueError, match=f"unknown {field}.* {typed!r}.* did you mean '{meant}"):
+        Recipe(**{field: typed})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"momentum": 0, "l1": 0, "weight_decay": 0, "label_smoothing": 0},
+        {"lr": 1, "epochs": 1, "batch_size": 1, "seed": 2**63},
+        {"momentum": 0.999, "label_smoothing": 0.999, "nesterov": True},
+        {"epochs": np.int64(3), "lr": np.float32(0.5)},  # a number is a number wherever it is from
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_are_accepted_and_fit_json(changes):
+    recipe = Recipe(**changes)
+    assert all(getattr(recipe, field) == value for field, value in changes.items())
+    assert Recipe(**json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(augment=["shift:2", "flip"], optimizer="adamw", schedule="cosine", l1=1e-5),
+        Recipe(augment="rotate", dtype="float64", nesterov=True),
+    ],
+)
+def test_recipe_survives_json(recipe):
+    again = Recipe(**json.loads(json.dumps(recipe.as_dict())))
+    assert again == recipe
+    assert hash(again) == hash(recipe)
+
+
+def test_one_augmentation_may_stand_without_a_tuple():
+    assert Recipe(augment="flip:0.1") == Recipe(augment=("flip:0.1",))
+
+
+def test_but_changes_those_fields_alone_and_checks_them():
+    recipe = Recipe(epochs=3, augment=("flip",))
+    changed = recipe.but(lr=0.2, seed=4)
+    assert changed.as_dict() == recipe.as_dict() | {"lr": 0.2, "seed": 4}
+    assert recipe == Recipe(epochs=3, augment=("flip",))
+    with pytest.raises(ValueError, match="lr must be greater than 0"):
+        recipe.but(lr=-1)
+    with pytest.raises(ValueError, match=r"'epoch'.* did you mean 'epochs'"):
+        recipe.but(epoch=3)
+
+
+def one_weight(start: float = 2.0) -> nn.Module:
+    network = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(network.weight, start)
+    return network
+
+
+def after_steps(recipe: Recipe, gradients: list[float]) -> float:
+    """The weight, 2 at first, after a step for each of the gradients."""
+    network = one_weight()
+    optimizer = make_optimizer(network, recipe)
+    for gradient in gradients:
+        network.weight.grad = torch.full_like(network.weight, gradient)
+        optimizer.step()
+    return network.weight.item()
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False), (0.0, True)]
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_sgd_takes_the_steps_of_its_formula(momentum, nesterov, weight_decay):
+    recipe = Recipe(lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    weight, speed = 2.0, 0.0
+    for gradient in (3.0, -1.0, 0.5):
+        decayed = gradient + weight_decay * weight
+        speed = momentum * speed + decayed
+        weight -= 0.1 * (decayed + momentum * speed if nesterov else speed)
+    assert after_steps(recipe, [3.0, -1.0, 0.5]) == pytest.approx(weight, rel=1e-12)
+
+
+def test_adamw_takes_the_steps_of_its_formula():
+    recipe = Recipe(optimizer="adamw", lr=0.1, weight_decay=0.02)
+    weight, first, second = 2.0, 0.0, 0.0
+    for step, gradient in enumerate((3.0, -1.0, 0.5), start=1):
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        weight *= 1 - 0.1 * 0.02
+        size = first / (1 - 0.9**step)
+        weight -= 0.1 * size / (math.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    assert after_steps(recipe, [3.0, -1.0, 0.5]) == pytest.approx(weight, rel=1e-12)
+
+
+def test_frozen_parameters_are_left_to_themselves():
+    network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    network[0].requires_grad_(False)
+    (group,) = make_optimizer(network, Recipe()).param_groups
+    assert {id(weight) for weight in group["params"]} == set(map(id, network[1].parameters()))
+
+
+@pytest.mark.parametrize("network", [nn.Flatten(), nn.Linear(2, 2).requires_grad_(False)])
+def test_nothing_to_train_is_an_error(network):
+    with pytest.raises(ValueError, match=f"{type(network).__name__} has no parameters to train"):
+        make_optimizer(network, Recipe())
+
+
+def rates(optimizer, scheduler, steps: int) -> list[float]:
+    """The learning rate of each of the next steps."""
+    used = []
+    for _ in range(steps):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return used
+
+
+def rates_of_recipe(recipe: Recipe, steps: int, *, done: int = 0) -> list[float]:
+    optimizer = make_optimizer(one_weight(), recipe)
+    return rates(optimizer, make_scheduler(optimizer, recipe, steps, done=done), steps - done)
+
+
+def rates_of_torch(kind, steps: int, **arguments) -> list[float]:
+    optimizer = torch.optim.SGD(one_weight().parameters(), lr=0.3, momentum=0.9)
+    first = rates(optimizer, kind(optimizer, **arguments), steps - 1)
+    # The last rate is read without a step, since OneCycleLR refuses to move past it.
+    return [*first, optimizer.param_groups[0]["lr"]]
+
+
+# With less than 4 steps, torch's rise of 30 % is shorter than one step.
+@pytest.mark.parametrize("steps", [4, 5, 10, 33, 100, 469])
+def test_one_cycle_is_that_of_torch(steps):
+    expected = rates_of_torch(
+        torch.optim.lr_scheduler.OneCycleLR,
+        steps,
+        max_lr=0.3,
+        total_steps=steps,
+        cycle_momentum=False,
+    )
+    assert rates_of_recipe(Recipe(lr=0.3), steps) == pytest.approx(expected, rel=0, abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 469])
+def test_cosine_is_that_of_torch(steps):
+    expected = rates_of_torch(torch.optim.lr_scheduler.CosineAnnealingLR, steps, T_max=steps)
+    actual = rates_of_recipe(Recipe(lr=0.3, schedule="cosine"), steps)
+    assert actual == pytest.approx(expected, rel=0, abs=1e-9)
+
+
+def test_constant_stays():
+    assert rates_of_recipe(Recipe(lr=0.3, schedule="constant"), 5) == [0.3] * 5
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_shortest_trainings_still_learn(schedule, steps):
+    factors = list(map(schedule_factor(schedule, steps), range(steps)))
+    assert all(0 < factor <= 1 for factor in factors)
+    assert max(factors) >= 1 / 25
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "constant"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("done", [1, 6, 20, 39])
+def test_resumed_schedule_goes_on_as_if_never_stopped(done, optimizer, schedule):
+    recipe = Recipe(lr=0.3, schedule=schedule, optimizer=optimizer)
+    assert rates_of_recipe(recipe, 40, done=done) == rates_of_recipe(recipe, 40)[done:]

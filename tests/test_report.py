@@ -1,0 +1,179 @@
+"""The page, the tables and the figures that a comparison leaves behind agree with its runs."""
+
+import csv
+import json
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+import normlab as nl
+
+FILES = {
+    "test-loss.png",
+    "test-accuracy.png",
+    "mistakes-bn-l1.png",
+    "mistakes-gn.png",
+    "mistakes-ln.png",
+    "results.csv",
+    "results.json",
+    "report.md",
+}
+
+
+def train(assignment, data, seeds: int, directory: Path | None = None) -> nl.Results:
+    return nl.run_assignment(
+        assignment, data=data, seeds=seeds, directory=directory, device="cpu", progress=False
+    )
+
+
+def read_json(folder: Path) -> dict:
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads((folder / "results.json").read_text(), parse_constant=refuse)
+
+
+def read_csv(folder: Path) -> list[dict]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_table(folder: Path, head: str) -> list[list[str]]:
+    """The rows of the page's table whose first line starts with `head`."""
+    lines = iter((folder / "report.md").read_text().splitlines())
+    for line in lines:
+        if line.startswith(head):
+            break
+    next(lines)  # the rule below the head
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tiny, tiny_assignment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-seeds")
+    results = train(tiny_assignment, tiny, 2, folder / "runs")
+    page = nl.write_report(results, folder)
+    assert page == folder / "report.md"
+    return results, folder
+
+
+@pytest.fixture(scope="module")
+def one_seed(tiny, tiny_assignment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one-seed")
+    lacking = replace(tiny_assignment, variants=tiny_assignment.variants[1:])
+    results = train(lacking, tiny, 1)
+    nl.write_report(results, folder)
+    return results, folder
+
+
+def test_all_files_are_there_and_nothing_else(two_seeds):
+    _, folder = two_seeds
+    assert {entry.name for entry in folder.iterdir()} == FILES | {"runs"}
+    for picture in folder.glob("*.png"):
+        image = matplotlib.image.imread(picture)
+        assert image[..., :3].std() > 0.01, f"{picture.name} is empty"
+
+
+def test_there_are_mistakes_of_each_variant(one_seed):
+    _, folder = one_seed
+    assert {path.name for path in folder.glob("mistakes-*")} == {
+        "mistakes-gn.png",
+        "mistakes-ln.png",
+    }
+
+
+def test_the_page_shows_each_figure_once(two_seeds):
+    _, folder = two_seeds
+    links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (folder / "report.md").read_text())
+    assert sorted(links) == sorted(name for name in FILES if name.endswith(".png"))
+
+
+def test_page_and_tables_hold_the_numbers_of_the_runs(two_seeds):
+    results, folder = two_seeds
+    shown, rows = read_table(folder, "| variant "), read_csv(folder)
+    variants = read_json(folder)["variants"]
+    assert [row["variant"] for row in rows] == [cells[0] for cells in shown] == list(results)
+    for cells, row, variant in zip(shown, rows, variants, strict=True):
+        runs = results[row["variant"]]
+        last = [run.history[-1]["test_accuracy"] for run in runs]
+        mean, sd = statistics.mean(last), statistics.stdev(last)
+        histories = [[epoch["test_accuracy"] for epoch in run.history] for run in runs]
+        by_epoch = [statistics.mean(epoch) for epoch in zip(*histories, strict=True)]
+        best = max(by_epoch)
+        epoch = by_epoch.index(best) + 1
+        parameters = sum(weight.numel() for weight in runs[0].network.parameters())
+
+        assert cells[1:3] == [f"{parameters:,}", "2"]
+        assert cells[3] == f"{100 * mean:.2f} ± {100 * sd:.2f}"
+        assert cells[4] == f"{100 * best:.2f} in epoch {epoch}"
+        for source in (row, variant):
+            assert int(source["parameters"]) == parameters
+            assert float(source["test_accuracy"]) == pytest.approx(mean)
+            assert float(source["sd"]) == pytest.approx(sd)
+            assert float(source["best_accuracy"]) == pytest.approx(best)
+            assert int(source["best_epoch"]) == epoch
+            assert float(cells[5]) == pytest.approx(float(source["seconds"]), abs=0.051)
+        assert [run["test_accuracy"] for run in variant["runs"]] == last
+        assert [run["test_loss"] for run in variant["runs"]] == [
+            run.last["test_loss"] for run in runs
+        ]
+        assert [run["seed"] for run in variant["runs"]] == [0, 1]
+
+
+def test_one_seed_has_no_spread_anywhere(one_seed):
+    results, folder = one_seed
+    for cells in read_table(folder, "| variant "):
+        (run,) = results[cells[0]]
+        assert cells[3] == f"{100 * run.last['test_accuracy']:.2f}"
+    assert [row["sd"] for row in read_csv(folder)] == ["", ""]
+    assert [variant["sd"] for variant in read_json(folder)["variants"]] == [None, None]
+
+
+def test_the_recipes_tell_what_differs(two_seeds):
+    _, folder = two_seeds
+    rows = {name: cells for name, *cells in read_table(folder, "| | BN + L1 | GN | LN |")}
+    assert rows["l1"] == ["0.0001", "0", "0"]
+    differing = [name for name, cells in rows.items() if len(set(cells)) > 1]
+    assert differing == ["l1"]
+    assert rows["batch_size"] == ["16"] * 3
+    assert [v["recipe"]["l1"] for v in read_json(folder)["variants"]] == [1e-4, 0, 0]
+
+
+def test_the_report_says_where_it_comes_from(two_seeds, tiny):
+    _, folder = two_seeds
+    page, facts = (folder / "report.md").read_text(), read_json(folder)
+    assert page.startswith("# BN with L1, GN and LN on patterns")
+    assert "made-up patterns (96 training and 40 test images)" in page
+    assert facts["data"]["fingerprint"] == tiny.fingerprint
+    assert facts["data"]["source"] == "made-up patterns"
+    for words in ("Device: cpu", f"torch {torch.__version__}", f"normlab {nl.__version__}"):
+        assert words in page
+    assert (facts["from"]["torch"], facts["from"]["normlab"]) == (torch.__version__, nl.__version__)
+
+
+def test_a_validation_part_is_called_so(tiny, tiny_assignment, tmp_path):
+    assignment = replace(tiny_assignment, variants=tiny_assignment.variants[1:2])
+    nl.write_report(train(assignment, tiny.with_validation(0.25), 1), tmp_path)
+    assert "(72 training and 24 validation images)" in (tmp_path / "report.md").read_text()
+    assert read_json(tmp_path)["test"] == "validation"
+
+
+def test_no_text_names_a_folder_of_this_machine(two_seeds):
+    _, folder = two_seeds
+    texts = [file for kind in ("md", "csv", "json") for file in folder.rglob(f"*.{kind}")]
+    assert len(texts) >= 3 + 2 * 6  # the page and two tables; config and history of each run
+    for file in texts:
+        text = file.read_text()
+        for place in (folder, Path(nl.__file__).parent):
+            assert str(place) not in text, f"{file.relative_to(folder)} names {place}"
+        assert not re.search(r"[\"\s(](/|[A-Z]:\\)\w+[/\\]", text), file.name

@@ -1,0 +1,366 @@
+"""A run on disk: what lies in its folder, what is loaded, and what is refused."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import normlab as nl
+from normlab.runs import COLUMNS, remove_run
+
+RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1, augment=("flip",))
+FILES = {"config.json", "history.csv", "predictions.safetensors", "weights.safetensors"}
+
+
+def fit(network, data, directory, recipe=RECIPE):
+    return nl.fit(network, data, recipe, directory=directory, device="cpu", progress=False)
+
+
+def interrupted(network, data, directory, recipe=RECIPE):
+    """Leaves a run in `directory` that was interrupted in its third epoch."""
+    batches = 0
+
+    def hook(module, inputs):
+        nonlocal batches
+        batches += module.training and bool(inputs[0].any())  # empty images only try the network
+        if batches > 2 * 3:
+            raise KeyboardInterrupt
+
+    handle = network.register_forward_pre_hook(hook)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, data, directory, recipe)
+    handle.remove()
+
+
+def everything_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "gn" / "seed-0"
+
+
+@pytest.fixture
+def run(tiny, tiny_network, folder):
+    """A finished run that lies in `folder`."""
+    return fit(tiny_network("gn"), tiny, folder)
+
+
+# --- what lies there -------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_four_files(run, folder):
+    assert set(everything_in(folder)) == FILES
+    assert run.directory == folder
+
+
+def test_an_interrupted_run_has_a_checkpoint_and_no_results(tiny, tiny_network, folder):
+    interrupted(tiny_network("gn"), tiny, folder)
+    assert set(everything_in(folder)) == {"config.json", "history.csv", "checkpoint.safetensors"}
+    fit(tiny_network("gn"), tiny, folder)
+    assert set(everything_in(folder)) == FILES
+
+
+def test_no_file_can_execute_code(tiny, tiny_network, folder):
+    """Every file is read whole by json, csv or safetensors, none of which runs what it reads."""
+    interrupted(tiny_network("gn"), tiny, folder)
+    kinds = {".json": json.loads, ".csv": lambda text: list(csv.reader(text.splitlines()))}
+    for state in ("interrupted", "finished"):
+        for path in folder.iterdir():
+            content = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else kinds[path.suffix](path.read_text())
+            )
+            assert content, (state, path.name)
+        fit(tiny_network("gn"), tiny, folder)
+
+
+def test_the_config_says_what_the_run_is_and_where_it_came_from(run, folder, tiny):
+    config = json.loads((folder / "config.json").read_text())
+    assert config == run.config
+    what = config["is"]
+    assert nl.Recipe(**what["recipe"]) == RECIPE
+    assert what["parameters"] == sum(weight.numel() for weight in run.network.parameters())
+    assert what["data"]["fingerprint"] == tiny.fingerprint
+    assert (what["data"]["train_images"], what["data"]["test_images"]) == (96, 40)
+    assert config["from"]["torch"] == torch.__version__
+    assert config["from"]["device"] == "cpu"
+    assert config["from"]["data_source"] == tiny.source
+
+
+def test_no_file_names_a_place_on_the_machine(run, folder, tmp_path):
+    for name, content in everything_in(folder).items():
+        assert str(tmp_path).encode() not in content, name
+    values = []
+
+    def collect(value):
+        for inner in value.values() if isinstance(value, dict) else value:
+            collect(inner) if isinstance(inner, dict | list) else values.append(inner)
+
+    collect(run.config)
+    assert not [value for value in values if str(value).startswith(("/", "~"))]
+
+
+def test_the_history_in_the_file_is_that_of_the_run_exactly(run, folder):
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(COLUMNS)
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == run.history
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+
+
+def test_the_weights_in_the_file_are_those_of_the_network(run, folder):
+    weights = load_file(folder / "weights.safetensors")
+    state = run.network.state_dict()
+    assert weights.keys() == state.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, state[name])
+
+
+def test_the_stored_predictions_are_those_of_the_network(run, folder, tiny):
+    probability, predicted = nl.predict(run.network, tiny).softmax(1).max(1)
+    stored = load_file(folder / "predictions.safetensors")
+    for values in (run.predicted, stored["predicted"].long()):
+        assert torch.equal(values, predicted)
+    for values in (run.probability, stored["probability"]):
+        torch.testing.assert_close(values, probability, rtol=0, atol=0)
+
+
+def test_the_history_as_a_table(run):
+    table = run.frame()
+    assert list(table.columns) == list(COLUMNS)
+    assert table.to_dict("records") == run.history
+    assert table["epoch"].tolist() == [1, 2, 3]
+
+
+def test_best_and_last_epoch(run):
+    history = [
+        {"epoch": 1, "test_accuracy": 0.5, "seconds": 1.0},
+        {"epoch": 2, "test_accuracy": 0.9, "seconds": 2.0},
+        {"epoch": 3, "test_accuracy": 0.7, "seconds": 4.0},
+    ]
+    other = replace(run, history=history)
+    assert (other.last["epoch"], other.best["epoch"], other.seconds) == (3, 2, 7.0)
+
+
+# --- loaded, not repeated --------------------------------------------------------------------
+
+
+def assert_loaded(network, data, directory, run):
+    """`fit` gives `run` back with `network`, which never sees a training batch."""
+    handle = network.register_forward_pre_hook(
+        lambda module, _: pytest.fail("it was trained again") if module.training else None
+    )
+    before = everything_in(directory)
+    loaded = fit(network, data, directory)
+    handle.remove()
+    assert loaded.history == run.history
+    assert loaded.config == run.config
+    assert (loaded.recipe, loaded.directory) == (run.recipe, run.directory)
+    assert torch.equal(loaded.predicted, run.predicted)
+    assert torch.equal(loaded.probability, run.probability)
+    assert loaded.network is network
+    weights = load_file(directory / "weights.safetensors")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert everything_in(directory) == before
+
+
+def test_a_finished_run_is_loaded_into_an_untrained_network(tiny, tiny_network, run, folder):
+    assert_loaded(tiny_network("gn"), tiny, folder, run)
+
+
+def test_a_finished_run_is_loaded_when_given_its_own_trained_network(tiny, run, folder):
+    assert_loaded(run.network, tiny, folder, run)
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln-elementwise", "none"])
+def test_every_kind_of_network_comes_back(tiny, tiny_network, tmp_path, norm):
+    run = fit(tiny_network(norm), tiny, tmp_path)
+    assert_loaded(tiny_network(norm), tiny, tmp_path, run)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tiny, tiny_network, run, folder):
+    (folder / ".weights.safetensors.4711.part").write_bytes(b"half")
+    assert fit(tiny_network("gn"), tiny, folder).history == run.history
+    assert set(everything_in(folder)) == FILES
+
+
+# --- another run in the same folder ----------------------------------------------------------
+
+
+def other_images(data):
+    return replace(data, train_images=255 - data.train_images)
+
+
+OTHERS = {
+    "recipe.lr is 0.1 there and 0.2 here": {"recipe": RECIPE.but(lr=0.2)},
+    "recipe.seed is 0 there and 1 here": {"recipe": RECIPE.but(seed=1)},
+    "recipe.epochs is 3 there and 9 here": {"recipe": RECIPE.but(epochs=9)},
+    "recipe.augment is": {"recipe": RECIPE.but(augment=())},
+    "data.fingerprint differs": {"change": other_images},
+    "data.train_images is 96 there and 50 here": {"change": lambda data: data.subset(50)},
+    "data.validation_images": {"change": lambda data: data.with_validation()},
+    "initial_weights differs": {"seed": 1},
+    "network.layers differs": {"norm": "bn"},
+}
+
+
+@pytest.mark.parametrize("difference", OTHERS)
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_another_run_in_the_same_folder_is_refused(tiny, tiny_network, folder, state, difference):
+    (fit if state == "finished" else interrupted)(tiny_network("gn"), tiny, folder)
+    before = everything_in(folder)
+    other = {"norm": "gn", "seed": 0, "recipe": RECIPE, "change": lambda data: data}
+    other |= OTHERS[difference]
+    network = tiny_network(other["norm"], other["seed"])
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match="something else") as caught:
+        fit(network, other["change"](tiny), folder, other["recipe"])
+    assert difference in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert everything_in(folder) == before
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_a_network_trained_elsewhere_is_not_taken_for_this_run(tiny, tiny_network, run, folder):
+    elsewhere = fit(tiny_network("gn", 1), tiny, folder.parent / "seed-1")
+    with pytest.raises(ValueError, match="initial_weights differs"):
+        fit(elsewhere.network, tiny, folder)
+
+
+def test_where_the_images_came_from_does_not_change_what_a_run_is(tiny, tiny_network, run, folder):
+    assert_loaded(tiny_network("gn"), replace(tiny, source="another disk"), folder, run)
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def emptied(content):
+    return b""
+
+
+def scrambled(content):
+    return bytes(byte ^ 0xA5 for byte in content)
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, scrambled])
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_damaged_file_of_a_finished_run_is_named(tiny, tiny_network, run, folder, name, damage):
+    assert_damage_is_told(tiny, tiny_network, folder, name, damage)
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, scrambled])
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.safetensors"])
+def test_a_damaged_file_of_an_interrupted_run_is_named(tiny, tiny_network, folder, name, damage):
+    interrupted(tiny_network("gn"), tiny, folder)
+    assert_damage_is_told(tiny, tiny_network, folder, name, damage)
+
+
+def assert_damage_is_told(data, tiny_network, folder, name, damage):
+    """A sentence names the file and what to delete; having done that, the same call works."""
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    before = everything_in(folder)
+    network = tiny_network("gn")
+    with pytest.raises(ValueError, match="delete") as caught:
+        fit(network, data, folder)
+    assert str(folder / name) in str(caught.value)
+    assert everything_in(folder) == before
+    shutil.rmtree(folder)
+    fit(network, data, folder)
+    alone = fit(tiny_network("gn"), data, None)
+    for key, value in alone.network.state_dict().items():
+        assert torch.equal(network.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '"text"', '{"is": 1}', '{"is": {}, "final_weights": 3}']
+)
+def test_a_config_that_is_json_but_no_config_is_named(tiny, tiny_network, run, folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"delete|another directory") as caught:
+        fit(tiny_network("gn"), tiny, folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["predictions.safetensors", "weights.safetensors"])
+def test_other_tensors_in_the_place_of_the_results_are_damage(
+    tiny, tiny_network, run, folder, name
+):
+    save_file({"something": torch.zeros(3)}, folder / name)
+    with pytest.raises(ValueError, match="delete") as caught:
+        fit(tiny_network("gn"), tiny, folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_other_tensors_in_the_place_of_the_checkpoint_are_damage(tiny, tiny_network, folder):
+    interrupted(tiny_network("gn"), tiny, folder)
+    save_file({"something": torch.zeros(3)}, folder / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged: delete"):
+        fit(tiny_network("gn"), tiny, folder)
+
+
+def test_a_single_changed_weight_is_noticed(tiny, tiny_network, run, folder):
+    weights = load_file(folder / "weights.safetensors")
+    weights["linear.bias"][0] += 1e-6
+    save_file(weights, folder / "weights.safetensors")
+    network = tiny_network("gn")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: delete"):
+        fit(network, tiny, folder)
+    # The network is not left with the damaged weights either: the next training begins with it.
+    for name, value in tiny_network("gn").state_dict().items():
+        assert torch.equal(network.state_dict()[name], value)
+
+
+def test_a_missing_epoch_in_the_history_is_noticed(tiny, tiny_network, run, folder):
+    lines = (folder / "history.csv").read_text().splitlines(keepends=True)
+    (folder / "history.csv").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"history\.csv is damaged: delete"):
+        fit(tiny_network("gn"), tiny, folder)
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"config.json"}))
+def test_a_missing_file_of_a_finished_run_is_named_with_what_to_do(
+    tiny, tiny_network, run, folder, name
+):
+    (folder / name).unlink()
+    with pytest.raises((ValueError, OSError), match="delete") as caught:
+        fit(tiny_network("gn"), tiny, folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_a_checkpoint_without_its_config_is_not_taken_for_this_run(tiny, tiny_network, folder):
+    interrupted(tiny_network("gn"), tiny, folder)
+    (folder / "config.json").unlink()
+    other = RECIPE.but(lr=0.01, seed=3)
+    run = fit(tiny_network("gn", seed=5), tiny, folder, other)
+    alone = fit(tiny_network("gn", seed=5), tiny, None, other)
+    assert run.frame().drop(columns="seconds").equals(alone.frame().drop(columns="seconds"))
+
+
+# --- removal ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_a_removed_run_leaves_nothing(tiny, tiny_network, folder, state):
+    (fit if state == "finished" else interrupted)(tiny_network("gn"), tiny, folder)
+    remove_run(folder)
+    assert not folder.exists()
+    remove_run(folder)  # once more does no harm
+
+
+def test_the_removal_of_a_run_spares_what_is_not_part_of_it(run, folder):
+    (folder / "notes.txt").write_text("mine")
+    remove_run(folder)
+    assert everything_in(folder) == {"notes.txt": b"mine"}

@@ -1,0 +1,173 @@
+"""`train_epoch` and `test_epoch` against plain loops in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from normlab import test_epoch, train_epoch
+
+IMAGES = torch.randn(12, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0, 1, 1, 2])
+BATCHES = list(zip(IMAGES.split(5), LABELS.split(5), strict=True))  # of 5, 5 and 2
+
+
+def make_network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    ).double()
+
+
+def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log of the probability of the right class, for every image."""
+    return logits.exp().sum(1).log() - logits[torch.arange(len(labels)), labels]
+
+
+def plain_loop(network, *, lrs, momentum=0.0, l1=0.0, smoothing=0.0):
+    """Trains over `BATCHES` with gradients and updates written out; the sums over the images."""
+    weights = list(network.parameters())
+    speeds = [torch.zeros_like(weight) for weight in weights]
+    loss_sum = right = penalty_sum = 0.0
+    for (images, labels), lr in zip(BATCHES, lrs, strict=True):
+        logits = network(images)
+        losses = cross_entropies(logits, labels)
+        uniform = sum(cross_entropies(logits, torch.full_like(labels, k)) for k in range(3)) / 3
+        penalty = l1 * torch.stack([network[index].weight.abs().sum() for index in (0, 4)]).sum()
+        total = ((1 - smoothing) * losses + smoothing * uniform).mean() + penalty
+        gradients = torch.autograd.grad(total, weights)
+        with torch.no_grad():
+            for weight, speed, gradient in zip(weights, speeds, gradients, strict=True):
+                speed.mul_(momentum).add_(gradient)
+                weight -= lr * speed
+        loss_sum += losses.sum().item()
+        right += (logits.argmax(1) == labels).sum().item()
+        penalty_sum += float(penalty.detach()) * len(labels)
+    return loss_sum / 12, right / 12, penalty_sum / 12
+
+
+def smoothed(logits, labels):
+    return F.cross_entropy(logits, labels, label_smoothing=0.2)
+
+
+@pytest.mark.parametrize("loader", [BATCHES, DataLoader(TensorDataset(IMAGES, LABELS), 5)])
+@pytest.mark.parametrize(
+    ("options", "plain_options"),
+    [
+        ({}, {}),
+        ({"l1": 0.01}, {"l1": 0.01}),
+        ({"l1": 0.01, "loss": smoothed}, {"l1": 0.01, "smoothing": 0.2}),
+    ],
+    ids=["plain", "l1", "l1 and label smoothing"],
+)
+def test_training_equals_a_plain_loop(options, plain_options, loader):
+    network, reference = make_network(), make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9)
+    result = train_epoch(network, loader, optimizer, **options)
+    loss, accuracy, penalty = plain_loop(reference, lrs=[0.2] * 3, momentum=0.9, **plain_options)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+    assert result.loss == pytest.approx(loss, rel=1e-12)
+    assert result.accuracy == pytest.approx(accuracy, rel=1e-12)
+    assert result.penalty == pytest.approx(penalty, rel=1e-12)
+    assert result.images == 12
+
+
+def test_scheduler_moves_after_every_batch():
+    network, reference = make_network(), make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.4)
+    halving = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    train_epoch(network, BATCHES, optimizer, scheduler=halving)
+    plain_loop(reference, lrs=[0.4, 0.2, 0.1])
+    torch.testing.assert_close(network[4].weight, reference[4].weight, rtol=1e-12, atol=1e-12)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_gradients_from_before_the_epoch_do_not_count():
+    network, reference = make_network(), make_network()
+    cross_entropies(network(IMAGES), LABELS).sum().backward()
+    network[1].reset_running_stats()
+    train_epoch(network, BATCHES, torch.optim.SGD(network.parameters(), lr=0.2))
+    plain_loop(reference, lrs=[0.2] * 3)
+    torch.testing.assert_close(network[0].weight, reference[0].weight, rtol=1e-12, atol=1e-12)
+
+
+def test_training_is_in_training_mode_whatever_the_mode_before():
+    network, reference = make_network().eval(), make_network()
+    train_epoch(network, BATCHES, torch.optim.SGD(network.parameters(), lr=0.1))
+    plain_loop(reference, lrs=[0.1] * 3)
+    torch.testing.assert_close(network[1].running_var, reference[1].running_var)
+
+
+@pytest.mark.parametrize("loader", [BATCHES, DataLoader(TensorDataset(IMAGES, LABELS), 5)])
+def test_testing_counts_every_image_once_in_evaluation_mode(loader):
+    network = make_network()
+    network(2 * IMAGES + 1)  # so that running and batch statistics differ
+    result = test_epoch(network, loader)
+    with torch.no_grad():
+        logits = network.eval()(IMAGES)
+    right = sum(row.index(max(row)) == y for row, y in zip(logits.tolist(), LABELS, strict=True))
+    assert result.loss == pytest.approx(cross_entropies(logits, LABELS).mean().item(), rel=1e-12)
+    assert result.accuracy == right / 12
+    assert result.penalty == 0
+    assert result.images == 12
+
+
+def test_untrained_loss_is_in_nats():
+    network = make_network()
+    nn.init.zeros_(network[4].weight)
+    nn.init.zeros_(network[4].bias)
+    assert test_epoch(network, BATCHES).loss == pytest.approx(math.log(3), rel=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_testing_changes_nothing_in_the_network(training):
+    network = make_network().train(training)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    test_epoch(network, BATCHES)
+    assert all(layer.training is training for layer in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_testing_keeps_a_layer_that_was_frozen_in_evaluation_mode():
+    network = make_network().train()
+    network[1].eval()
+    test_epoch(network, BATCHES)
+    assert [layer.training for layer in network] == [True, False, True, True, True]
+
+
+def broken_batches():
+    yield BATCHES[0]
+    raise ConnectionError("the disk is gone")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [(broken_batches, ConnectionError), (lambda: [(IMAGES[:, :, :3], LABELS)], RuntimeError)],
+    ids=["loader fails", "network fails"],
+)
+def test_mode_is_restored_when_testing_fails(batches, error, training):
+    network = make_network().train(training)
+    with pytest.raises(error):
+        test_epoch(network, batches())
+    assert all(layer.training is training for layer in network.modules())
+
+
+def test_no_batches_are_an_error():
+    network = make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="no batches"):
+        train_epoch(network, [], optimizer)
+    with pytest.raises(ValueError, match="no batches"):
+        test_epoch(network, iter(()))
+
+
+def test_network_without_parameters_can_be_tested():
+    network = nn.Sequential(nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten())
+    expected = (network(IMAGES).argmax(1) == LABELS).double().mean().item()
+    assert test_epoch(network, BATCHES).accuracy == pytest.approx(expected)
