@@ -43,21 +43,32 @@ def assert_close(one, other, tolerance):
     assert (mine - theirs).norm() < tolerance * theirs.norm()
 
 
+@pytest.fixture(scope="module")
+def noise():
+    """90 + 40 noisy images: without plain areas, in which max pooling has ties to break.
+
+    Layouts break ties differently, and element-wise scales feel which pixel got the gradient.
+    """
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (130, 1, 16, 16), generator=random, dtype=torch.uint8)
+    labels = torch.arange(130) % 10
+    parts = (images[:90], labels[:90], images[90:], labels[90:])
+    return nl.Dataset("noise", *parts, tuple("abcdefghij"), "noise")
+
+
 @pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("norm", NORMS)
-def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, monkeypatch):
-    data = nl.load_dataset("digits", input_shape=(1, 16, 16)).subset(train=90, test=40)
+def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, noise, monkeypatch):
     l1 = 1e-4 if norm in ("bn", "ln") else 0.0
-    augment = ("shift:2", "rotate")
     # A rate at which training is stable: elsewhere rounding errors grow with every step.
-    recipe = nl.Recipe(epochs=17, batch_size=32, lr=0.003, l1=l1, augment=augment, dtype="float64")
+    recipe = nl.Recipe(epochs=17, batch_size=32, lr=0.01, l1=l1, augment=("flip",), dtype="float64")
     runs = []
     for way in (kind, PlainEngine):
         # Norm before ReLU: after it, instance norm and global pooling leave nothing to learn.
         network = nl.build_network(
-            "cifar10-norms", norm, dropout=0.0, input_shape=data.input_shape, seed=1
+            "cifar10-norms", norm, dropout=0.0, input_shape=noise.input_shape, seed=1
         )
-        runs.append(fit_with(way, monkeypatch, data, recipe, network=network))
+        runs.append(fit_with(way, monkeypatch, noise, recipe, network=network))
     assert 17 * 3 >= 50
     assert_close(*runs, 1e-9)
 
@@ -72,7 +83,8 @@ def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, monkeypatc
     ],
 )
 def test_every_optimizer_and_schedule_agrees(kind, changes, few_digits, monkeypatch):
-    recipe = nl.Recipe(epochs=4, batch_size=32, dtype="float64").but(**changes)
+    augment = ("shift:2", "rotate")
+    recipe = nl.Recipe(epochs=4, batch_size=32, augment=augment, dtype="float64").but(**changes)
     runs = [fit_with(way, monkeypatch, few_digits, recipe) for way in (kind, PlainEngine)]
     assert_close(*runs, 1e-9)
 

@@ -49,6 +49,15 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, before, failur
     assert everything_in(tmp_path) == ({} if before is None else {"file.txt": before})
 
 
+def test_who_reads_the_old_file_meanwhile_reads_all_of_it(tmp_path):
+    path = tmp_path / "file.txt"
+    write_bytes(path, b"old")
+    with path.open("rb") as reader:
+        write_bytes(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
 def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, {"loss": 0.5})

@@ -169,8 +169,20 @@ def test_a_run_does_not_depend_on_the_global_random_state(tiny, tiny_network):
     assert_same_run(*runs)
 
 
-def test_fit_leaves_the_global_random_states_alone(tiny, tiny_network):
-    network = tiny_network(dropout=0.3)
+class AlwaysDropping(nn.Module):
+    """Forgets to tell its dropout when it is tested, so that it draws numbers then, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(144, 4)
+
+    def forward(self, x):
+        return self.linear(F.dropout(x.flatten(1), 0.2))
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_fit_leaves_the_global_random_states_alone(tiny, tiny_network, forgetful):
+    network = AlwaysDropping() if forgetful else tiny_network(dropout=0.3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     fit(network, tiny, RECIPE.but(augment=AUGMENT))
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -325,11 +337,10 @@ MISFITS = {
 def test_a_network_that_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path, case):
     make, error, message = MISFITS[case]
     network = make()
-    network.train(False)
     with pytest.raises(error, match=message) as caught:
         fit(network, tiny, RECIPE, tmp_path / "run")
     assert type(network).__name__ in str(caught.value)
-    assert not network.training
+    assert network.training  # it is tried in evaluation mode
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from normlab import NETWORKS, build_network, make_norm, summary
-from normlab.networks import count_parameters
+from normlab.networks import count_parameters, multiply_adds
 
 # A line for every convolution (C) and pooling (M 2×2, G global), with the shape that it leaves and
 # what follows it: normalization (N), ReLU (R), dropout (D); each with its parameters, if any.
@@ -168,6 +168,14 @@ def test_layers_of_the_elementwise_table_of_cifar10_norms():
 )
 def test_total_of_parameters_is_the_assignments(name, norm, expected):
     assert count_parameters(build_network(name, norm, seed=0)) == expected
+
+
+@pytest.mark.parametrize(("name", "millions"), [("mnist-l1", 1.573), ("cifar10-skip", 5.89)])
+def test_multiply_adds_are_those_of_the_assignments_table(name, millions):
+    # mnist-l1 printed them for 20 images: 31.46 million, norms included
+    network = build_network(name, seed=0)
+    counted = multiply_adds(network, NETWORKS[name].input_shape)
+    assert counted / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_without_its_skips_cifar10_skip_loses_two_convolutions_and_their_norms():

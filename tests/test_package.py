@@ -257,13 +257,13 @@ def test_the_installed_wheel_works_from_another_folder(wheel, tmp_path, monkeypa
     target = tmp_path / "installed"
     pip("install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(target))
-    code = "import normlab; print(normlab.__file__); print(normlab.Recipe(epochs=3))"
+    code = "import normlab; print(normlab.__file__); from normlab.cli import main; main(['list'])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    place, recipe = done.stdout.splitlines()
+    place, *listed = done.stdout.splitlines()
     assert Path(place) == target / "normlab" / "__init__.py"
-    assert recipe.startswith("Recipe(epochs=3, ")
+    assert listed[0] == "Assignments"
 
 
 # --- the repository and its README ------------------------------------------------------------

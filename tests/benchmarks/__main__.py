@@ -1,0 +1,130 @@
+"""How fast each path trains an assignment, against what a student would run instead.
+
+    python -m tests.benchmarks cifar10-norms --data-root DATA
+    python -m tests.benchmarks mnist-l1 --data-root DATA --images 0 --device cuda
+
+Every measurement is a process of its own; the paths take turns, so that a machine that slows down
+slows all of them. The table gives the median and the range over the repetitions, and ratios of
+medians to the quicker form of the students' loop. The results are kept as JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torchvision
+
+from normlab.assignments import find_assignment
+from normlab.files import write_json
+from tests.benchmarks.paths import PATHS
+
+
+def main() -> None:
+    """Measures, prints the table, writes the JSON."""
+    options = _options()
+    assignment = find_assignment(options.assignment)
+    labels = [v.label for v in assignment.variants if v.norm != "ln-elementwise"][:3]
+    measured: dict[str, list[dict]] = {path: [] for path in _installed()}
+    for repetition in range(options.repeats):
+        for path, results in measured.items():
+            job = {
+                "path": path,
+                "assignment": assignment.name,
+                "variants": labels,
+                "epochs": options.epochs,
+                "images": options.images,
+                "dropout": options.dropout,
+                "device": options.device,
+                "data_root": options.data_root,
+            }
+            results.append(_run(job))
+            print(f"{repetition + 1}/{options.repeats} {path}: {results[-1]}", flush=True)
+    report = _report(options, labels, measured)
+    print(f"\n{table(report)}")
+    if options.out:
+        write_json(Path(options.out), report)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("assignment")
+    parser.add_argument("--data-root", default=None)
+    parser.add_argument("--images", type=int, default=10000, help="training images, 0 for all")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dropout", type=float, default=None, help="of all paths (the seed's)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", help="a JSON file for the results")
+    return parser.parse_args()
+
+
+def _installed() -> list[str]:
+    """The paths that can run here; the others are named."""
+    missing = [
+        name for name in ("Lightning", "fastai") if not importlib.util.find_spec(name.lower())
+    ]
+    for name in missing:
+        print(f"{name} is not installed: not measured")
+    return [path for path in PATHS if path not in missing]
+
+
+def _run(job: dict) -> dict:
+    command = [sys.executable, "-m", "tests.benchmarks.paths", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{job['path']} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _report(options: argparse.Namespace, labels: list[str], measured: dict) -> dict:
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            processor = line.split(":")[1].strip()
+            break
+    return {
+        "assignment": options.assignment,
+        "variants": labels,
+        "epochs": options.epochs,
+        "images": options.images,
+        "dropout": options.dropout,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "measured": measured,
+    }
+
+
+def table(report: dict) -> str:
+    """The measurements as a Markdown table."""
+    rates = {
+        path: [one["images"] / one["seconds"] for one in results]
+        for path, results in report["measured"].items()
+    }
+    students = max(statistics.median(rates[path]) for path in rates if "students" in path)
+    lines = [
+        "| path | images a second, median (range) | ratio | peak MiB of a process |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for path, some in rates.items():
+        middle = statistics.median(some)
+        peak = max(one["peak_mib"] for one in report["measured"][path])
+        lines.append(
+            f"| {path} | {middle:,.0f} ({min(some):,.0f} to {max(some):,.0f}) "
+            f"| {middle / students:.2f} | {peak:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

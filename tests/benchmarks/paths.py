@@ -1,0 +1,89 @@
+"""One measurement in a process of its own: `python -m tests.benchmarks.paths '{"path": …}'`.
+
+Prints a JSON line with the images trained on, the seconds and the peak memory. Imports and the
+reading of the data set from its cache file are not counted; all else is: making the loaders,
+training, a test after every epoch, histories, and starting processes.
+"""
+
+import contextlib
+import io
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import normlab as nl
+from normlab.assignments import build_variant, find_assignment
+from normlab.experiment import load_assignment_data
+from tests.benchmarks import peers
+
+OURS = ("normlab", "normlab plain")
+PEERS = {
+    "students' loop, 0 workers": (peers.students_loop, 0),
+    "students' loop, 2 workers": (peers.students_loop, 2),
+    "Lightning": (peers.lightning, 0),
+    "fastai": (peers.fastai, 0),
+}
+PATHS = (*PEERS, *OURS)
+
+
+def measure(job: dict) -> dict:
+    """Trains the variants that `job` names along its path; see `__main__` for the fields."""
+    assignment = find_assignment(job["assignment"])
+    wanted = [v for v in assignment.variants if v.label in job["variants"]]
+    recipe = assignment.recipe.but(epochs=job["epochs"], schedule="constant", lr=peers.RATE)
+    assignment = nl.Assignment(
+        **vars(assignment)
+        | {"variants": tuple(wanted), "recipe": recipe, "dropout": job["dropout"]}
+    )
+    data = load_assignment_data(assignment, root=job["data_root"])
+    if job["images"]:
+        data = data.subset(train=job["images"], test=job["images"] // 5)
+    _ = data.mean
+    train = _train_ours if job["path"] in OURS else _train_peers
+    start = time.perf_counter()
+    train(assignment, data, job)
+    seconds = time.perf_counter() - start
+    images = len(data.train_images) * job["epochs"] * len(wanted)
+    return {"images": images, "seconds": seconds, "peak_mib": _peak_memory()}
+
+
+def _train_ours(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None:
+    engine = "plain" if job["path"] == "normlab plain" else "auto"
+    with tempfile.TemporaryDirectory() as folder:
+        nl.run_assignment(
+            assignment,
+            data=data,
+            directory=Path(folder),
+            device=job["device"],
+            progress=False,
+            engine=engine,
+        )
+
+
+def _train_peers(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None:
+    train, workers = PEERS[job["path"]]
+    for variant in assignment.variants:
+        network = build_variant(
+            assignment, variant, seed=0, classes=len(data.classes), input_shape=data.input_shape
+        )
+        l1 = variant.changes.get("l1", 0.0)
+        train(network, data, job["epochs"], job["device"], workers=workers, l1=l1)
+
+
+def _peak_memory() -> float:
+    """MiB of the largest process, this one or one that it started."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(one.ru_maxrss for one in usage) / 1024
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = measure(json.loads(sys.argv[1]))
+    if torch.cuda.is_available():
+        result["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    print(json.dumps(result))
