@@ -18,7 +18,7 @@ from normlab.engine import ENGINES, make_engine
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
 from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
-from normlab.seeding import fork_random_state
+from normlab.seeding import fork_random_state, seeded
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -97,10 +97,10 @@ class _Training:
         self.network, self.recipe, self.data = job.network, job.recipe, data
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
+        _move(self.network, device, self.recipe)
         what = identity(job.network, data, job.recipe)
         self.folder = RunFolder(job.directory) if job.directory is not None else None
         self.loaded = self.folder is not None and self.folder.open(what)
-        _move(self.network, device, self.recipe)
         if not self.loaded:
             self._prepare(what, device, engine)
 
@@ -184,8 +184,10 @@ class _Training:
         """The finished run, which its folder then holds."""
         if self.loaded:
             return self.folder.load(self.network)
-        predicted, probability = class_and_probability(predict(self.network, self.data))
-        self.config["final_weights"] = weights_digest(self.network)
+        device = self.engine.batches.images.device
+        with seeded(self.recipe.seed, "predictions", device=device):
+            predicted, probability = class_and_probability(predict(self.network, self.data))
+        self.config["final_weights"] = weights_digest(self.network.state_dict())
         run = Run(
             self.network,
             self.recipe,
@@ -214,7 +216,7 @@ class _Training:
                 f"{self.label}: after {CHANCE_EPOCHS} epochs the training accuracy is "
                 f"{accuracy:.1%}, no better than always guessing one class: try another learning "
                 f"rate than {self.recipe.lr:g}, less L1, or check the labels",
-                stacklevel=4,
+                stacklevel=5,  # to the call of `fit`
             )
 
 

@@ -82,11 +82,11 @@ class Run:
         return pandas.DataFrame(self.history, columns=list(COLUMNS))
 
 
-def weights_digest(network: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of the weights and buffers, wherever they are."""
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, shapes and values of a state dict, wherever its tensors are."""
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        value = value.detach().cpu().contiguous()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -98,7 +98,7 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
         "recipe": recipe.as_dict(),
         "network": _describe(network),
         "parameters": sum(w.numel() for w in network.parameters() if w.requires_grad),
-        "initial_weights": weights_digest(network),
+        "initial_weights": weights_digest(network.state_dict()),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -147,28 +147,37 @@ class RunFolder:
         self._predictions = self.directory / "predictions.safetensors"
 
     def open(self, what: dict) -> bool:
-        """Whether a finished run that is `what` lies here.
+        """Whether a finished run that is `what` lies here; what no run can use is removed.
 
-        Raises `ValueError`, naming the difference, if the run here is something else.
+        Raises `ValueError`, naming the difference, if epochs of a run that is something else lie
+        here.
         """
         remove_leftovers(self.directory)
         if not self._config.is_file():
+            self.clear()  # a checkpoint without its config could be anything's
             return False
-        config = read_json(self._config)
+        config = self._read_config()
         here = dict(config["is"])
         if what["initial_weights"] == config.get("final_weights"):
             here["initial_weights"] = what["initial_weights"]  # the run's own network, trained
         differences = _differences(here, what)
-        if differences:
+        finished = "final_weights" in config
+        if differences and (finished or self._checkpoint.is_file()):
             raise ValueError(
                 f"{self.directory} holds a run that is something else ({'; '.join(differences)}): "
-                "choose another directory or train afresh"
+                "choose another directory, or delete this one (--fresh on the command line)"
             )
-        return "final_weights" in config
+        return finished
+
+    def _read_config(self) -> dict:
+        config = read_json(self._config)
+        if not isinstance(config, dict) or not isinstance(config.get("is"), dict):
+            raise self._damaged(self._config)
+        return config
 
     def is_finished(self) -> bool:
         """Whether the run that lies here is done."""
-        return self._config.is_file() and "final_weights" in read_json(self._config)
+        return self._config.is_file() and "final_weights" in self._read_config()
 
     def history_so_far(self) -> list[dict]:
         """The epochs that are done, none if there is no run."""
@@ -204,18 +213,17 @@ class RunFolder:
             return []
         tensors, about = self._read(self._checkpoint)
         states: dict[int, dict] = {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind == "optimizer":
-                index, _, name = name.partition(".")
-                states.setdefault(int(index), {})[name] = value
+        for key, value in _unprefixed("optimizer", tensors).items():
+            index, _, name = key.partition(".")
+            states.setdefault(int(index), {})[name] = value
+        groups = optimizer.state_dict()["param_groups"]
         try:
-            network.load_state_dict(_unprefixed("network", tensors))
-            groups = optimizer.state_dict()["param_groups"]
+            history = json.loads(about["history"])
             optimizer.load_state_dict({"state": states, "param_groups": groups})
-            return json.loads(about["history"])
+            network.load_state_dict(_unprefixed("network", tensors))
         except (RuntimeError, KeyError, ValueError) as error:
             raise self._damaged(self._checkpoint) from error
+        return history
 
     def finish(self, run: Run) -> None:
         """Writes the results; the run counts as finished once `config.json` names its weights."""
@@ -228,19 +236,22 @@ class RunFolder:
 
     def load(self, network: nn.Module) -> Run:
         """The finished run that lies here, its weights put into `network`."""
-        config = read_json(self._config)
+        config = self._read_config()
+        recipe = Recipe(**config["is"]["recipe"])
+        history = self._read_history()
+        if [row["epoch"] for row in history] != list(range(1, recipe.epochs + 1)):
+            raise self._damaged(self._history)
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise self._damaged(self._weights) from error
-        if weights_digest(network) != config["final_weights"]:
+        if guesses.keys() != {"predicted", "probability"}:
+            raise self._damaged(self._predictions)
+        if weights_digest(weights) != config["final_weights"]:
             raise self._damaged(self._weights)
+        network.load_state_dict(weights)
         return Run(
             network=network,
-            recipe=Recipe(**config["is"]["recipe"]),
-            history=self._read_history(),
+            recipe=recipe,
+            history=history,
             predicted=guesses["predicted"].long(),
             probability=guesses["probability"],
             config=config,
@@ -260,20 +271,22 @@ class RunFolder:
                 for line in lines
             ]
             return [row | {"epoch": int(row["epoch"])} for row in rows]
-        except (ValueError, KeyError) as error:
+        except (FileNotFoundError, ValueError, KeyError) as error:
             raise self._damaged(self._history) from error
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict]:
+        """The tensors and the metadata of a safetensors file."""
         try:
             content = path.read_bytes()
             tensors = load_tensors(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        except (SafetensorError, ValueError) as error:
+        except (FileNotFoundError, SafetensorError, ValueError) as error:
             raise self._damaged(path) from error
         return tensors, header.get("__metadata__", {})
 
     def _damaged(self, path: Path) -> ValueError:
-        return ValueError(f"{path} is damaged: delete the folder {self.directory} and run again")
+        how = "damaged" if path.is_file() else "missing"
+        return ValueError(f"{path} is {how}: delete the folder {self.directory} and run again")
 
 
 def remove_run(directory: Path) -> None:

@@ -1,6 +1,7 @@
 """Where images come from: bundled digits, files already here, a download, a folder of images."""
 
 import hashlib
+import http.client
 import os
 import shutil
 import socket
@@ -272,7 +273,7 @@ def _download(name: str, root: Path | None) -> Path:
         try:
             for train in (True, False):  # the second call finds everything there
                 reader(aside, train=train, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             why = f"{source.title} could not be downloaded ({error})"
             raise OSError(_not_found(name, root, why)) from error
         for file in source.files:
@@ -377,6 +378,8 @@ def _open_image(file: Path):
         image.load()
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
         raise ValueError(f"{file} cannot be read as an image: mend or remove it") from error
+    if image.mode in ("I", "I;16"):  # 16 bits, of which Pillow would keep the lowest 8
+        image = image.point(lambda shade: shade / 257).convert("L")
     return image
 
 
@@ -412,7 +415,7 @@ def _cached(
     name: str, files: list[Path], decode: Callable[[], Dataset], extra: tuple = ()
 ) -> Dataset:
     """The data set decoded from `files`, from the cache if they are unchanged since."""
-    key = hashlib.sha256(repr(extra).encode())
+    key = hashlib.sha256(repr((str(files[0].resolve().parent), extra)).encode())
     for file in files:
         status = file.stat()
         key.update(f"{file.parent.name}/{file.name} {status.st_size} {status.st_mtime_ns}".encode())
