@@ -14,7 +14,7 @@ from normlab.checks import one_of, whole_number
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engine import ENGINES
-from normlab.fitting import Job, fit_together
+from normlab.fitting import Job, fit_together, is_done
 from normlab.networks import NETWORKS, multiply_adds
 from normlab.parallel import side_by_side, whole_rounds
 from normlab.recipes import Recipe
@@ -115,7 +115,7 @@ def run_assignment(
         for plan in plans if fresh else ():
             remove_run(plan.directory)
         if device.type == "cpu" and engine == "auto":
-            _run_side_by_side(plans, data, progress)
+            _run_side_by_side(plans, data, device, progress)
         groups = [plans] if device.type == "cuda" else [[plan] for plan in plans]
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
         for group in groups:
@@ -170,13 +170,18 @@ def _plan(assignment: Assignment, seeds: list[int], epochs: int | None, place: P
     ]
 
 
-def _run_side_by_side(plans: list[_Plan], data: Dataset, progress: bool) -> None:
+def _run_side_by_side(
+    plans: list[_Plan], data: Dataset, device: torch.device, progress: bool
+) -> None:
     """Trains as many of the runs as fill the cores; the loop that follows finds them finished."""
-    first = plans[0].job(data).network
-    work = 3 * multiply_adds(first, data.input_shape) * len(data.train_images)  # both ways
-    count, workers = whole_rounds(plans, work * sum(plan.epochs for plan in plans))
-    if count:
-        side_by_side(_train, plans[:count], data, workers=workers, progress=progress)
+    jobs = [plan.job(data) for plan in plans]
+    done = [is_done(job, data, device) for job in jobs]  # before anything is trained
+    forward = multiply_adds(jobs[0].network, data.input_shape)
+    work = 3 * forward * len(data.train_images) * sum(plan.epochs for plan in plans)
+    count, workers = whole_rounds(plans, work)
+    left = [plan for plan, is_there in zip(plans[:count], done, strict=False) if not is_there]
+    if left:
+        side_by_side(_train, left, data, workers=workers, progress=progress)
 
 
 def _train(plan: _Plan, data: Dataset) -> None:

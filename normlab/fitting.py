@@ -90,6 +90,17 @@ def fit_together(
         return [training.run() for training in trainings]
 
 
+def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
+    """Whether the job's folder holds its finished run; the network is moved to the device.
+
+    Raises `ValueError` if the folder holds another run.
+    """
+    _move(job.network, device, job.recipe)
+    if job.directory is None:
+        return False
+    return RunFolder(job.directory).open(identity(job.network, data, job.recipe))
+
+
 class _Training:
     """One job from its folder, epoch by epoch, to its `Run`."""
 
@@ -97,14 +108,13 @@ class _Training:
         self.network, self.recipe, self.data = job.network, job.recipe, data
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
-        _move(self.network, device, self.recipe)
-        what = identity(job.network, data, job.recipe)
         self.folder = RunFolder(job.directory) if job.directory is not None else None
-        self.loaded = self.folder is not None and self.folder.open(what)
+        self.loaded = is_done(job, data, device)
         if not self.loaded:
-            self._prepare(what, device, engine)
+            self._prepare(device, engine)
 
-    def _prepare(self, what: dict, device: torch.device, engine: str) -> None:
+    def _prepare(self, device: torch.device, engine: str) -> None:
+        what = identity(self.network, self.data, self.recipe)
         _check_network(self.network, self.data)
         recipe, dtype = self.recipe, DTYPES[self.recipe.dtype]
         batches = self.data.loader(
