@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normlab.checks import one_of, whole_number
 from normlab.data import Dataset
 from normlab.runs import Run
+from normlab.training import evaluating
 
 Predictor = nn.Module | Run
 """A network, or a run, which remembers what its network predicted for the test images."""
@@ -57,12 +58,8 @@ def predict(
     batches = data.loader(
         train, batch_size, shuffle=False, device=example.device, dtype=example.dtype
     )
-    was_training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         return torch.cat([network(images) for images, _ in batches]).cpu()
-    finally:
-        network.train(was_training)
 
 
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:

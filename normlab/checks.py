@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 
 
@@ -23,11 +24,11 @@ def one_of(value: object, allowed: Iterable[str], what: str) -> str:
 
 def whole_number(value: object, what: str, *, least: int = 1) -> int:
     """Returns `value` if it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{what} must be a whole number, not {value!r}")
     if value < least:
         raise ValueError(f"{what} must be at least {least}, not {value}")
-    return value
+    return int(value)
 
 
 def number(
@@ -39,7 +40,7 @@ def number(
     positive: bool = False,
 ) -> float:
     """Returns `value` as a float if it is finite and in [least, below), above 0 if `positive`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} must be a number, not {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number, not {value}")

@@ -22,16 +22,17 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     """
     if device is None:
         return torch.device(available_devices()[0])
-    kind, _, index = str(device).partition(":")
+    kind, colon, index = str(device).partition(":")
+    if kind.lower() == "gpu":
+        raise ValueError(f"unknown device {str(device)!r}: a GPU is called cuda, or mps on a Mac")
     one_of(kind, ("cpu", "cuda", "mps"), "device")
     if kind not in available_devices():
         raise ValueError(
             f"device {str(device)!r} is not available to torch {torch.__version__} on this "
             f"machine, which has {', '.join(available_devices())}"
         )
-    if index and not (
-        index.isdigit() and (kind != "cuda" or int(index) < torch.cuda.device_count())
-    ):
-        count = torch.cuda.device_count() if kind == "cuda" else 1
-        raise ValueError(f"device {str(device)!r} does not exist: there are {count} of that kind")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if colon and not (index.isdecimal() and int(index) < count):
+        numbers = "0" if count == 1 else f"0 to {count - 1}"
+        raise ValueError(f"device {str(device)!r} does not exist: {kind} has the number {numbers}")
     return torch.device(device)

@@ -19,6 +19,7 @@ from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
 from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
 from normlab.seeding import fork_random_state, seeded
+from normlab.training import evaluating
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -242,16 +243,13 @@ def _check_network(network: nn.Module, data: Dataset) -> None:
     if example is None:
         raise ValueError(f"{type(network).__name__} has no parameters to train")
     images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
-    was_training = network.training
     try:
-        with torch.no_grad(), fork_random_state(example.device):
-            logits = network.eval()(images)
+        with torch.no_grad(), evaluating(network), fork_random_state(example.device):
+            logits = network(images)
     except RuntimeError as error:
         raise ValueError(
             f"{type(network).__name__} cannot take images of shape {data.input_shape}: {error}"
         ) from error
-    finally:
-        network.train(was_training)
     classes = len(data.classes)
     if not isinstance(logits, torch.Tensor):
         kind = type(logits).__name__

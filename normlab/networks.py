@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normlab.checks import number, one_of, whole_number
 from normlab.norms import make_norm, norm_name
-from normlab.seeding import derive_seed, fork_random_state
+from normlab.seeding import fork_random_state, seeded
 
 NormMaker = Callable[[int, tuple[int, int]], nn.Module]
 """Makes the normalization for (channels, (H, W))."""
@@ -71,7 +71,7 @@ class Parts:
             elif letter == "R":
                 made.append(nn.ReLU())
             elif letter == "D" and self.dropout is not None:
-                made.append(copy.copy(self.dropout))
+                made.append(copy.deepcopy(self.dropout))
         return made
 
     def pool(self) -> nn.Module:
@@ -254,7 +254,7 @@ def build_network(
         "dropout": design.dropout if dropout is None else number(dropout, "dropout", below=1),
         "skip": bool(skip),
         "classes": whole_number(classes, "classes"),
-        "input_shape": _shape(input_shape or design.input_shape),
+        "input_shape": _shape(design.input_shape if input_shape is None else input_shape),
     }
     drop = nn.Dropout2d if design.channel_dropout else nn.Dropout
     dropout_layer = drop(arguments["dropout"]) if arguments["dropout"] else None
@@ -262,7 +262,8 @@ def build_network(
         norm if callable(norm) else functools.partial(_norm_for, name, norm, arguments["groups"])
     )
     part = Parts(arguments["input_shape"], maker, dropout_layer, name)
-    with fork_random_state(torch.device("cpu")):
+    seed = int(torch.randint(2**62, ())) if seed is None else whole_number(seed, "seed", least=0)
+    with seeded(seed, "layers"):
         layers = [*design.layers(part, arguments["skip"]), part.head(arguments["classes"])]
         network = Network(layers, arguments)
     _initialize(network, seed)
@@ -285,19 +286,20 @@ def _callable_name(norm: object) -> str:
 
 
 def _shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if len(tuple(shape)) != 3:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
         raise ValueError(f"input_shape must be (C, H, W), not {shape!r}")
     return tuple(whole_number(side, "each number of input_shape") for side in shape)
 
 
-def _initialize(network: nn.Module, seed: int | None) -> None:
-    """Draws the convolutions' weights, each from its own stream, whatever norms lie between."""
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    with fork_random_state(torch.device("cpu")):
-        for index, layer in enumerate(convolutions):
-            torch.manual_seed(derive_seed(whole_number(seed, "seed", least=0), "weights", index))
+def _initialize(network: nn.Module, seed: int) -> None:
+    """Draws the convolutions' weights, each from its own stream, whatever norms lie between.
+
+    Those of shortcuts are numbered last, so that the others are the same without shortcuts.
+    """
+    layers = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Conv2d)]
+    layers.sort(key=lambda pair: "shortcut" in pair[0])
+    for index, (_, layer) in enumerate(layers):
+        with seeded(seed, "weights", index):
             layer.reset_parameters()
 
 
@@ -333,14 +335,15 @@ def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     import torchsummary
 
     twin = copy.deepcopy(network).cpu().float()
+    parameters = sum(weight.numel() for weight in network.parameters())
     printed = io.StringIO()
     with fork_random_state(torch.device("cpu")), contextlib.redirect_stdout(printed):
-        torchsummary.summary(twin, tuple(input_shape), device="cpu")
+        try:
+            torchsummary.summary(twin, tuple(input_shape), device="cpu")
+        except AttributeError:  # it cannot add up a table in which it found no weight
+            print("torchsummary finds no layer with weights.")
     print(printed.getvalue(), end="")
     counted = re.search(r"Total params: ([\d,]+)", printed.getvalue())
-    parameters = sum(weight.numel() for weight in network.parameters())
-    if counted and int(counted[1].replace(",", "")) != parameters:
-        print(
-            f"The table counts shared or unusual layers wrongly: it is {parameters:,} parameters."
-        )
+    if counted is None or int(counted[1].replace(",", "")) != parameters:
+        print(f"torchsummary counts shared or unusual layers wrongly: {parameters:,} parameters.")
     return parameters

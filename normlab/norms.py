@@ -11,6 +11,7 @@ They differ in one thing only, the set of axes that share a mean. For images (N,
 `NORMS` holds that table as data; `batch_norm` and its siblings are the same as tensor expressions.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,8 +107,8 @@ def norm_name(kind: str) -> str:
     plain = kind.strip().lower()
     if plain in NORMS:
         return plain
-    words = "".join(letter for letter in plain if letter.isalpha())
-    words = words.replace("normalization", "norm").removesuffix("d")
+    words = re.sub("[^a-z0-9]", "", plain).replace("normalization", "norm")
+    words = re.sub("[123]d$", "", words)  # BatchNorm2d
     if words in NORMS:
         return words
     if words in _ALIASES:
@@ -146,8 +147,8 @@ def make_norm(
     whole_number(channels, "channels")
     if kind == "gn":
         _check_groups(groups, channels)
-    if kind == "ln-elementwise" and size is None:
-        raise ValueError("ln-elementwise learns a scale for every pixel, so it needs size=(H, W)")
+    if kind == "ln-elementwise":
+        _check_size(size)
     makers: dict[str, Callable[[], nn.Module]] = {
         "bn": lambda: nn.BatchNorm2d(channels, eps=EPSILON),
         "ln": lambda: nn.GroupNorm(1, channels, eps=EPSILON),
@@ -168,6 +169,16 @@ def _check_groups(groups: int | None, channels: int) -> None:
         raise ValueError(
             f"groups={groups} does not divide {channels} channels: it must be one of {allowed}"
         )
+
+
+def _check_size(size: tuple[int, int] | None) -> None:
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        given = "" if size is None else f", not {size!r}"
+        raise ValueError(
+            f"ln-elementwise learns a scale for every pixel, so it needs size=(H, W){given}"
+        )
+    for side in size:
+        whole_number(side, "each side of size")
 
 
 # --- by hand ---------------------------------------------------------------------------------
@@ -211,6 +222,8 @@ def batch_norm(
     Raises `ValueError` in training if each channel has one value only.
     """
     if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("batch_norm in evaluation needs running_mean and running_var")
         mean, variance = running_mean.view(1, -1, 1, 1), running_var.view(1, -1, 1, 1)
         return _scale_and_shift((x - mean) / torch.sqrt(variance + eps), weight, bias)
     count = x.numel() // x.shape[C]

@@ -54,8 +54,11 @@ def plot_curves(
     """
     one_of(quantity, QUANTITIES, "quantity")
     groups = {label: _as_list(some) for label, some in runs.items()}
-    if not any(groups.values()):
+    if not groups:
         raise ValueError("there are no runs to plot")
+    for label, some in groups.items():
+        if not some:
+            raise ValueError(f"there are no runs of {label!r} to plot")
     ax = ax if ax is not None else _axes(6.4, 4.2)
     scale = 100 if quantity.endswith("accuracy") else 1
     ends = []
@@ -132,7 +135,7 @@ def _logarithmic(ax: Axes) -> None:
 
 def _focus_on_late_epochs(ax: Axes) -> None:
     """Cuts off the first epochs' low accuracies where they would flatten all that follows."""
-    curves = [line.get_ydata() for line in ax.lines]
+    curves = [np.asarray(line.get_ydata()) for line in ax.lines]
     late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
     span = max(late.max() - late.min(), 0.5)
     lowest = late.min() - 0.35 * span
@@ -161,8 +164,10 @@ def _write_ends(ax: Axes, ends: list[tuple[float, int]], quantity: str) -> None:
 
 def _spread(heights: list[float], *, gap: float) -> list[float]:
     """Ascending heights in [0, 1] moved as little as needed to lie `gap` apart."""
-    for place in range(1, len(heights)):
-        heights[place] = max(heights[place], heights[place - 1] + gap)
+    floor = 0.0
+    for place in range(len(heights)):
+        heights[place] = max(heights[place], floor)
+        floor = heights[place] + gap
     ceiling = 1.0
     for place in reversed(range(len(heights))):
         heights[place] = min(heights[place], ceiling)
@@ -211,7 +216,8 @@ def plot_mistakes(
 
 def _mistakes_title(mistakes: Mistakes, room: int, title: str | None) -> str:
     head = "Misclassified test images" if title is None else f"{title}: misclassified test images"
-    count = f"{mistakes.total} of {mistakes.tested:,} are wrong"
+    verb = "is" if mistakes.total == 1 else "are"
+    count = f"{mistakes.total} of {mistakes.tested:,} {verb} wrong"
     if mistakes.total < room:
         count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,} is wrong"
     return f"{head}\n{mistakes.source}: {count}"

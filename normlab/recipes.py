@@ -1,7 +1,7 @@
 """How a network is trained, as data: a recipe, its optimiser and its schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -53,21 +53,24 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole_number(self.epochs, "epochs")
-        whole_number(self.batch_size, "batch_size")
-        one_of(self.optimizer, OPTIMIZERS, "optimizer")
-        number(self.lr, "lr", positive=True)
-        number(self.momentum, "momentum", below=1)
-        number(self.weight_decay, "weight_decay")
-        one_of(self.schedule, SCHEDULES, "schedule")
-        number(self.l1, "l1")
-        number(self.label_smoothing, "label_smoothing", below=1)
-        one_of(self.dtype, DTYPES, "dtype")
-        whole_number(self.seed, "seed", least=0)
-        augment = (self.augment,) if isinstance(self.augment, str) else tuple(self.augment)
-        for text in augment:
-            parse_augmentation(text)
-        object.__setattr__(self, "augment", augment)
+        if not isinstance(self.nesterov, bool):
+            raise TypeError(f"nesterov must be True or False, not {self.nesterov!r}")
+        checked = {
+            "epochs": whole_number(self.epochs, "epochs"),
+            "batch_size": whole_number(self.batch_size, "batch_size"),
+            "optimizer": one_of(self.optimizer, OPTIMIZERS, "optimizer"),
+            "lr": number(self.lr, "lr", positive=True),
+            "momentum": number(self.momentum, "momentum", below=1),
+            "weight_decay": number(self.weight_decay, "weight_decay"),
+            "schedule": one_of(self.schedule, SCHEDULES, "schedule"),
+            "l1": number(self.l1, "l1"),
+            "label_smoothing": number(self.label_smoothing, "label_smoothing", below=1),
+            "augment": _checked_augment(self.augment),
+            "dtype": one_of(self.dtype, DTYPES, "dtype"),
+            "seed": whole_number(self.seed, "seed", least=0),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def but(self, **changes: object) -> "Recipe":
         """The same recipe with some fields changed."""
@@ -79,6 +82,16 @@ class Recipe:
     def as_dict(self) -> dict:
         """The fields as JSON can hold them."""
         return asdict(self) | {"augment": list(self.augment)}
+
+
+def _checked_augment(augment: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(augment, str):
+        augment = (augment,)
+    if not isinstance(augment, (tuple, list)):
+        raise TypeError(f"augment must be names such as ('shift', 'flip'), not {augment!r}")
+    for text in augment:
+        parse_augmentation(text)
+    return tuple(augment)
 
 
 def make_optimizer(

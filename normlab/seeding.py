@@ -31,7 +31,13 @@ def seeded(seed: int, *purpose: object, device: torch.device | str = "cpu") -> I
     """
     device = torch.device(device)
     with fork_random_state(device):
-        torch.manual_seed(derive_seed(seed, *purpose))
+        derived = derive_seed(seed, *purpose)
+        torch.default_generator.manual_seed(derived)  # torch.manual_seed would seed every device
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(derived)
+        elif device.type == "mps":
+            torch.mps.manual_seed(derived)
         yield
 
 

@@ -1,7 +1,8 @@
 """The loops that train and test a network for one epoch."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,24 @@ class Tally:
         return EpochResult(loss, right, penalty, self._images, seconds)
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's weights are; the CPU if it has none."""
+    weight = next(network.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every layer is in the mode it was in before."""
+    modes = [(layer, layer.training) for layer in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
 def train_epoch(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -74,7 +93,7 @@ def train_epoch(
 
     The reported loss is the plain cross-entropy, whatever `loss` is minimised.
     """
-    device = next(network.parameters()).device
+    device = device_of(network)
     tally = Tally()
     network.train()
     for images, labels in batches:
@@ -98,16 +117,12 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
         network: maps images (B, C, H, W) to logits (B, classes).
         batches: gives (images, labels); any `DataLoader` or `Dataset.loader`.
     """
-    device = next(network.parameters()).device
+    device = device_of(network)
     tally = Tally()
-    was_training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             tally.add(network(images), labels)
-    finally:
-        network.train(was_training)
     return tally.result()
 
 

@@ -268,7 +268,7 @@ def test_an_output_folder_that_is_a_file_is_named(tmp_path, capsys):
     assert main(["run", "--dataset", images, "--out", str(taken), "--epochs", "1"]) == 1
     said = error_of(capsys)
     assert str(taken) in said
-    assert "cannot write" in said
+    assert "[Errno" not in said
     assert taken.read_text() == "in the way"
 
 
@@ -278,7 +278,7 @@ def test_other_epochs_in_the_same_folder_are_refused(again, capsys):
     assert main([*command, "--epochs", "2"]) == 1
     said = error_of(capsys)
     assert "recipe.epochs is 1 there and 2 here" in said
-    assert "train afresh" in said
+    assert "--fresh" in said
     assert histories(out) == before
 
 

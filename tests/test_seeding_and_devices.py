@@ -132,7 +132,7 @@ def test_fastest_device_is_picked_unless_one_is_asked_for(machine, devices, fast
 def test_indexed_device_must_exist(machine):
     machine(cuda=2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="'cuda:2' does not exist: there are 2"):
+    with pytest.raises(ValueError, match="'cuda:2' does not exist: cuda has the number 0 to 1"):
         pick_device("cuda:2")
 
 
