@@ -51,6 +51,7 @@ def _add_run(commands) -> argparse.ArgumentParser:
     command.add_argument("assignment", nargs="?", metavar="ASSIGNMENT", help="see `normlab list`")
     command.add_argument("--dataset", help="another data set, or a folder of images")
     command.add_argument("--data-root", type=Path, help="the folder that holds the data")
+    command.add_argument("--image-size", type=int, help="resize all images to this side")
     command.add_argument("--epochs", type=int, help="passes over the training images (20)")
     command.add_argument("--seeds", type=int, default=1, help="runs of each variant (1)")
     command.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
@@ -96,20 +97,24 @@ def _simple(command, work, check=lambda options: None) -> argparse.ArgumentParse
 def _check_run(options: argparse.Namespace):
     """The assignment, the name of its data and the output folder, or what is wrong with them."""
     from normlab.assignments import find_assignment
+    from normlab.checks import whole_number
     from normlab.devices import pick_device
     from normlab.experiment import seed_numbers
-    from normlab.sources import check_dataset_name
+    from normlab.sources import DATASETS, check_dataset_name
 
     assignment = find_assignment(options.assignment or "mnist-l1")
     # Without an assignment it must work anywhere at once, whatever data lies around.
     dataset = options.dataset or (assignment.dataset if options.assignment else "digits")
     check_dataset_name(dataset)
     seed_numbers(options.seeds)
+    if options.image_size is not None:
+        whole_number(options.image_size, "--image-size")
     assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
     pick_device(options.device)
     if options.data_root is not None and not options.data_root.is_dir():
         raise FileNotFoundError(f"the data root {options.data_root} is not a folder")
-    out = options.out or Path("runs") / f"{assignment.name}-{Path(dataset).name}"
+    name = dataset if dataset in DATASETS else Path(dataset).expanduser().resolve().name
+    out = options.out or Path("runs") / f"{assignment.name}-{name}"
     return assignment, dataset, out
 
 
@@ -119,7 +124,7 @@ def _run(options: argparse.Namespace, plan) -> None:
 
     assignment, dataset, out = plan
     options.out = out
-    data = load_assignment_data(assignment, dataset, options.data_root)
+    data = load_assignment_data(assignment, dataset, options.data_root, side=options.image_size)
     print(f"{assignment.title}, {data.source}", flush=True)
     results = run_assignment(
         assignment,
@@ -143,7 +148,7 @@ def _run(options: argparse.Namespace, plan) -> None:
 def _how_to_resume(options: argparse.Namespace) -> str:
     if options.out is None:
         return "nothing was trained yet"
-    return f"finished epochs are kept in {options.out}: the same command goes on from there"
+    return f"what was finished is kept in {options.out}: the same command goes on from there"
 
 
 # --- list, summary, data ----------------------------------------------------------------------

@@ -64,16 +64,23 @@ class Results:
 
 
 def load_assignment_data(
-    assignment: Assignment, name: str | Path | None = None, root: str | Path | None = None
+    assignment: Assignment,
+    name: str | Path | None = None,
+    root: str | Path | None = None,
+    *,
+    side: int | None = None,
 ) -> Dataset:
     """The assignment's data set, or the one called `name`, from `root` if it lies there.
 
-    The bundled digits take the shape that the assignment's network is made for.
+    The bundled digits take the shape that the assignment's network is made for; `side` resizes
+    the images of any data set, to as many channels as that network has.
     """
     name = name or assignment.dataset
-    shape = None
-    if name == "digits" and assignment.network is not None:
-        shape = NETWORKS[assignment.network].input_shape
+    shape = NETWORKS[assignment.network].input_shape if assignment.network else (1, 28, 28)
+    if side is not None:
+        shape = (shape[0], side, side)
+    elif name != "digits":
+        shape = None
     return load_dataset(name, root, input_shape=shape)
 
 

@@ -20,7 +20,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise type(error)(f"cannot write {path}: {error.strerror}") from error
     finally:
         # After a success there is nothing left to remove; after a failure, on a read-only folder
         # for instance, the removal may fail as well, and the first error is the one to report.

@@ -345,5 +345,5 @@ def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     print(printed.getvalue(), end="")
     counted = re.search(r"Total params: ([\d,]+)", printed.getvalue())
     if counted is None or int(counted[1].replace(",", "")) != parameters:
-        print(f"torchsummary counts shared or unusual layers wrongly: {parameters:,} parameters.")
+        print(f"torchsummary counts shared or unusual layers wrongly: it is {parameters:,}.")
     return parameters

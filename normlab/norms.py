@@ -113,7 +113,7 @@ def norm_name(kind: str) -> str:
         return words
     if words in _ALIASES:
         return _ALIASES[words]
-    hint = nearest(plain, [*NORMS, *_ALIASES])
+    hint = nearest(plain, [*NORMS, *(alias for alias in _ALIASES if len(alias) > 2)])
     raise ValueError(f"unknown norm {kind!r}: it must be one of {', '.join(NORMS)}{hint}")
 
 

@@ -54,11 +54,9 @@ def plot_curves(
     """
     one_of(quantity, QUANTITIES, "quantity")
     groups = {label: _as_list(some) for label, some in runs.items()}
-    if not groups:
-        raise ValueError("there are no runs to plot")
-    for label, some in groups.items():
-        if not some:
-            raise ValueError(f"there are no runs of {label!r} to plot")
+    empty = [label for label, some in groups.items() if not some]
+    if empty or not groups:
+        raise ValueError(f"there are no runs to plot{' of ' if empty else ''}{', '.join(empty)}")
     ax = ax if ax is not None else _axes(6.4, 4.2)
     scale = 100 if quantity.endswith("accuracy") else 1
     ends = []
@@ -87,12 +85,13 @@ def _draw_curve(ax: Axes, values: np.ndarray, label: str, place: int) -> None:
     epochs = np.arange(1, values.shape[1] + 1)
     mean = values.mean(0)
     look = place % len(COLOURS)
+    line = (place + place // len(COLOURS)) % len(LINES)  # an eighth curve looks like no other
     name = label if len(values) == 1 else f"{label} (mean of {len(values)} seeds)"
     ax.plot(
         epochs,
         mean,
         color=COLOURS[look],
-        linestyle=LINES[look],
+        linestyle=LINES[line],
         marker=MARKERS[look],
         markersize=3.5,
         linewidth=1.6,
@@ -114,7 +113,7 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str 
     ax.set_xlabel("epoch")
     ax.set_ylabel(unit)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    if quantity.endswith("loss"):
+    if quantity.endswith("loss") and any(line.get_ydata()[-1] > 0 for line in ax.lines):
         _logarithmic(ax)
     if quantity.endswith("accuracy"):
         _focus_on_late_epochs(ax)

@@ -109,8 +109,8 @@ def report_text(results: Results) -> str:
 def _caution(first) -> str:
     epochs = len(first.history)
     return (
-        f"The number to quote is that of the last of {epochs} epochs. With few seeds, differences "
-        "of a few standard deviations and less are noise, not a ranking."
+        f"The number to quote is that of the last epoch, number {epochs}. With few seeds, "
+        "differences of a few standard deviations and less are noise, not a ranking."
     )
 
 

@@ -152,9 +152,11 @@ class RunFolder:
         Raises `ValueError`, naming the difference, if epochs of a run that is something else lie
         here.
         """
+        if not self.directory.is_dir():
+            return False
         remove_leftovers(self.directory)
         if not self._config.is_file():
-            self.clear()  # a checkpoint without its config could be anything's
+            self._checkpoint.unlink(missing_ok=True)  # of what run, there is nothing to tell
             return False
         config = self._read_config()
         here = dict(config["is"])

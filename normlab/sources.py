@@ -404,7 +404,7 @@ def _different_sizes(where: Path, first: torch.Size, other: torch.Size) -> Value
     sizes = [f"{height}×{width}" for height, width in (first, other)]
     return ValueError(
         f"the images differ in size: {sizes[0]} and, in {where}, {sizes[1]}; "
-        "input_shape=(C, H, W) resizes them all"
+        "input_shape=(C, H, W), or --image-size on the command line, resizes them all"
     )
 
 

@@ -516,4 +516,4 @@ SHARED = nn.Conv2d(1, 1, 3, padding=1)
 )
 def test_summary_says_where_torchsummary_counts_wrongly(network, parameters, capsys):
     assert summary(network, (1, 6, 6)) == parameters
-    assert f"wrongly: it is {parameters} parameters" in capsys.readouterr().out
+    assert f"wrongly: it is {parameters}" in capsys.readouterr().out
