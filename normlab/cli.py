@@ -55,6 +55,9 @@ def _add_run(commands) -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, help="passes over the training images (20)")
     command.add_argument("--seeds", type=int, default=1, help="runs of each variant (1)")
     command.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
+    command.add_argument(
+        "--engine", default="auto", help="auto for the fastest way, plain for the loop as taught"
+    )
     command.add_argument("--out", type=Path, help="output folder (runs/ASSIGNMENT-DATASET)")
     again = command.add_mutually_exclusive_group()
     again.add_argument(
@@ -97,8 +100,9 @@ def _simple(command, work, check=lambda options: None) -> argparse.ArgumentParse
 def _check_run(options: argparse.Namespace):
     """The assignment, the name of its data and the output folder, or what is wrong with them."""
     from normlab.assignments import find_assignment
-    from normlab.checks import whole_number
+    from normlab.checks import one_of, whole_number
     from normlab.devices import pick_device
+    from normlab.engine import ENGINES
     from normlab.experiment import seed_numbers
     from normlab.sources import DATASETS, check_dataset_name
 
@@ -111,6 +115,7 @@ def _check_run(options: argparse.Namespace):
         whole_number(options.image_size, "--image-size")
     assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
     pick_device(options.device)
+    one_of(options.engine, ENGINES, "engine")
     if options.data_root is not None and not options.data_root.is_dir():
         raise FileNotFoundError(f"the data root {options.data_root} is not a folder")
     name = dataset if dataset in DATASETS else Path(dataset).expanduser().resolve().name
@@ -134,6 +139,7 @@ def _run(options: argparse.Namespace, plan) -> None:
         directory=out / "runs",
         device=options.device,
         fresh=options.fresh,
+        engine=options.engine,
     )
     page = write_report(results, out)
     print(f"\n{markdown_table(results)}\n\nFigures, tables and {page.name} are in {out}")

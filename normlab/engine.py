@@ -36,6 +36,7 @@ class PlainEngine:
 
     def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
         self.network, self.recipe, self.batches, self.tests = network, recipe, train, test
+        self.device = train.images.device
         self.steps = len(train)
         self.optimizer = self.make_optimizer()
         self.loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
@@ -44,6 +45,10 @@ class PlainEngine:
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser, whose state is kept in checkpoints."""
         return make_optimizer(self.network, self.recipe)
+
+    def prepare(self) -> str:
+        """Gets ready for the first epoch; says what is in the way, if anything."""
+        return ""
 
     def launch(self, epoch: int) -> None:
         """Starts an epoch, where the device works on its own; otherwise only notes its number."""
@@ -76,8 +81,7 @@ class PlainEngine:
 
     def random_state(self) -> AbstractContextManager[None]:
         """The state from which this epoch's dropout is drawn."""
-        device = self.batches.images.device
-        return seeded(self.recipe.seed, "dropout", self.epoch, device=device)
+        return seeded(self.recipe.seed, "dropout", self.epoch, device=self.device)
 
     def around(self) -> AbstractContextManager[None]:
         """What holds while an epoch runs."""
@@ -89,13 +93,10 @@ class CpuEngine(PlainEngine):
 
     name = "cpu-channels-last"
 
-    def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
-        super().__init__(network, recipe, train, test)
-        train.memory_format = test.memory_format = torch.channels_last
-
     @contextmanager
     def around(self) -> Iterator[None]:
         self.network.to(memory_format=torch.channels_last)
+        self.batches.memory_format = self.tests.memory_format = torch.channels_last
         try:
             with quick_dropout(self.network):
                 yield
@@ -182,7 +183,6 @@ class GraphEngine(PlainEngine):
         super().__init__(network, recipe, train, test)
         network.to(memory_format=torch.channels_last)
         train.memory_format = test.memory_format = torch.channels_last
-        self.device = train.images.device
         factor = schedule_factor(recipe.schedule, recipe.epochs * self.steps)
         rates = [recipe.lr * factor(step) for step in range(recipe.epochs * self.steps)]
         self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
@@ -198,15 +198,28 @@ class GraphEngine(PlainEngine):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Fused, with a learning rate that is a tensor: a number would be baked into the graph."""
-        dtype, device = self.batches.dtype, self.batches.images.device
-        rate = torch.tensor(self.recipe.lr, dtype=dtype, device=device)
+        rate = torch.tensor(self.recipe.lr, dtype=self.batches.dtype, device=self.device)
         return make_optimizer(self.network, self.recipe, rate=rate)
+
+    def prepare(self) -> str:
+        """Captures the steps, then puts back what the warm-ups changed."""
+        self._lay_out_state()
+        state = self._tensors_of_state()
+        before = [tensor.clone() for tensor in state]
+        try:
+            with self._on_stream(), self.random_state():
+                self._capture_all()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.network.to(memory_format=torch.contiguous_format)
+            return f"its step cannot be captured in a CUDA graph: {' '.join(str(error).split())}"
+        finally:
+            self._restore(state, before)
+        return ""
 
     def launch(self, epoch: int) -> None:
         super().launch(epoch)
-        if not self._train_replays:
-            with self._on_stream(), self.random_state():
-                self._capture_all()
         self._started = time.perf_counter()
         self.batches.epoch = epoch
         with self._on_stream(), self.random_state():
@@ -242,17 +255,13 @@ class GraphEngine(PlainEngine):
             yield
 
     def _capture_all(self) -> None:
-        """Captures the steps, then puts back what the warm-ups changed."""
-        self._lay_out_state()
-        state = self._tensors_of_state()
-        before = [tensor.clone() for tensor in state]
-        train, test = [], []
+        """One graph for each size of batch, in the order in which an epoch replays them."""
         for count, size in _sizes(len(self.order), self.batches.batch_size):
-            train += [self.capture(functools.partial(self._train_step, size))] * count
+            replay = self.capture(functools.partial(self._train_step, size))
+            self._train_replays += [replay] * count
         for count, size in _sizes(len(self.tests.images), self.tests.batch_size):
-            test += [self.capture(functools.partial(self._test_step, size))] * count
-        self._restore(state, before)
-        self._train_replays, self._test_replays = train, test
+            replay = self.capture(functools.partial(self._test_step, size))
+            self._test_replays += [replay] * count
 
     def _lay_out_state(self) -> None:
         """Gives a loaded optimiser state the layout of its weights, which fused kernels assume."""

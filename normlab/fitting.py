@@ -12,9 +12,9 @@ from torch import nn
 
 from normlab.analysis import class_and_probability, predict
 from normlab.checks import one_of
-from normlab.data import Dataset
+from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
-from normlab.engine import ENGINES, make_engine
+from normlab.engine import ENGINES, PlainEngine, make_engine
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
 from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
@@ -80,15 +80,21 @@ def fit_together(
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
     trainings = [_Training(job, data, device, engine) for job in jobs]
-    with ExitStack() as stack:
-        for training in trainings:
-            stack.enter_context(training.open(progress))
-        while unfinished := [training for training in trainings if not training.finished]:
-            for training in unfinished:
-                training.launch()
-            for training in unfinished:
-                training.collect()
-        return [training.run() for training in trainings]
+    try:
+        with ExitStack() as stack:
+            for training in trainings:
+                stack.enter_context(training.open(progress))
+            while unfinished := [training for training in trainings if not training.finished]:
+                for training in unfinished:
+                    training.launch()
+                for training in unfinished:
+                    training.collect()
+            return [training.run() for training in trainings]
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"the memory of {device} is too small for {len(jobs)} trainings in batches of "
+            f"{jobs[0].recipe.batch_size} at once: use a smaller batch_size, or device='cpu'"
+        ) from error
 
 
 def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
@@ -117,21 +123,28 @@ class _Training:
     def _prepare(self, device: torch.device, engine: str) -> None:
         what = identity(self.network, self.data, self.recipe)
         _check_network(self.network, self.data)
+        self.engine, why = make_engine(engine, *self._ingredients(device))
+        self.config = {"is": what, "from": provenance(self.data, device)}
+        self._note_engine(why)
+        self.history: list[dict] = []
+        labels = self.data.train_labels
+        self.chance = labels.bincount().max().item() / len(labels)
+
+    def _ingredients(self, device: torch.device) -> tuple[nn.Module, Recipe, Batches, Batches]:
+        """What an engine is made of: network, recipe, and the batches to train and test on."""
         recipe, dtype = self.recipe, DTYPES[self.recipe.dtype]
-        batches = self.data.loader(
+        train = self.data.loader(
             batch_size=recipe.batch_size,
             augment=recipe.augment,
             seed=recipe.seed,
             device=device,
             dtype=dtype,
         )
-        tests = self.data.loader(False, TEST_BATCH, device=device, dtype=dtype)
-        self.engine, why = make_engine(engine, self.network, recipe, batches, tests)
-        origin = provenance(self.data, device) | {"engine": self.engine.name, "because": why}
-        self.config = {"is": what, "from": origin}
-        self.history: list[dict] = []
-        labels = self.data.train_labels
-        self.chance = labels.bincount().max().item() / len(labels)
+        test = self.data.loader(False, TEST_BATCH, device=device, dtype=dtype)
+        return self.network, recipe, train, test
+
+    def _note_engine(self, why: str) -> None:
+        self.config["from"] |= {"engine": self.engine.name, "because": why}
 
     def open(self, progress: bool) -> ExitStack:
         """Resumes what the folder holds; leaving the context closes the display.
@@ -144,14 +157,24 @@ class _Training:
             return stack
         initial = {name: value.clone() for name, value in self.network.state_dict().items()}
         stack.push(lambda kind, *_: self._put_back(initial) if kind else None)
+        self._resume()
+        problem = self.engine.prepare()
+        if problem:
+            warnings.warn(f"{self.label} takes the plain path: {problem}", stacklevel=4)
+            self.engine = PlainEngine(*self._ingredients(self.engine.device))
+            self._note_engine(problem)
+            self._resume()
         if self.folder is not None:
-            self.history = self.folder.load_epoch(self.network, self.engine.optimizer)
             self.folder.start(self.config["is"], self.config["from"])
         self.shown: Progress = stack.enter_context(
             make_progress(self.label, self.recipe.epochs, self.engine.steps, show=progress)
         )
         self.shown.start_at(len(self.history))
         return stack
+
+    def _resume(self) -> None:
+        if self.folder is not None:
+            self.history = self.folder.load_epoch(self.network, self.engine.optimizer)
 
     def _put_back(self, initial: dict[str, torch.Tensor]) -> None:
         if self.folder is not None:
@@ -195,8 +218,7 @@ class _Training:
         """The finished run, which its folder then holds."""
         if self.loaded:
             return self.folder.load(self.network)
-        device = self.engine.batches.images.device
-        with seeded(self.recipe.seed, "predictions", device=device):
+        with seeded(self.recipe.seed, "predictions", device=self.engine.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
         self.config["final_weights"] = weights_digest(self.network.state_dict())
         run = Run(

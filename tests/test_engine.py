@@ -220,3 +220,31 @@ def test_a_recipe_in_half_precision_scales_its_loss_back(few_digits, monkeypatch
     monkeypatch.setattr(engine, "_precision", lambda *a: (precision(*a)[0], 1024.0))
     scaled = fit_with(GraphEngine, monkeypatch, few_digits, recipe)
     assert_close(scaled, plain, 1e-9)
+
+
+def test_a_network_that_cannot_be_captured_takes_the_plain_path(few_digits, monkeypatch, tmp_path):
+    def refuse(engine, step):
+        step()  # a warm-up has moved weights and running statistics by then
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recipe = nl.Recipe(epochs=2, batch_size=32)
+    plain = fit_with(PlainEngine, monkeypatch, few_digits, recipe)
+    monkeypatch.setattr(engine, "_fastest", lambda *_: (GraphEngine, "a test"))
+    monkeypatch.setattr(GraphEngine, "capture", refuse)
+    network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
+    with pytest.warns(UserWarning, match=r"takes the plain path: .*not permitted"):
+        run = nl.fit(network, few_digits, recipe, directory=tmp_path, device="cpu", progress=False)
+    assert run.config["from"]["engine"] == "plain"
+    assert "not permitted" in run.config["from"]["because"]
+    assert_close(run, plain, 1e-6)
+
+
+def test_a_full_gpu_is_said_in_one_sentence(few_digits, monkeypatch):
+    def refuse(engine, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(engine, "_fastest", lambda *_: (GraphEngine, "a test"))
+    monkeypatch.setattr(GraphEngine, "capture", refuse)
+    network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
+    with pytest.raises(RuntimeError, match=r"memory of cpu is too small .* smaller batch_size"):
+        nl.fit(network, few_digits, nl.Recipe(epochs=1), device="cpu", progress=False)
