@@ -28,7 +28,7 @@ _HOMES = {
     "data": ("Dataset",),
     "experiment": ("Results", "run_assignment"),
     "fitting": ("fit",),
-    "networks": ("NETWORKS", "Network", "build_network", "summary"),
+    "networks": ("NETWORKS", "Network", "build_network"),
     "norms": (
         "NORMS",
         "batch_norm",
@@ -49,6 +49,7 @@ _HOMES = {
     "report": ("write_report",),
     "runs": ("Run",),
     "sources": ("load_dataset",),
+    "summaries": ("summary",),
     "training": ("EpochResult", "test_epoch", "train_epoch"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -189,7 +189,7 @@ def _build_for_summary(options: argparse.Namespace):
 
 
 def _summary(options: argparse.Namespace, network) -> None:
-    from normlab.networks import summary
+    from normlab.summaries import summary
 
     summary(network, network.description["input_shape"])
 

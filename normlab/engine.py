@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from normlab.checks import one_of
 from normlab.data import Batches
+from normlab.dropout import quick_dropout
 from normlab.penalties import l1_penalty
 from normlab.recipes import Recipe, make_optimizer, make_scheduler, schedule_factor
 from normlab.seeding import fork_random_state, seeded
@@ -104,66 +105,6 @@ class CpuEngine(PlainEngine):
             self.network.to(memory_format=torch.contiguous_format)
 
 
-# --- dropout ---------------------------------------------------------------------------------
-
-
-class _Dropout(torch.autograd.Function):
-    """x · mask / (1 − p), with the mask kept as one byte an element for the way back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, probability: float) -> Tensor:
-        keep, share = _random_mask(x, probability)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / share
-        return (x * keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return (gradient * keep).mul_(ctx.scale), None
-
-
-def _random_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
-    """A mask laid out as x, false with `probability`, and the share that it keeps on average.
-
-    torch's own mask takes one number from a serial generator for each element, which is 35 to 40 %
-    of a step of these networks. Here each draw of 64 bits serves four elements; the probability
-    is thereby a multiple of 2⁻¹⁶, and the scale is that of the probability in fact used.
-    """
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), None)  # all 64 bits; without the bounds the sign bit would stay 0
-    dropped = round(probability * 2**16)
-    keep = words.view(torch.int16)[: x.numel()] >= dropped - 2**15
-    return keep.as_strided(x.size(), x.stride()), 1 - dropped / 2**16
-
-
-def dropout(x: Tensor, probability: float) -> Tensor:
-    """Sets elements to 0 with `probability` and scales the others so that the mean stays.
-
-    Source: Srivastava et al., "Dropout", 2014.
-    """
-    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
-    return _Dropout.apply(x, probability)
-
-
-@contextmanager
-def quick_dropout(network: nn.Module) -> Iterator[None]:
-    """Inside the block the network's `nn.Dropout` layers draw their masks the quick way."""
-    layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.p < 1]
-
-    def forward(layer: nn.Dropout, x: Tensor) -> Tensor:
-        return dropout(x, layer.p) if layer.training and layer.p else x
-
-    for layer in layers:
-        layer.forward = functools.partial(forward, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
 # --- CUDA graphs -----------------------------------------------------------------------------
 
 
@@ -172,8 +113,8 @@ class GraphEngine(PlainEngine):
 
     What changes from step to step lies on the device: the epoch's order and augmentation draws,
     the place in them, the table of learning rates, and the sums of the results. The short last
-    batch has a graph of its own, and so has the test. `launch` enqueues a whole epoch on the
-    engine's stream and returns; `collect` waits for it.
+    batch has a graph of its own, and so has the test, which is in full precision. `launch` enqueues
+    a whole epoch on the engine's stream and returns; `collect` waits for it.
     """
 
     name = "cuda-graph"
@@ -186,7 +127,7 @@ class GraphEngine(PlainEngine):
         factor = schedule_factor(recipe.schedule, recipe.epochs * self.steps)
         rates = [recipe.lr * factor(step) for step in range(recipe.epochs * self.steps)]
         self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
-        self.step_number = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.step_number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.row = torch.zeros((), dtype=torch.int64, device=self.device)
         self.sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
         self.order, self.draws = train.draw_epoch()
@@ -207,7 +148,7 @@ class GraphEngine(PlainEngine):
         state = self._tensors_of_state()
         before = [tensor.clone() for tensor in state]
         try:
-            with self._on_stream(), self.random_state():
+            with self._on_stream(), self.random_state(), _quickest_convolutions():
                 self._capture_all()
         except torch.OutOfMemoryError:
             raise
@@ -312,7 +253,7 @@ class GraphEngine(PlainEngine):
         (objective * self.loss_scale).backward()
         self._unscale()
         for group in self.optimizer.param_groups:
-            group["lr"].copy_(self.rates[self.step_number])
+            group["lr"].copy_(self.rates[self.step_number].squeeze())
         self.optimizer.step()
         self._add(0, logits, labels, penalty)
         self.row.add_(size)
@@ -323,9 +264,8 @@ class GraphEngine(PlainEngine):
         self.network.eval()
         rows = self.row + torch.arange(size, device=self.device)
         images, labels = self.tests.batch(rows, [])
-        with self.precision():
-            logits = self.network(images)
-        self._add(1, logits, labels, 0.0)
+        # In full precision, as `predict` will be: what is called a mistake must be one in both.
+        self._add(1, self.network(images), labels, 0.0)
         self.row.add_(size)
 
     def _full(self, logits: Tensor) -> Tensor:
@@ -344,6 +284,21 @@ class GraphEngine(PlainEngine):
         self.sums[part, 0].add_(loss)
         self.sums[part, 1].add_(right)
         self.sums[part, 2].add_(penalty * len(labels))
+
+
+def _quickest_convolutions() -> AbstractContextManager[None]:
+    """Lets cuDNN try its algorithms out in the warm-ups, once for every shape."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True)
+
+
+def can_overlap(networks: Iterable[nn.Module]) -> bool:
+    """Whether several networks may be in flight at once: not where they draw random numbers.
+
+    CUDA graphs on different streams would read one generator's state while another moves it.
+    """
+    drop = nn.modules.dropout._DropoutNd
+    layers = [layer for network in networks for layer in network.modules()]
+    return not any(isinstance(layer, drop) and layer.p for layer in layers)
 
 
 def _means(sums: list[float], images: int, seconds: float) -> EpochResult:

@@ -15,11 +15,12 @@ from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engine import ENGINES
 from normlab.fitting import Job, fit_together, is_done
-from normlab.networks import NETWORKS, multiply_adds
+from normlab.networks import NETWORKS
 from normlab.parallel import side_by_side, whole_rounds
 from normlab.recipes import Recipe
 from normlab.runs import Run, remove_run
 from normlab.sources import load_dataset
+from normlab.summaries import multiply_adds
 
 
 @dataclass

@@ -14,7 +14,7 @@ from normlab.analysis import class_and_probability, predict
 from normlab.checks import one_of
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
-from normlab.engine import ENGINES, PlainEngine, make_engine
+from normlab.engine import ENGINES, PlainEngine, can_overlap, make_engine
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
 from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
@@ -58,6 +58,15 @@ def fit(
     return fit_together([job], data, device=device, progress=progress, engine=engine)[0]
 
 
+def _train(trainings: Sequence["_Training"]) -> None:
+    """All epochs of all of them, an epoch of each at a time."""
+    while unfinished := [training for training in trainings if not training.finished]:
+        for training in unfinished:
+            training.launch()
+        for training in unfinished:
+            training.collect()
+
+
 @dataclass
 class Job:
     """What `fit_together` trains: a network, how, where to keep it, and what to call it."""
@@ -84,11 +93,9 @@ def fit_together(
         with ExitStack() as stack:
             for training in trainings:
                 stack.enter_context(training.open(progress))
-            while unfinished := [training for training in trainings if not training.finished]:
-                for training in unfinished:
-                    training.launch()
-                for training in unfinished:
-                    training.collect()
+            together = can_overlap(job.network for job in jobs)
+            for group in [trainings] if together else [[training] for training in trainings]:
+                _train(group)
             return [training.run() for training in trainings]
     except torch.OutOfMemoryError as error:
         raise RuntimeError(

@@ -4,11 +4,8 @@ Each network is one function that lists its layers, with the shape after each as
 knows which normalization it gets: `make_norm` alone does.
 """
 
-import contextlib
 import copy
 import functools
-import io
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 
 from normlab.checks import number, one_of, whole_number
 from normlab.norms import make_norm, norm_name
-from normlab.seeding import fork_random_state, seeded
+from normlab.seeding import seeded
 
 NormMaker = Callable[[int, tuple[int, int]], nn.Module]
 """Makes the normalization for (channels, (H, W))."""
@@ -306,44 +303,3 @@ def _initialize(network: nn.Module, seed: int) -> None:
 def count_parameters(network: nn.Module) -> int:
     """How many numbers the network learns, a shared one counted once."""
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-
-
-def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of the convolution and linear layers for one image, forward."""
-    counted = []
-
-    def count(layer: nn.Module, _: tuple, output: Tensor) -> None:
-        counted.append(output[0].numel() * layer.weight[0].numel())
-
-    twin = copy.deepcopy(network).cpu().float().eval()
-    for layer in twin.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    with torch.no_grad():
-        twin(torch.zeros(1, *input_shape))
-    return sum(counted)
-
-
-def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Prints torchsummary's table for images of `input_shape` (C, H, W); returns the parameters.
-
-    The table is made from a copy on the CPU: weights, running statistics, training mode and the
-    random state stay as they are. torchsummary counts shared layers twice and misses parameters
-    not named weight or bias; where that happens, a line below the table says so, and the number
-    returned is the right one.
-    """
-    import torchsummary
-
-    twin = copy.deepcopy(network).cpu().float()
-    parameters = sum(weight.numel() for weight in network.parameters())
-    printed = io.StringIO()
-    with fork_random_state(torch.device("cpu")), contextlib.redirect_stdout(printed):
-        try:
-            torchsummary.summary(twin, tuple(input_shape), device="cpu")
-        except AttributeError:  # it cannot add up a table in which it found no weight
-            print("torchsummary finds no layer with weights.")
-    print(printed.getvalue(), end="")
-    counted = re.search(r"Total params: ([\d,]+)", printed.getvalue())
-    if counted is None or int(counted[1].replace(",", "")) != parameters:
-        print(f"torchsummary counts shared or unusual layers wrongly: it is {parameters:,}.")
-    return parameters

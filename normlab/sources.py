@@ -1,29 +1,23 @@
 """Where images come from: bundled digits, files already here, a download, a folder of images."""
 
-import hashlib
 import http.client
 import os
 import shutil
 import socket
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from torch import Tensor
 
+from normlab.cache import cache_folder, cached
 from normlab.checks import nearest, whole_number
 from normlab.data import Dataset
+from normlab.folders import load_folder, resized
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download counts as failed
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 _IDX_FILES = (
     "train-images-idx3-ubyte",
@@ -96,7 +90,7 @@ def load_dataset(
     if name in SOURCES:
         data = _load_known(str(name), None if root is None else Path(root), download)
         return data if input_shape is None else _converted(data, input_shape)
-    return _load_folder(Path(name).expanduser(), input_shape)
+    return load_folder(Path(name).expanduser(), input_shape)
 
 
 def check_dataset_name(name: str | os.PathLike) -> None:
@@ -109,19 +103,6 @@ def check_dataset_name(name: str | os.PathLike) -> None:
             f"images{nearest(name, DATASETS)}"
         )
     raise FileNotFoundError(f"there is no folder {str(name)!r} to load images from")
-
-
-def cache_folder() -> Path:
-    """The folder for downloads and decoded data sets, by the custom of the system."""
-    if "XDG_CACHE_HOME" in os.environ:
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path.home() / ".cache"
-    return base / "normlab"
 
 
 def data_roots(root: Path | None = None) -> list[Path]:
@@ -151,7 +132,7 @@ def _load_digits(shape: tuple[int, int, int]) -> Dataset:
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).unsqueeze(1)  # (1797, 1, 8, 8), values 0 to 16
-    images = _resized(images * (255 / 16), shape)
+    images = resized(images * (255 / 16), shape)
     labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(
         torch.arange(len(labels)).numpy(), test_size=360, random_state=0, stratify=labels.numpy()
@@ -167,24 +148,13 @@ def _load_digits(shape: tuple[int, int, int]) -> Dataset:
     )
 
 
-def _resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Images (N, C, h, w) as uint8 of `shape` (C', H, W): bilinear, grey repeated or averaged."""
-    channels, *sides = shape
-    images = images.float()
-    if list(images.shape[2:]) != sides:
-        images = F.interpolate(images, size=sides, mode="bilinear", antialias=True)
-    if images.shape[1] != channels:
-        images = images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
-    return images.round().clamp(0, 255).to(torch.uint8)
-
-
 def _converted(data: Dataset, shape: tuple[int, int, int]) -> Dataset:
     """The same data set with images of another shape (C, H, W)."""
     if data.input_shape == tuple(shape):
         return data
     parts = {}
     for part in ("train_images", "test_images"):
-        pieces = [_resized(some, shape) for some in getattr(data, part).split(4096)]
+        pieces = [resized(some, shape) for some in getattr(data, part).split(4096)]
         parts[part] = torch.cat(pieces)
     return Dataset(
         data.name,
@@ -206,15 +176,15 @@ def _load_known(name: str, root: Path | None, download: bool) -> Dataset:
     for place in data_roots(root):
         files = [place / file for file in source.files]
         if all(file.is_file() for file in files):
-            return _cached(name, files, lambda place=place: _read_known(name, place))
+            return cached(name, files, lambda place=place: _read_known(name, place))
         pictures = place / "cifar10"
         if name == "cifar10" and (pictures / "train").is_dir():
-            return _load_folder(pictures, None, name=name, title="CIFAR-10 (JPEG copy)")
+            return load_folder(pictures, None, name=name, title="CIFAR-10 (JPEG copy)")
     if not download:
         raise FileNotFoundError(_not_found(name, root, f"{source.title} is not on this machine"))
     place = _download(name, root)
     files = [place / file for file in source.files]
-    return _cached(name, files, lambda: _read_known(name, place))
+    return cached(name, files, lambda: _read_known(name, place))
 
 
 def _read_known(name: str, place: Path) -> Dataset:
@@ -313,118 +283,3 @@ def _not_found(name: str, root: Path | None, why: str) -> str:
         f"{why}: get it from {source.address} and put the unpacked files {files} into the "
         f"folder {folder} below {roots}"
     )
-
-
-# --- a folder of images ----------------------------------------------------------------------
-
-
-def _load_folder(
-    folder: Path,
-    shape: tuple[int, int, int] | None,
-    *,
-    name: str | None = None,
-    title: str | None = None,
-) -> Dataset:
-    """Images below train/<class> and test/<class>; the classes are those of train."""
-    name = name or folder.resolve().name
-    listing = {part: _list_classes(folder / part) for part in ("train", "test")}
-    if listing["train"].keys() != listing["test"].keys():
-        odd = sorted(listing["train"].keys() ^ listing["test"].keys())[0]
-        raise ValueError(f"class {odd!r} of {folder} must be both in train and in test")
-    files = [file for part in listing.values() for some in part.values() for file in some]
-
-    def decode() -> Dataset:
-        images, labels = [], []
-        channels = shape[0] if shape else _channels(files[0])
-        for part in listing.values():
-            paths = [file for some in part.values() for file in some]
-            images.append(_decode(paths, channels, shape))
-            counts = torch.tensor([len(some) for some in part.values()])
-            labels.append(torch.arange(len(part)).repeat_interleave(counts))
-        if images[0].shape[1:] != images[1].shape[1:]:
-            raise _different_sizes(folder, images[0].shape[2:], images[1].shape[2:])
-        classes = tuple(listing["train"])
-        return Dataset(name, images[0], labels[0], images[1], labels[1], classes, title or name)
-
-    return _cached(name, files, decode, extra=(shape, title))
-
-
-def _list_classes(part: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder of train/ or test/, in the order of their names."""
-    if not part.is_dir():
-        raise FileNotFoundError(f"there is no folder {part}: it must hold a folder for each class")
-    classes = {}
-    for folder in sorted(entry.path for entry in os.scandir(part) if entry.is_dir()):
-        names = sorted(os.listdir(folder))
-        files = [Path(folder, file) for file in names if file.lower().endswith(IMAGE_SUFFIXES)]
-        if not files:
-            raise ValueError(f"class folder {folder} holds no png or jpg image")
-        classes[Path(folder).name] = files
-    if not classes:
-        raise ValueError(f"{part} holds no class folders")
-    return classes
-
-
-def _channels(file: Path) -> int:
-    """1 for a grey picture, 3 for a coloured one: the first picture decides for the folder."""
-    return 1 if _open_image(file).mode in ("1", "L", "I", "I;16") else 3
-
-
-def _open_image(file: Path):
-    from PIL import Image
-
-    try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"{file} cannot be read as an image: mend or remove it") from error
-    if image.mode in ("I", "I;16"):  # 16 bits, of which Pillow would keep the lowest 8
-        image = image.point(lambda shade: shade / 257).convert("L")
-    return image
-
-
-def _decode(files: list[Path], channels: int, shape: tuple[int, int, int] | None) -> Tensor:
-    """Reads images into one uint8 tensor (N, C, H, W), resized to `shape` where it is given."""
-    from torchvision.transforms.functional import pil_to_tensor
-
-    stack = None
-    for row, file in enumerate(files):
-        pixels = pil_to_tensor(_open_image(file).convert("L" if channels == 1 else "RGB"))
-        if shape is not None and tuple(pixels.shape) != tuple(shape):
-            pixels = _resized(pixels.unsqueeze(0), shape)[0]
-        if stack is None:
-            stack = torch.empty((len(files), *pixels.shape), dtype=torch.uint8)
-        if pixels.shape != stack.shape[1:]:
-            raise _different_sizes(file, stack.shape[2:], pixels.shape[1:])
-        stack[row] = pixels
-    return stack
-
-
-def _different_sizes(where: Path, first: torch.Size, other: torch.Size) -> ValueError:
-    sizes = [f"{height}×{width}" for height, width in (first, other)]
-    return ValueError(
-        f"the images differ in size: {sizes[0]} and, in {where}, {sizes[1]}; "
-        "input_shape=(C, H, W), or --image-size on the command line, resizes them all"
-    )
-
-
-# --- decoded data sets, kept as one file -------------------------------------------------------
-
-
-def _cached(
-    name: str, files: list[Path], decode: Callable[[], Dataset], extra: tuple = ()
-) -> Dataset:
-    """The data set decoded from `files`, from the cache if they are unchanged since."""
-    key = hashlib.sha256(repr((str(files[0].resolve().parent), extra)).encode())
-    for file in files:
-        status = file.stat()
-        key.update(f"{file.parent.name}/{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-    path = cache_folder() / "decoded" / f"{name}-{key.hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        return Dataset.open(path)
-    data = decode()
-    try:
-        data.save(path)
-    except (OSError, SafetensorError) as error:
-        warnings.warn(f"the decoded data set is not kept: {error}", stacklevel=2)
-    return data

@@ -8,6 +8,7 @@ from torch import nn
 
 import normlab as nl
 from normlab import engine
+from normlab.dropout import dropout
 from normlab.engine import CpuEngine, GraphEngine, PlainEngine
 from normlab.norms import NORMS
 
@@ -142,7 +143,7 @@ def test_dropout_in_the_fast_loop_trains_as_well_as_the_plain_one(digits, monkey
 def test_the_mask_drops_at_its_rate_and_keeps_the_mean(probability):
     torch.manual_seed(0)
     count = 2**20
-    x = engine.dropout(torch.ones(count), probability)
+    x = dropout(torch.ones(count), probability)
     dropped = (x == 0).float().mean().item()
     error = math.sqrt(probability * (1 - probability) / count)
     assert dropped == pytest.approx(probability, abs=4 * error + 2**-16)
@@ -152,7 +153,7 @@ def test_the_mask_drops_at_its_rate_and_keeps_the_mean(probability):
 def test_the_masks_elements_are_independent():
     torch.manual_seed(0)
     count, p = 2**20, 0.25
-    keep = (engine.dropout(torch.ones(count), p) != 0).double()
+    keep = (dropout(torch.ones(count), p) != 0).double()
     centred = (keep - keep.mean()) / keep.std()
     # Lags within one draw of 64 bits (1 to 3), across draws, and across the rows of an image.
     for lag in (1, 2, 3, 4, 5, 8, 32, 1024):
@@ -167,7 +168,7 @@ def test_the_masks_elements_are_independent():
 def test_the_gradient_of_dropout_is_its_mask(layout):
     torch.manual_seed(0)
     x = torch.rand(4, 6, 5, 5).contiguous(memory_format=layout).requires_grad_()
-    y = engine.dropout(x, 0.4)
+    y = dropout(x, 0.4)
     y.backward(torch.full_like(y, 2.0))
     kept = y != 0
     assert torch.allclose(x.grad, kept * 2 / 0.6, rtol=1e-4)

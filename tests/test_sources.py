@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import normlab as nl
-from normlab import sources
+from normlab import folders, sources
 
 MNIST = torchvision.datasets.MNIST
 COUNTS = {"train": 12, "t10k": 5}
@@ -559,8 +559,8 @@ def test_a_class_in_only_one_part_is_named(tmp_path, part):
 def decoded(monkeypatch):
     """Which data sets were decoded instead of taken from the cache."""
     names = []
-    decode, read = sources._decode, sources._read_known
-    monkeypatch.setattr(sources, "_decode", lambda *args: names.append("folder") or decode(*args))
+    decode, read = folders._decode, sources._read_known
+    monkeypatch.setattr(folders, "_decode", lambda *args: names.append("folder") or decode(*args))
     monkeypatch.setattr(sources, "_read_known", lambda *args: names.append("known") or read(*args))
     return names
 

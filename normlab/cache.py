@@ -1,0 +1,44 @@
+"""Decoded data sets, kept as one file each in the user's cache folder."""
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from normlab.data import Dataset
+
+
+def cache_folder() -> Path:
+    """The folder for downloads and decoded data sets, by the custom of the system."""
+    if "XDG_CACHE_HOME" in os.environ:
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path.home() / ".cache"
+    return base / "normlab"
+
+
+def cached(
+    name: str, files: list[Path], decode: Callable[[], Dataset], extra: tuple = ()
+) -> Dataset:
+    """The data set decoded from `files`, from the cache if they are unchanged since."""
+    key = hashlib.sha256(repr((str(files[0].resolve().parent), extra)).encode())
+    for file in files:
+        status = file.stat()
+        key.update(f"{file.parent.name}/{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    path = cache_folder() / "decoded" / f"{name}-{key.hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return Dataset.open(path)
+    data = decode()
+    try:
+        data.save(path)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"the decoded data set is not kept: {error}", stacklevel=2)
+    return data

@@ -1,0 +1,52 @@
+"""What a network consists of: the table of its layers, its parameters and its work."""
+
+import contextlib
+import copy
+import io
+import re
+
+import torch
+from torch import Tensor, nn
+
+from normlab.seeding import fork_random_state
+
+
+def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of the convolution and linear layers for one image, forward."""
+    counted = []
+
+    def count(layer: nn.Module, _: tuple, output: Tensor) -> None:
+        counted.append(output[0].numel() * layer.weight[0].numel())
+
+    twin = copy.deepcopy(network).cpu().float().eval()
+    for layer in twin.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        twin(torch.zeros(1, *input_shape))
+    return sum(counted)
+
+
+def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Prints torchsummary's table for images of `input_shape` (C, H, W); returns the parameters.
+
+    The table is made from a copy on the CPU: weights, running statistics, training mode and the
+    random state stay as they are. torchsummary counts shared layers twice and misses parameters
+    not named weight or bias; where that happens, a line below the table says so, and the number
+    returned is the right one.
+    """
+    import torchsummary
+
+    twin = copy.deepcopy(network).cpu().float()
+    parameters = sum(weight.numel() for weight in network.parameters())
+    printed = io.StringIO()
+    with fork_random_state(torch.device("cpu")), contextlib.redirect_stdout(printed):
+        try:
+            torchsummary.summary(twin, tuple(input_shape), device="cpu")
+        except AttributeError:  # it cannot add up a table in which it found no weight
+            print("torchsummary finds no layer with weights.")
+    print(printed.getvalue(), end="")
+    counted = re.search(r"Total params: ([\d,]+)", printed.getvalue())
+    if counted is None or int(counted[1].replace(",", "")) != parameters:
+        print(f"torchsummary counts shared or unusual layers wrongly: it is {parameters:,}.")
+    return parameters
