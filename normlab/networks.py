@@ -298,8 +298,3 @@ def _initialize(network: nn.Module, seed: int) -> None:
     for index, (_, layer) in enumerate(layers):
         with seeded(seed, "weights", index):
             layer.reset_parameters()
-
-
-def count_parameters(network: nn.Module) -> int:
-    """How many numbers the network learns, a shared one counted once."""
-    return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from normlab.data import Dataset
 from normlab.files import read_json, remove_leftovers, write_bytes, write_json, write_text
 from normlab.recipes import Recipe
+from normlab.summaries import count_parameters
 
 COLUMNS = (
     "epoch",
@@ -97,7 +98,7 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     return {
         "recipe": recipe.as_dict(),
         "network": _describe(network),
-        "parameters": sum(w.numel() for w in network.parameters() if w.requires_grad),
+        "parameters": count_parameters(network),
         "initial_weights": weights_digest(network.state_dict()),
         "data": {
             "name": data.name,

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from normlab.seeding import fork_random_state
 
 
+def count_parameters(network: nn.Module) -> int:
+    """How many numbers the network learns, a shared one counted once."""
+    return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+
+
 def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Multiply-adds of the convolution and linear layers for one image, forward."""
     counted = []

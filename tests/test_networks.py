@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from normlab import NETWORKS, build_network, make_norm, summary
-from normlab.networks import count_parameters, multiply_adds
+from normlab.summaries import count_parameters, multiply_adds
 
 # A line for every convolution (C) and pooling (M 2×2, G global), with the shape that it leaves and
 # what follows it: normalization (N), ReLU (R), dropout (D); each with its parameters, if any.
