@@ -3,12 +3,12 @@
 import hashlib
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from normlab.checks import warn
 from normlab.data import Dataset
 
 
@@ -40,5 +40,5 @@ def cached(
     try:
         data.save(path)
     except (OSError, SafetensorError) as error:
-        warnings.warn(f"the decoded data set is not kept: {error}", stacklevel=2)
+        warn(f"the decoded data set is not kept: {error}")
     return data

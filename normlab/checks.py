@@ -3,6 +3,8 @@
 import difflib
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -10,6 +12,14 @@ def nearest(value: object, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the allowed name that resembles `value` most, or nothing."""
     found = difflib.get_close_matches(str(value).lower(), list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def warn(message: str) -> None:
+    """Warns, pointing at the line outside normlab from which the call came."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "normlab":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level - 1)
 
 
 def one_of(value: object, allowed: Iterable[str], what: str) -> str:

@@ -1,7 +1,6 @@
 """`fit`: trains a network by a recipe, keeps what it finished, and resumes what was interrupted."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from normlab.analysis import class_and_probability, predict
-from normlab.checks import one_of
+from normlab.checks import one_of, warn
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
 from normlab.engine import ENGINES, PlainEngine, can_overlap, make_engine
@@ -167,7 +166,7 @@ class _Training:
         self._resume()
         problem = self.engine.prepare()
         if problem:
-            warnings.warn(f"{self.label} takes the plain path: {problem}", stacklevel=4)
+            warn(f"{self.label} takes the plain path: {problem}")
             self.engine = PlainEngine(*self._ingredients(self.engine.device))
             self._note_engine(problem)
             self._resume()
@@ -252,11 +251,10 @@ class _Training:
     def _warn_at_chance(self) -> None:
         accuracy = self.history[-1]["train_accuracy"]
         if len(self.history) == CHANCE_EPOCHS and accuracy < self.chance + 0.02:
-            warnings.warn(
+            warn(
                 f"{self.label}: after {CHANCE_EPOCHS} epochs the training accuracy is "
                 f"{accuracy:.1%}, no better than always guessing one class: try another learning "
-                f"rate than {self.recipe.lr:g}, less L1, or check the labels",
-                stacklevel=5,  # to the call of `fit`
+                f"rate than {self.recipe.lr:g}, less L1, or check the labels"
             )
 
 
