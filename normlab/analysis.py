@@ -1,7 +1,7 @@
 """What a trained network predicts, and where it is wrong."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normlab.checks import one_of, whole_number
 from normlab.data import Dataset
 from normlab.runs import Run
+from normlab.seeding import fork_random_state
 from normlab.training import evaluating
 
 Predictor = nn.Module | Run
@@ -30,17 +31,19 @@ class Mistakes:
         total: how many mistakes there are in all; K may be fewer.
         tested: how many images were tested.
         source: what the images are, for titles.
+        part: "test", or "validation" where that took its place.
     """
 
-    images: Tensor
+    images: Tensor = field(repr=False)
     true: Tensor
     predicted: Tensor
     probability: Tensor
     index: Tensor
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = field(repr=False)
     total: int
     tested: int
     source: str
+    part: str = "test"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,12 +57,35 @@ def predict(
 
     The network is in evaluation mode meanwhile and in its former mode afterwards.
     """
-    example = next(network.parameters())
+    check_network(network, data)
+    example = next(network.parameters(), torch.zeros(()))
     batches = data.loader(
         train, batch_size, shuffle=False, device=example.device, dtype=example.dtype
     )
     with evaluating(network):
         return torch.cat([network(images) for images, _ in batches]).cpu()
+
+
+def check_network(network: nn.Module, data: Dataset) -> None:
+    """Tries two images; raises an error of one sentence if the network does not fit the data."""
+    example = next(network.parameters(), torch.zeros(()))
+    images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
+    try:
+        with torch.no_grad(), evaluating(network), fork_random_state(example.device):
+            logits = network(images)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(network).__name__} cannot take images of shape {data.input_shape}: {error}"
+        ) from error
+    classes = len(data.classes)
+    if not isinstance(logits, torch.Tensor):
+        kind = type(logits).__name__
+        raise TypeError(f"{type(network).__name__} must return a tensor of logits, not a {kind}")
+    if logits.shape != (2, classes):
+        raise ValueError(
+            f"{type(network).__name__} must return logits of shape (B, {classes}) for "
+            f"{classes} classes, not {tuple(logits.shape)} for B = 2"
+        )
 
 
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,6 +152,7 @@ def _mistakes(
         total=total,
         tested=len(data.test_labels),
         source=data.source,
+        part=data.test_name,
     )
 
 

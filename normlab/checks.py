@@ -22,6 +22,12 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def instance(value: object, kind: type, what: str, hint: str) -> None:
+    """Raises `TypeError` unless `value` is of the class `kind`; `hint` says how to get one."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be a {kind.__name__}, not {value!r:.60}: {hint}")
+
+
 def one_of(value: object, allowed: Iterable[str], what: str) -> str:
     """Returns `value` if it is among the `allowed` names; `what` says what is being named."""
     allowed = list(allowed)

@@ -154,7 +154,8 @@ def _run(options: argparse.Namespace, plan) -> None:
 def _how_to_resume(options: argparse.Namespace) -> str:
     if options.out is None:
         return "nothing was trained yet"
-    return f"what was finished is kept in {options.out}: the same command goes on from there"
+    again = "the same command without --fresh" if options.fresh else "the same command"
+    return f"what was finished is kept in {options.out}: {again} goes on from there"
 
 
 # --- list, summary, data ----------------------------------------------------------------------

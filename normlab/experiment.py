@@ -1,5 +1,6 @@
 """A whole assignment: all variants and seeds, those that are done already taken from disk."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch import nn
 
+from normlab.analysis import check_network
 from normlab.assignments import Assignment, Variant, build_variant, find_assignment
-from normlab.checks import one_of, whole_number
+from normlab.checks import instance, one_of, whole_number
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engine import ENGINES
@@ -23,7 +26,7 @@ from normlab.sources import load_dataset
 from normlab.summaries import multiply_adds
 
 
-@dataclass
+@dataclass(repr=False)
 class Results:
     """The runs of an assignment: `runs[label]` holds one for each seed."""
 
@@ -37,6 +40,9 @@ class Results:
     def __iter__(self) -> Iterator[str]:
         return iter(self.runs)
 
+    def __repr__(self) -> str:
+        return self.table().to_string(index=False)
+
     def table(self):
         """A pandas DataFrame, a row for each variant.
 
@@ -48,8 +54,12 @@ class Results:
 
         return pandas.DataFrame([self._row(label, runs) for label, runs in self.runs.items()])
 
-    @staticmethod
-    def _row(label: str, runs: list[Run]) -> dict:
+    def spread(self, label: str) -> float:
+        """Standard deviation over seeds of the last epoch's test accuracy; NaN for one seed."""
+        last = [run.last["test_accuracy"] for run in self.runs[label]]
+        return float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
+
+    def _row(self, label: str, runs: list[Run]) -> dict:
         accuracy = np.array([[row["test_accuracy"] for row in run.history] for run in runs])
         by_epoch = accuracy.mean(0)
         return {
@@ -57,7 +67,7 @@ class Results:
             "parameters": runs[0].parameters,
             "seeds": len(runs),
             "test_accuracy": by_epoch[-1],
-            "sd": accuracy[:, -1].std(ddof=1) if len(runs) > 1 else np.nan,
+            "sd": self.spread(label),
             "best_epoch": int(by_epoch.argmax()) + 1,
             "best_accuracy": by_epoch.max(),
             "seconds": float(np.mean([run.seconds for run in runs])),
@@ -117,6 +127,7 @@ def run_assignment(
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
     data = data if data is not None else load_assignment_data(assignment)
+    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
         place = directory or stack.enter_context(TemporaryDirectory(prefix="normlab-"))
         plans = _plan(assignment, numbers, epochs, Path(place))
@@ -161,6 +172,7 @@ class _Plan:
             classes=len(data.classes),
             input_shape=data.input_shape,
         )
+        instance(network, nn.Module, f"what build returns for {self.variant.norm!r}", "return it")
         return Job(network, self.recipe, self.directory, self.label)
 
 
@@ -183,7 +195,9 @@ def _run_side_by_side(
 ) -> None:
     """Trains as many of the runs as fill the cores; the loop that follows finds them finished."""
     jobs = [plan.job(data) for plan in plans]
-    done = [is_done(job, data, device) for job in jobs]  # before anything is trained
+    for job in jobs:  # before anything is trained
+        check_network(job.network, data)
+    done = [is_done(job, data, device) for job in jobs]
     forward = multiply_adds(jobs[0].network, data.input_shape)
     work = 3 * forward * len(data.train_images) * sum(plan.epochs for plan in plans)
     count, workers = whole_rounds(plans, work)

@@ -9,16 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normlab.analysis import class_and_probability, predict
-from normlab.checks import one_of, warn
+from normlab.analysis import check_network, class_and_probability, predict
+from normlab.checks import instance, one_of, warn
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
 from normlab.engine import ENGINES, PlainEngine, can_overlap, make_engine
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
 from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
-from normlab.seeding import fork_random_state, seeded
-from normlab.training import evaluating
+from normlab.seeding import seeded
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -87,6 +86,10 @@ def fit_together(
     """`fit` for several networks at once: on a GPU their epochs overlap."""
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
+    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    for job in jobs:
+        instance(job.network, nn.Module, "a network", "nl.build_network(…) gives one")
+        instance(job.recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     trainings = [_Training(job, data, device, engine) for job in jobs]
     try:
         with ExitStack() as stack:
@@ -122,13 +125,13 @@ class _Training:
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
         self.folder = RunFolder(job.directory) if job.directory is not None else None
+        check_network(job.network, data)
         self.loaded = is_done(job, data, device)
         if not self.loaded:
             self._prepare(device, engine)
 
     def _prepare(self, device: torch.device, engine: str) -> None:
         what = identity(self.network, self.data, self.recipe)
-        _check_network(self.network, self.data)
         self.engine, why = make_engine(engine, *self._ingredients(device))
         self.config = {"is": what, "from": provenance(self.data, device)}
         self._note_engine(why)
@@ -245,7 +248,7 @@ class _Training:
             raise FloatingPointError(
                 f"{self.label}: the {which} loss became {loss} in epoch {epoch + 1}: try a lower "
                 f"learning rate than {self.recipe.lr:g}, the one-cycle schedule, or a "
-                "normalization if there is none"
+                f"normalization if there is none{', in another directory' if self.folder else ''}"
             )
 
     def _warn_at_chance(self) -> None:
@@ -262,30 +265,6 @@ def _move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
     if device.type == "mps" and recipe.dtype == "float64":
         raise ValueError("dtype 'float64' is not available on device 'mps': use device='cpu'")
     network.to(device=device, dtype=DTYPES[recipe.dtype])
-
-
-def _check_network(network: nn.Module, data: Dataset) -> None:
-    """Tries two images, so that a misfit is said at once and before anything is written."""
-    example = next(iter(network.parameters()), None)
-    if example is None:
-        raise ValueError(f"{type(network).__name__} has no parameters to train")
-    images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
-    try:
-        with torch.no_grad(), evaluating(network), fork_random_state(example.device):
-            logits = network(images)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{type(network).__name__} cannot take images of shape {data.input_shape}: {error}"
-        ) from error
-    classes = len(data.classes)
-    if not isinstance(logits, torch.Tensor):
-        kind = type(logits).__name__
-        raise TypeError(f"{type(network).__name__} must return a tensor of logits, not a {kind}")
-    if logits.shape != (2, classes):
-        raise ValueError(
-            f"{type(network).__name__} must return logits of shape (B, {classes}) for "
-            f"{classes} classes, not {tuple(logits.shape)} for B = 2"
-        )
 
 
 def _explained(error: ValueError, recipe: Recipe) -> ValueError:

@@ -10,6 +10,8 @@ from torch import Tensor
 from normlab.cache import cached
 from normlab.data import Dataset
 
+GREY_MODES = ("1", "L", "LA", "I", "I;16")
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -49,8 +51,9 @@ def _list_classes(part: Path) -> dict[str, list[Path]]:
     if not part.is_dir():
         raise FileNotFoundError(f"there is no folder {part}: it must hold a folder for each class")
     classes = {}
-    for folder in sorted(entry.path for entry in os.scandir(part) if entry.is_dir()):
-        names = sorted(os.listdir(folder))
+    folders = [entry for entry in os.scandir(part) if entry.is_dir()]
+    for folder in sorted(entry.path for entry in folders if not entry.name.startswith(".")):
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         files = [Path(folder, file) for file in names if file.lower().endswith(IMAGE_SUFFIXES)]
         if not files:
             raise ValueError(f"class folder {folder} holds no png or jpg image")
@@ -62,7 +65,7 @@ def _list_classes(part: Path) -> dict[str, list[Path]]:
 
 def _channels(file: Path) -> int:
     """1 for a grey picture, 3 for a coloured one: the first picture decides for the folder."""
-    return 1 if _open_image(file).mode in ("1", "L", "I", "I;16") else 3
+    return 1 if _open_image(file).mode in GREY_MODES else 3
 
 
 def _open_image(file: Path):
@@ -84,7 +87,13 @@ def _decode(files: list[Path], channels: int, shape: tuple[int, int, int] | None
 
     stack = None
     for row, file in enumerate(files):
-        pixels = pil_to_tensor(_open_image(file).convert("L" if channels == 1 else "RGB"))
+        picture = _open_image(file)
+        if channels == 1 and shape is None and picture.mode not in GREY_MODES:
+            raise ValueError(
+                f"{file} is coloured, but the first image is grey: input_shape=(3, H, W) takes all "
+                "as coloured"
+            )
+        pixels = pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
         if shape is not None and tuple(pixels.shape) != tuple(shape):
             pixels = resized(pixels.unsqueeze(0), shape)[0]
         if stack is None:

@@ -32,7 +32,7 @@ class Residual(nn.Module):
         return self.body(x) + self.shortcut(x)
 
 
-class Parts:
+class LayerBuilder:
     """Makes layers one after another and keeps track of the shape (C, H, W) that they leave."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Parts:
         self.shape = (channels, height, width)
 
 
-def _mnist_l1(part: Parts, skip: bool) -> list[nn.Module]:
+def _mnist_l1(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
     return [
         conv(10, valid=True),  # (B, 10, 26, 26)
@@ -106,7 +106,7 @@ def _mnist_l1(part: Parts, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _mnist_eva6(part: Parts, skip: bool) -> list[nn.Module]:
+def _mnist_eva6(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
     return [
         conv(8, valid=True),  # (B, 8, 26, 26)
@@ -119,7 +119,7 @@ def _mnist_eva6(part: Parts, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _cifar10_norms(part: Parts, skip: bool) -> list[nn.Module]:
+def _cifar10_norms(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="NRD")
     return [
         conv(8),  # (B, 8, 32, 32)
@@ -137,7 +137,7 @@ def _cifar10_norms(part: Parts, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _cifar10_add(part: Parts, skip: bool) -> list[nn.Module]:
+def _cifar10_add(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
 
     def added(*layers: nn.Module) -> nn.Module:
@@ -155,7 +155,7 @@ def _cifar10_add(part: Parts, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _cifar10_skip(part: Parts, skip: bool) -> list[nn.Module]:
+def _cifar10_skip(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
 
     def bottleneck(*channels: int) -> nn.Module:
@@ -185,7 +185,7 @@ def _cifar10_skip(part: Parts, skip: bool) -> list[nn.Module]:
 class Design:
     """A network as the assignment has it; the defaults of `build_network`."""
 
-    layers: Callable[[Parts, bool], list[nn.Module]]
+    layers: Callable[[LayerBuilder, bool], list[nn.Module]]
     input_shape: tuple[int, int, int]
     groups: int
     dropout: float
@@ -258,7 +258,7 @@ def build_network(
     maker = (
         norm if callable(norm) else functools.partial(_norm_for, name, norm, arguments["groups"])
     )
-    part = Parts(arguments["input_shape"], maker, dropout_layer, name)
+    part = LayerBuilder(arguments["input_shape"], maker, dropout_layer, name)
     seed = int(torch.randint(2**62, ())) if seed is None else whole_number(seed, "seed", least=0)
     with seeded(seed, "layers"):
         layers = [*design.layers(part, arguments["skip"]), part.head(arguments["classes"])]

@@ -11,6 +11,7 @@ They differ in one thing only, the set of axes that share a mean. For images (N,
 `NORMS` holds that table as data; `batch_norm` and its siblings are the same as tensor expressions.
 """
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import nearest, one_of, whole_number
+from normlab.checks import one_of, whole_number
 
 EPSILON = 1e-5  # added to every variance, the same for all, so that no variant has an edge
 
@@ -113,7 +114,8 @@ def norm_name(kind: str) -> str:
         return words
     if words in _ALIASES:
         return _ALIASES[words]
-    hint = nearest(plain, [*NORMS, *(alias for alias in _ALIASES if len(alias) > 2)])
+    near = difflib.get_close_matches(plain, [*NORMS, *(a for a in _ALIASES if len(a) > 2)], n=1)
+    hint = f"; did you mean {_ALIASES.get(near[0], near[0])!r}?" if near else ""
     raise ValueError(f"unknown norm {kind!r}: it must be one of {', '.join(NORMS)}{hint}")
 
 

@@ -6,6 +6,7 @@ figure. None calls `show`: a notebook shows its figures by itself, a script save
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,9 +34,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _NAMES = {
     "train_loss": ("Training loss", "cross-entropy (nats per image)"),
-    "train_accuracy": ("Training accuracy", "right images (%)"),
+    "train_accuracy": ("Training accuracy", "accuracy (%)"),
     "test_loss": ("Test loss", "cross-entropy (nats per image)"),
-    "test_accuracy": ("Test accuracy", "right images (%)"),
+    "test_accuracy": ("Test accuracy", "accuracy (%)"),
     "penalty": ("L1 penalty", "penalty (nats)"),
     "lr": ("Learning rate", "rate of the epoch's last step"),
     "seconds": ("Time of an epoch", "wall time (s)"),
@@ -64,7 +65,7 @@ def plot_curves(
         length = min(len(run.history) for run in some)
         values = np.array([[row[quantity] for row in run.history[:length]] for run in some]) * scale
         _draw_curve(ax, values, label, place)
-        ends.append((values.mean(0)[-1], place))
+        ends.append((values.mean(0)[-1], place, label))
     _annotate(ax, groups, quantity, title)
     _write_ends(ax, ends, quantity)
     return ax.figure
@@ -86,7 +87,6 @@ def _draw_curve(ax: Axes, values: np.ndarray, label: str, place: int) -> None:
     mean = values.mean(0)
     look = place % len(COLOURS)
     line = (place + place // len(COLOURS)) % len(LINES)  # an eighth curve looks like no other
-    name = label if len(values) == 1 else f"{label} (mean of {len(values)} seeds)"
     ax.plot(
         epochs,
         mean,
@@ -95,7 +95,7 @@ def _draw_curve(ax: Axes, values: np.ndarray, label: str, place: int) -> None:
         marker=MARKERS[look],
         markersize=3.5,
         linewidth=1.6,
-        label=name,
+        label=label,
     )
     if len(values) > 1:
         spread = values.std(0, ddof=1)
@@ -108,7 +108,10 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str 
     from matplotlib.ticker import MaxNLocator
 
     name, unit = _NAMES[quantity]
-    sources = {run.config["from"]["data_source"] for some in groups.values() for run in some}
+    configs = [run.config for some in groups.values() for run in some]
+    if all("validation_images" in config["is"]["data"] for config in configs):
+        name = name.replace("Test", "Validation")
+    sources = {config["from"]["data_source"] for config in configs}
     ax.set_title(title if title is not None else f"{name}, {', '.join(sorted(sources))}")
     ax.set_xlabel("epoch")
     ax.set_ylabel(unit)
@@ -119,7 +122,9 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str 
         _focus_on_late_epochs(ax)
     ax.grid(alpha=0.3, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    counts = {len(some) for some in groups.values()}
+    seeds = f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else f"{max(counts)} seeds"
+    ax.legend(frameon=False, title=f"mean ± sd of {seeds}" if max(counts) > 1 else None)
 
 
 def _logarithmic(ax: Axes) -> None:
@@ -133,27 +138,27 @@ def _logarithmic(ax: Axes) -> None:
 
 
 def _focus_on_late_epochs(ax: Axes) -> None:
-    """Cuts off the first epochs' low accuracies where they would flatten all that follows."""
+    """Cuts off the first epochs' accuracies where they take more than half of the axis."""
     curves = [np.asarray(line.get_ydata()) for line in ax.lines]
     late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
-    span = max(late.max() - late.min(), 0.5)
-    lowest = late.min() - 0.35 * span
-    if min(curve.min() for curve in curves) < lowest:
-        ax.set_ylim(bottom=lowest, top=min(100.0, late.max() + 0.12 * span))
+    first, span = min(curve.min() for curve in curves), max(late.max() - late.min(), 0.5)
+    if late.min() - first > span:
+        ax.set_ylim(bottom=late.min() - 0.35 * span)
         ax.set_xlabel("epoch (the first values lie below the frame)")
 
 
-def _write_ends(ax: Axes, ends: list[tuple[float, int]], quantity: str) -> None:
+def _write_ends(ax: Axes, ends: list[tuple[float, int, str]], quantity: str) -> None:
     """Writes the last values to the right of the axes, moved apart where they would overlap."""
     ax.get_ylim()  # settles the limits, which the transformation below needs
     to_axes = ax.transScale + ax.transLimits
     ends = sorted(ends)
-    heights = _spread([to_axes.transform((1, value))[1] for value, _ in ends], gap=0.055)
-    for (value, place), height in zip(ends, heights, strict=True):
+    heights = _spread([to_axes.transform((1, value))[1] for value, *_ in ends], gap=0.055)
+    for (value, place, label), height in zip(ends, heights, strict=True):
+        number = f"{value:.2f} %" if quantity.endswith("accuracy") else f"{value:#.3g}"
         ax.text(
             1.01,
             height,
-            f"{value:.2f} %" if quantity.endswith("accuracy") else f"{value:#.3g}",
+            f"{number} {label}",
             transform=ax.transAxes,
             color=COLOURS[place % len(COLOURS)],
             fontsize=9,
@@ -202,10 +207,15 @@ def plot_mistakes(
     from matplotlib import pyplot
 
     room = whole_number(rows, "rows") * whole_number(cols, "cols")
-    rows = max(1, min(rows, -(-len(mistakes) // cols)))  # no empty rows where there are few
-    size = (max(2.0 * cols, 4.2), 1.85 * rows + 0.8)
+    heading = _mistakes_title(mistakes, room, title)
+    if not len(mistakes):
+        figure = pyplot.figure(figsize=(4.6, 0.9))
+        figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)
+        return figure
+    rows = min(rows, -(-len(mistakes) // cols))  # no empty rows where there are few
+    size = (max(2.0 * cols, 4.6), 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
     figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
-    figure.suptitle(_mistakes_title(mistakes, room, title), fontsize=11)
+    figure.suptitle(heading, fontsize=11)
     for place, ax in enumerate(axes.flat):
         ax.axis("off")
         if place < len(mistakes):
@@ -214,12 +224,12 @@ def plot_mistakes(
 
 
 def _mistakes_title(mistakes: Mistakes, room: int, title: str | None) -> str:
-    head = "Misclassified test images" if title is None else f"{title}: misclassified test images"
-    verb = "is" if mistakes.total == 1 else "are"
-    count = f"{mistakes.total} of {mistakes.tested:,} {verb} wrong"
+    what = f"misclassified {mistakes.part} images"
+    head = what.capitalize() if title is None else f"{title}: {what}"
+    count = f"{mistakes.total:,} of {mistakes.tested:,}"
     if mistakes.total < room:
-        count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,} is wrong"
-    return f"{head}\n{mistakes.source}: {count}"
+        count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,}"
+    return "\n".join(textwrap.fill(line, 46) for line in (head, f"{mistakes.source}: {count}"))
 
 
 def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
@@ -248,41 +258,38 @@ def plot_confusion(
     ax = ax if ax is not None else _axes(side, side)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     np.fill_diagonal(share, 0)
-    ax.imshow(share, cmap="Oranges", vmin=0, vmax=max(share.max(), 1e-9))
+    top = max(share.max(), 0.1)  # so that a few mistakes stay pale
+    ax.imshow(share, cmap="Oranges", vmin=0, vmax=top)
     for (row, column), count in np.ndenumerate(counts):
         if count:
             weight = "bold" if row == column else "normal"
-            dark = share[row, column] > 0.65 * max(share.max(), 1e-9)
-            ax.text(
-                column,
-                row,
-                f"{count}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                fontweight=weight,
-                color="white" if dark else "black",
-            )
-    crowded = max(map(len, classes)) > 2
-    ax.set_xticks(
-        range(len(classes)),
-        classes,
-        rotation=45 if crowded else 0,
-        ha="right" if crowded else "center",
-    )
-    ax.set_yticks(range(len(classes)), classes)
-    ax.set_xlabel("predicted class")
-    ax.set_ylabel("true class")
+            colour = "white" if share[row, column] > 0.65 * top else "black"
+            style = {"fontsize": 8, "fontweight": weight, "color": colour}
+            ax.text(column, row, f"{count}", ha="center", va="center", **style)
+    _label_classes(ax, classes)
     ax.set_title(title if title is not None else "Test images by true and predicted class")
     return ax.figure
 
 
+def _label_classes(ax: Axes, classes: Sequence[str]) -> None:
+    places = range(len(classes))
+    turned = {"rotation": 45, "ha": "right"} if max(map(len, classes)) > 2 else {}
+    ax.set_xticks(places, classes, **turned)
+    ax.set_yticks(places, classes)
+    ax.set_xlabel("predicted class")
+    ax.set_ylabel("true class")
+
+
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
-    """Writes the figure as PNG, whole or not at all, and closes it; returns the path."""
+    """Writes the figure, whole or not at all, and closes it; returns the path.
+
+    The name's ending says the format: png, svg or pdf; `ValueError` for another.
+    """
     from matplotlib import pyplot
 
     path = Path(path)
+    form = one_of(path.suffix.lstrip("."), ("png", "svg", "pdf"), "ending of a figure's name")
     with written_aside(path) as aside:
-        figure.savefig(aside, dpi=dpi, format="png", facecolor="white")
+        figure.savefig(aside, dpi=dpi, format=form, facecolor="white")
     pyplot.close(figure)
     return path

@@ -1,8 +1,9 @@
 """How a network is trained, as data: a recipe, its optimiser and its schedule."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,12 @@ class Recipe:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def but(self, **changes: object) -> "Recipe":
+    def replace(self, **changes: object) -> "Recipe":
         """The same recipe with some fields changed."""
         unknown = changes.keys() - self.__dataclass_fields__.keys()
         if unknown:
             one_of(sorted(unknown)[0], self.__dataclass_fields__, "field of a recipe")
-        return replace(self, **changes)
+        return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict:
         """The fields as JSON can hold them."""

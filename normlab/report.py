@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from normlab.analysis import find_mistakes
+from normlab.assignments import Variant
 from normlab.experiment import Results
 from normlab.files import write_json, write_text
 from normlab.plots import plot_curves, plot_mistakes, save_figure
@@ -19,7 +20,7 @@ def write_report(results: Results, directory: str | Path) -> Path:
     for variant in results.assignment.variants:
         wrong = find_mistakes(results.runs[variant.label][0], results.data)
         figure = plot_mistakes(wrong, title=variant.label)
-        save_figure(figure, directory / f"mistakes-{variant.folder}.png")
+        save_figure(figure, directory / _mistakes_file(variant))
     write_text(directory / "results.csv", results.table().to_csv(index=False))
     write_json(directory / "results.json", results_as_dict(results))
     write_text(directory / "report.md", report_text(results))
@@ -28,42 +29,44 @@ def write_report(results: Results, directory: str | Path) -> Path:
 
 def results_as_dict(results: Results) -> dict:
     """Everything a reader of the numbers needs, as JSON can hold it."""
-    rows = results.table().to_dict("records")
-    variants = []
-    for variant, row in zip(results.assignment.variants, rows, strict=True):
-        runs = results.runs[variant.label]
-        spread = None if math.isnan(row["sd"]) else row["sd"]
-        variants.append(
-            row
-            | {
-                "sd": spread,
-                "norm": variant.norm,
-                "reported": variant.reported,
-                "network": runs[0].config["is"]["network"],
-                "recipe": {k: v for k, v in runs[0].recipe.as_dict().items() if k != "seed"},
-                "runs": [
-                    {"seed": run.recipe.seed, "test_loss": run.last["test_loss"]}
-                    | {"test_accuracy": run.last["test_accuracy"], "seconds": run.seconds}
-                    for run in runs
-                ],
-            }
-        )
     first = next(iter(results.runs.values()))[0]
+    rows = results.table().to_dict("records")
     return {
         "assignment": results.assignment.name,
         "title": results.assignment.title,
         "data": first.config["is"]["data"] | {"source": results.data.source},
-        "test": results.data.test_name,
+        "tested_on": results.data.test_name,
         "from": {k: v for k, v in first.config["from"].items() if k != "data_source"},
-        "variants": variants,
+        "variants": [
+            row | _variant_as_dict(results, variant)
+            for variant, row in zip(results.assignment.variants, rows, strict=True)
+        ],
+    }
+
+
+def _variant_as_dict(results: Results, variant: Variant) -> dict:
+    runs = results.runs[variant.label]
+    spread = results.spread(variant.label)
+    same_data = results.data.name == results.assignment.dataset
+    return {
+        "sd": None if math.isnan(spread) else spread,
+        "norm": variant.norm,
+        "reported": variant.reported if same_data else None,
+        "network": runs[0].config["is"]["network"],
+        "recipe": {k: v for k, v in runs[0].recipe.as_dict().items() if k != "seed"},
+        "runs": [
+            {"seed": run.recipe.seed, "test_loss": run.last["test_loss"]}
+            | {"test_accuracy": run.last["test_accuracy"], "seconds": run.seconds}
+            for run in runs
+        ],
     }
 
 
 def markdown_table(results: Results) -> str:
     """The table for people: percentages, mean ± standard deviation of the last epoch."""
     lines = [
-        "| variant | parameters | seeds | test accuracy, last epoch (%) | best epoch (optimistic) "
-        "| seconds a run |",
+        f"| variant | parameters | seeds | {results.data.test_name} accuracy, last epoch (%) "
+        "| best epoch (optimistic) | seconds a run |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results.table().to_dict("records"):
@@ -81,43 +84,68 @@ def percent(row: dict) -> str:
 
 def report_text(results: Results) -> str:
     """`report.md`: the table, the figures, and how everything was trained."""
-    runs = results.runs
-    first = next(iter(runs.values()))[0]
+    first = next(iter(results.runs.values()))[0]
     data, origin = results.data, first.config["from"]
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
     parts = [
-        f"# {results.assignment.title}, {results.data.source}",
-        f"Images: {data.source} ({images} images). Device: {origin['device']}, "
+        f"# {results.assignment.name}: {results.assignment.title}, on {data.source}",
+        f"{data.source}, {images} images. Device: {origin['device']}, "
         f"torch {origin['torch']}, normlab {origin['normlab']}, {origin['date']}.",
         markdown_table(results),
-        _caution(first),
-        f"## Test loss\n\n![Test loss of all variants]({LOSS_FIGURE})",
-        f"## Test accuracy\n\n![Test accuracy of all variants]({ACCURACY_FIGURE})",
+        _caution(results),
+        f"## Loss\n\n![Loss of all variants over the epochs]({LOSS_FIGURE})",
+        f"## Accuracy\n\n![Accuracy of all variants over the epochs]({ACCURACY_FIGURE})",
         "## Misclassified images\n\nOf the first seed's final network, the mistakes it is surest "
         "of.",
-        *(
-            f"### {variant.label}\n\n![Ten misclassified images of {variant.label}]"
-            f"(mistakes-{variant.folder}.png)"
-            for variant in results.assignment.variants
-        ),
-        "## Recipes",
+        *(_mistakes_part(results, variant) for variant in results.assignment.variants),
+        "## Networks and recipes",
         _recipe_table(results),
+        "`ln` is one group over channels and positions with one scale and shift a channel, "
+        "`ln-elementwise` has one for every element.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _caution(first) -> str:
-    epochs = len(first.history)
+def _mistakes_part(results: Results, variant: Variant) -> str:
+    tested = f"{len(results.data.test_images):,} {results.data.test_name} images"
+    wrong = find_mistakes(results.runs[variant.label][0], results.data).total
+    text = f"### {variant.label}\n\n{wrong:,} of {tested} are misclassified."
+    if not wrong:
+        return text
+    shown = f"{min(wrong, 10)} misclassified images of {variant.label}"
+    return f"{text}\n\n![{shown}]({_mistakes_file(variant)})"
+
+
+def _mistakes_file(variant: Variant) -> str:
+    return f"mistakes-{variant.folder}.png"
+
+
+def _caution(results: Results) -> str:
+    """What the numbers leave open: the spread between seeds, and that of so many test images."""
+    first = next(iter(results.runs.values()))[0]
+    images = len(results.data.test_images)
+    accuracy = results.table()["test_accuracy"].clip(0.5 / images, 1 - 0.5 / images).median()
+    error = 196 * math.sqrt(accuracy * (1 - accuracy) / images)
+    seeds = min(len(runs) for runs in results.runs.values())
+    spread = (
+        "One seed says nothing of the spread between seeds."
+        if seeds == 1
+        else f"The spread is one standard deviation over {seeds} seeds."
+    )
     return (
-        f"The number to quote is that of the last epoch, number {epochs}. With few seeds, "
-        "differences of a few standard deviations and less are noise, not a ranking."
+        f"The number to quote is that of the last epoch, number {len(first.history)}. {spread} "
+        f"{images:,} images alone leave each accuracy uncertain by ±{error:.2f} points (95 %)."
     )
 
 
 def _recipe_table(results: Results) -> str:
     """The fields of all recipes: shared ones once, declared differences for each variant."""
-    recipes = {label: runs[0].recipe.as_dict() for label, runs in results.runs.items()}
-    fields = [field for field in next(iter(recipes.values())) if field != "seed"]
+    recipes = {
+        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict()
+        for label, runs in results.runs.items()
+    }
+    hidden = ("seed", "layers", "code")  # digests tell a reader nothing
+    fields = [field for field in next(iter(recipes.values())) if field not in hidden]
     lines = ["| | " + " | ".join(recipes) + " |", "| --- |" + " --- |" * len(recipes)]
     for field in fields:
         cells = [_cell(recipe[field]) for recipe in recipes.values()]
@@ -127,5 +155,5 @@ def _recipe_table(results: Results) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(value) or "none"
+        return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,10 @@
 """A run: a network's training in memory and, where wanted, on disk."""
 
 import hashlib
+import inspect
 import json
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +35,7 @@ COLUMNS = (
 QUANTITIES = COLUMNS[1:]
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A finished training.
 
@@ -55,6 +57,10 @@ class Run:
     probability: Tensor = field(repr=False)
     config: dict = field(repr=False)
     directory: Path | None = None
+
+    def __repr__(self) -> str:
+        accuracy = f"{self.last['test_accuracy']:.4f}"
+        return f"Run({type(self.network).__name__}, {self.recipe}, test_accuracy={accuracy})"
 
     @property
     def last(self) -> dict:
@@ -110,12 +116,25 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
 
 
 def _describe(network: nn.Module) -> dict:
-    """The arguments of `build_network`, or the class and its layers of a module of one's own."""
+    """The arguments of `build_network`, or what there is to know of a module of one's own."""
     description = getattr(network, "description", None)
     if isinstance(description, Mapping):
         return json.loads(json.dumps(dict(description)))
-    layers = hashlib.sha256(repr(network).encode()).hexdigest()
-    return {"class": type(network).__name__, "layers": layers}
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
+    kinds = {type(layer) for layer in network.modules()}
+    own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
+    code = "".join(sorted(map(_code, own)))
+    digests = (hashlib.sha256(text.encode()).hexdigest() for text in (layers, code))
+    return {"class": type(network).__name__} | dict(zip(("layers", "code"), digests, strict=True))
+
+
+def _code(kind: type) -> str:
+    """The source of a class, or the compiled code of its forward where there is no source."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        code = kind.forward.__code__
+        return f"{kind.__qualname__} {code.co_code.hex()} {code.co_consts} {code.co_names}"
 
 
 def provenance(data: Dataset, device: torch.device) -> dict:
@@ -203,8 +222,8 @@ class RunFolder:
         tensors = _prefixed("network", network.state_dict())
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= _prefixed(f"optimizer.{index}", state)
-        content = tensors_to_bytes(tensors, metadata={"history": json.dumps(history)})
-        write_bytes(self._checkpoint, content)
+        about = {"history": json.dumps(history), "digest": weights_digest(tensors)}
+        write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
         self._write_history(history)
 
     def load_epoch(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -215,6 +234,8 @@ class RunFolder:
         if not self._checkpoint.is_file():
             return []
         tensors, about = self._read(self._checkpoint)
+        if about.get("digest") != weights_digest(tensors):
+            raise self._damaged(self._checkpoint)
         states: dict[int, dict] = {}
         for key, value in _unprefixed("optimizer", tensors).items():
             index, _, name = key.partition(".")
@@ -234,32 +255,31 @@ class RunFolder:
         write_bytes(self._weights, tensors_to_bytes(_prefixed("", run.network.state_dict())))
         guesses = {"predicted": run.predicted.to(torch.int16), "probability": run.probability}
         write_bytes(self._predictions, tensors_to_bytes(guesses))
+        run.config["digests"] = {file.name: _file_digest(file) for file in self._results()}
         write_json(self._config, run.config)
         self._checkpoint.unlink(missing_ok=True)
 
     def load(self, network: nn.Module) -> Run:
         """The finished run that lies here, its weights put into `network`."""
         config = self._read_config()
-        recipe = Recipe(**config["is"]["recipe"])
-        history = self._read_history()
-        if [row["epoch"] for row in history] != list(range(1, recipe.epochs + 1)):
-            raise self._damaged(self._history)
+        for file in self._results():
+            if not file.is_file() or _file_digest(file) != config.get("digests", {}).get(file.name):
+                raise self._damaged(file)
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
-        if guesses.keys() != {"predicted", "probability"}:
-            raise self._damaged(self._predictions)
-        if weights_digest(weights) != config["final_weights"]:
-            raise self._damaged(self._weights)
         network.load_state_dict(weights)
         return Run(
             network=network,
-            recipe=recipe,
-            history=history,
+            recipe=Recipe(**config["is"]["recipe"]),
+            history=self._read_history(),
             predicted=guesses["predicted"].long(),
             probability=guesses["probability"],
             config=config,
             directory=self.directory,
         )
+
+    def _results(self) -> tuple[Path, ...]:
+        return self._history, self._weights, self._predictions
 
     def _write_history(self, history: list[dict]) -> None:
         lines = [",".join(COLUMNS)]
@@ -290,6 +310,10 @@ class RunFolder:
     def _damaged(self, path: Path) -> ValueError:
         how = "damaged" if path.is_file() else "missing"
         return ValueError(f"{path} is {how}: delete the folder {self.directory} and run again")
+
+
+def _file_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def remove_run(directory: Path) -> None:

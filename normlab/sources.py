@@ -244,7 +244,8 @@ def _download(name: str, root: Path | None) -> Path:
             for train in (True, False):  # the second call finds everything there
                 reader(aside, train=train, download=True)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            why = f"{source.title} could not be downloaded ({error})"
+            reason = " ".join(str(error).split())
+            why = f"{source.title} could not be downloaded ({reason})"
             raise OSError(_not_found(name, root, why)) from error
         for file in source.files:
             (place / file).parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,8 @@ def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """
     import torchsummary
 
+    if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
+        raise ValueError(f"input_shape must be (C, H, W), not {input_shape!r}")
     twin = copy.deepcopy(network).cpu().float()
     parameters = sum(weight.numel() for weight in network.parameters())
     printed = io.StringIO()
@@ -50,6 +52,9 @@ def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
             torchsummary.summary(twin, tuple(input_shape), device="cpu")
         except AttributeError:  # it cannot add up a table in which it found no weight
             print("torchsummary finds no layer with weights.")
+        except RuntimeError as error:
+            name = type(network).__name__
+            raise ValueError(f"{name} cannot take images of {input_shape}: {error}") from error
     print(printed.getvalue(), end="")
     counted = re.search(r"Total params: ([\d,]+)", printed.getvalue())
     if counted is None or int(counted[1].replace(",", "")) != parameters:

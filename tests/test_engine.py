@@ -85,7 +85,7 @@ def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, noise, mon
 )
 def test_every_optimizer_and_schedule_agrees(kind, changes, few_digits, monkeypatch):
     augment = ("shift:2", "rotate")
-    recipe = nl.Recipe(epochs=4, batch_size=32, augment=augment, dtype="float64").but(**changes)
+    recipe = nl.Recipe(epochs=4, batch_size=32, augment=augment, dtype="float64").replace(**changes)
     runs = [fit_with(way, monkeypatch, few_digits, recipe) for way in (kind, PlainEngine)]
     assert_close(*runs, 1e-9)
 

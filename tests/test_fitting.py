@@ -102,7 +102,7 @@ def plain_training(network, data, recipe):
 @pytest.mark.parametrize("norm", ["bn", "ln", "gn", "none"])
 def test_fit_computes_what_a_plain_loop_computes(tiny, tiny_network, norm):
     # 20 does not divide 96: the mean over images is not that over batches.
-    recipe = RECIPE.but(
+    recipe = RECIPE.replace(
         batch_size=20, dtype="float64", weight_decay=1e-3, l1=1e-3, label_smoothing=0.1, seed=5
     )
     run = fit(tiny_network(norm), tiny, recipe)
@@ -116,7 +116,7 @@ def test_fit_computes_what_a_plain_loop_computes(tiny, tiny_network, norm):
 
 def test_a_network_learns_and_is_trained_in_place(tiny, tiny_network):
     network = tiny_network()
-    run = fit(network, tiny, RECIPE.but(epochs=6))
+    run = fit(network, tiny, RECIPE.replace(epochs=6))
     assert run.network is network
     assert run.last["test_accuracy"] > 0.9
     assert [row["epoch"] for row in run.history] == [1, 2, 3, 4, 5, 6]
@@ -141,7 +141,7 @@ def test_a_network_of_ones_own_needs_nothing_from_normlab(digits):
 
 
 def test_a_float64_recipe_trains_and_keeps_float64(tiny, tiny_network, tmp_path):
-    recipe = RECIPE.but(dtype="float64")
+    recipe = RECIPE.replace(dtype="float64")
     run = fit(tiny_network(), tiny, recipe, tmp_path)
     assert run.network.linear.weight.dtype == torch.float64
     assert_same_run(fit(tiny_network(), tiny, recipe, tmp_path), run)
@@ -153,15 +153,15 @@ def test_a_float64_recipe_trains_and_keeps_float64(tiny, tiny_network, tmp_path)
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny, tiny_network, optimizer):
-    recipe = RECIPE.but(optimizer=optimizer, lr=0.02, augment=AUGMENT)
+    recipe = RECIPE.replace(optimizer=optimizer, lr=0.02, augment=AUGMENT)
     one, same = (fit(tiny_network("gn", dropout=0.3), tiny, recipe) for _ in range(2))
     assert_same_run(one, same)
-    other = fit(tiny_network("gn", dropout=0.3), tiny, recipe.but(seed=1))
+    other = fit(tiny_network("gn", dropout=0.3), tiny, recipe.replace(seed=1))
     assert without_seconds(other.history) != without_seconds(one.history)
 
 
 def test_a_run_does_not_depend_on_the_global_random_state(tiny, tiny_network):
-    recipe = RECIPE.but(augment=AUGMENT)
+    recipe = RECIPE.replace(augment=AUGMENT)
     runs = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -184,7 +184,7 @@ class AlwaysDropping(nn.Module):
 def test_fit_leaves_the_global_random_states_alone(tiny, tiny_network, forgetful):
     network = AlwaysDropping() if forgetful else tiny_network(dropout=0.3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    fit(network, tiny, RECIPE.but(augment=AUGMENT))
+    fit(network, tiny, RECIPE.replace(augment=AUGMENT))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
@@ -195,7 +195,7 @@ def test_all_variants_see_the_same_images_in_the_same_order(tiny, tiny_network):
     for norm, dropout, l1 in (("bn", 0.0, 0.0), ("bn", 0.0, 1e-3), ("gn", 0.5, 0.0), ("ln", 0, 0)):
         network, batches = tiny_network(norm, dropout=dropout), []
         on_training_batch(network, lambda _, images, batches=batches: batches.append(images))
-        fit(network, tiny, RECIPE.but(l1=l1, augment=AUGMENT))
+        fit(network, tiny, RECIPE.replace(l1=l1, augment=AUGMENT))
         seen.append(torch.cat(batches))
     assert seen[0].shape == (3 * 96, 1, 12, 12)
     for others in seen[1:]:
@@ -223,7 +223,7 @@ def stall(number, images):
 
 network = make_tiny_network(dropout=0.3)
 on_training_batch(network, stall)
-recipe = RECIPE.but(epochs=5, optimizer={optimizer!r}, lr=0.02, augment=AUGMENT)
+recipe = RECIPE.replace(epochs=5, optimizer={optimizer!r}, lr=0.02, augment=AUGMENT)
 fit(network, make_tiny(), recipe, {directory!r})
 """
 
@@ -239,7 +239,7 @@ def test_a_killed_training_goes_on_to_the_same_result(tiny, tiny_network, tmp_pa
     assert process.returncode == (-signal.SIGKILL if hasattr(signal, "SIGKILL") else 1)
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + 2
 
-    recipe = RECIPE.but(epochs=5, optimizer=optimizer, lr=0.02, augment=AUGMENT)
+    recipe = RECIPE.replace(epochs=5, optimizer=optimizer, lr=0.02, augment=AUGMENT)
     network, counted = tiny_network(dropout=0.3), []
     stop = on_training_batch(network, lambda number, _: counted.append(number))
     resumed = fit(network, tiny, recipe, tmp_path)
@@ -254,7 +254,7 @@ def test_a_killed_training_goes_on_to_the_same_result(tiny, tiny_network, tmp_pa
 def test_after_an_interrupt_the_same_call_with_the_same_network_goes_on(
     tiny, tiny_network, tmp_path, batch, dtype
 ):
-    recipe = RECIPE.but(dtype=dtype, augment=AUGMENT)
+    recipe = RECIPE.replace(dtype=dtype, augment=AUGMENT)
     network = tiny_network(dropout=0.3)
 
     def interrupt(number, _):
@@ -350,15 +350,15 @@ def test_batch_norm_on_single_pixels_of_a_single_image_is_explained(tiny, batch_
         nn.Conv2d(1, 4, 12), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4)
     )  # 12×12 to 1×1
     with pytest.raises(ValueError, match=f"no variance: .*other than {batch_size}$"):
-        fit(network, tiny, RECIPE.but(batch_size=batch_size))
-    fit(network, tiny, RECIPE.but(batch_size=94, epochs=1))  # the last batch has two
+        fit(network, tiny, RECIPE.replace(batch_size=batch_size))
+    fit(network, tiny, RECIPE.replace(batch_size=94, epochs=1))  # the last batch has two
 
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 def test_a_loss_that_is_no_number_is_explained_and_finished_epochs_are_kept(
     tiny, tiny_network, tmp_path, engine
 ):
-    recipe = RECIPE.but(lr=1e3, schedule="constant", epochs=5)
+    recipe = RECIPE.replace(lr=1e3, schedule="constant", epochs=5)
     network = tiny_network("none")
     with pytest.raises(FloatingPointError) as caught:
         fit(network, tiny, recipe, tmp_path, engine=engine)
@@ -372,7 +372,7 @@ def test_a_loss_that_is_no_number_is_explained_and_finished_epochs_are_kept(
 
 
 def test_a_network_that_learns_nothing_is_worth_one_warning(tiny, tiny_network):
-    recipe = RECIPE.but(lr=1e-9, epochs=6)
+    recipe = RECIPE.replace(lr=1e-9, epochs=6)
     with pytest.warns(UserWarning, match="after 5 epochs .* no better than .*1e-09") as caught:
         fit(tiny_network(), tiny, recipe)
     assert len(caught) == 1
@@ -380,10 +380,12 @@ def test_a_network_that_learns_nothing_is_worth_one_warning(tiny, tiny_network):
 
 def test_the_warning_points_at_the_call_of_fit(tiny, tiny_network):
     with pytest.warns(UserWarning, match="after 5 epochs") as caught:
-        nl.fit(tiny_network(), tiny, RECIPE.but(lr=1e-9, epochs=5), device="cpu", progress=False)
+        nl.fit(
+            tiny_network(), tiny, RECIPE.replace(lr=1e-9, epochs=5), device="cpu", progress=False
+        )
     assert caught[0].filename == __file__
 
 
 def test_no_warning_comes_before_five_epochs(tiny, tiny_network, recwarn):
-    fit(tiny_network(), tiny, RECIPE.but(lr=1e-9, epochs=4))
+    fit(tiny_network(), tiny, RECIPE.replace(lr=1e-9, epochs=4))
     assert len(recwarn) == 0

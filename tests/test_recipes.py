@@ -89,13 +89,13 @@ def test_one_augmentation_may_stand_without_a_tuple():
 
 def test_but_changes_those_fields_alone_and_checks_them():
     recipe = Recipe(epochs=3, augment=("flip",))
-    changed = recipe.but(lr=0.2, seed=4)
+    changed = recipe.replace(lr=0.2, seed=4)
     assert changed.as_dict() == recipe.as_dict() | {"lr": 0.2, "seed": 4}
     assert recipe == Recipe(epochs=3, augment=("flip",))
     with pytest.raises(ValueError, match="lr must be greater than 0"):
-        recipe.but(lr=-1)
+        recipe.replace(lr=-1)
     with pytest.raises(ValueError, match=r"'epoch'.* did you mean 'epochs'"):
-        recipe.but(epoch=3)
+        recipe.replace(epoch=3)
 
 
 def one_weight(start: float = 2.0) -> nn.Module:

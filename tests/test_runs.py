@@ -200,10 +200,10 @@ def other_images(data):
 
 
 OTHERS = {
-    "recipe.lr is 0.1 there and 0.2 here": {"recipe": RECIPE.but(lr=0.2)},
-    "recipe.seed is 0 there and 1 here": {"recipe": RECIPE.but(seed=1)},
-    "recipe.epochs is 3 there and 9 here": {"recipe": RECIPE.but(epochs=9)},
-    "recipe.augment is": {"recipe": RECIPE.but(augment=())},
+    "recipe.lr is 0.1 there and 0.2 here": {"recipe": RECIPE.replace(lr=0.2)},
+    "recipe.seed is 0 there and 1 here": {"recipe": RECIPE.replace(seed=1)},
+    "recipe.epochs is 3 there and 9 here": {"recipe": RECIPE.replace(epochs=9)},
+    "recipe.augment is": {"recipe": RECIPE.replace(augment=())},
     "data.fingerprint differs": {"change": other_images},
     "data.train_images is 96 there and 50 here": {"change": lambda data: data.subset(50)},
     "data.validation_images": {"change": lambda data: data.with_validation()},
@@ -343,7 +343,7 @@ def test_a_missing_file_of_a_finished_run_is_named_with_what_to_do(
 def test_a_checkpoint_without_its_config_is_not_taken_for_this_run(tiny, tiny_network, folder):
     interrupted(tiny_network("gn"), tiny, folder)
     (folder / "config.json").unlink()
-    other = RECIPE.but(lr=0.01, seed=3)
+    other = RECIPE.replace(lr=0.01, seed=3)
     run = fit(tiny_network("gn", seed=5), tiny, folder, other)
     alone = fit(tiny_network("gn", seed=5), tiny, None, other)
     assert run.frame().drop(columns="seconds").equals(alone.frame().drop(columns="seconds"))

@@ -22,7 +22,7 @@ def test_derived_seeds_are_distinct_and_fit_a_generator():
         derive_seed(seed, purpose, number)
         for seed, purpose, number in itertools.product(range(20), purposes, range(20))
     ]
-    # Parts that would run together when they are joined as text stay apart.
+    # LayerBuilder that would run together when they are joined as text stay apart.
     seeds += [derive_seed(1, 23), derive_seed(12, 3), derive_seed(123)]
     seeds += [
         derive_seed(0, "ab"),

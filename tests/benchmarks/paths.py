@@ -35,7 +35,7 @@ def measure(job: dict) -> dict:
     """Trains the variants that `job` names along its path; see `__main__` for the fields."""
     assignment = find_assignment(job["assignment"])
     wanted = [v for v in assignment.variants if v.label in job["variants"]]
-    recipe = assignment.recipe.but(epochs=job["epochs"], schedule="constant", lr=peers.RATE)
+    recipe = assignment.recipe.replace(epochs=job["epochs"], schedule="constant", lr=peers.RATE)
     assignment = nl.Assignment(
         **vars(assignment)
         | {"variants": tuple(wanted), "recipe": recipe, "dropout": job["dropout"]}
