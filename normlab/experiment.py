@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from normlab.analysis import check_network
 from normlab.assignments import Assignment, Variant, build_variant, find_assignment
 from normlab.checks import instance, one_of, whole_number
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engine import ENGINES
-from normlab.fitting import Job, fit_together, is_done
+from normlab.fitting import Job, check_trainable, fit_together, is_done
 from normlab.networks import NETWORKS
 from normlab.parallel import side_by_side, whole_rounds
 from normlab.recipes import Recipe
@@ -196,7 +195,7 @@ def _run_side_by_side(
     """Trains as many of the runs as fill the cores; the loop that follows finds them finished."""
     jobs = [plan.job(data) for plan in plans]
     for job in jobs:  # before anything is trained
-        check_network(job.network, data)
+        check_trainable(job.network, data)
     done = [is_done(job, data, device) for job in jobs]
     forward = multiply_adds(jobs[0].network, data.input_shape)
     work = 3 * forward * len(data.train_images) * sum(plan.epochs for plan in plans)

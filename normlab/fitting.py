@@ -125,7 +125,7 @@ class _Training:
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
         self.folder = RunFolder(job.directory) if job.directory is not None else None
-        check_network(job.network, data)
+        check_trainable(job.network, data)
         self.loaded = is_done(job, data, device)
         if not self.loaded:
             self._prepare(device, engine)
@@ -265,6 +265,13 @@ def _move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
     if device.type == "mps" and recipe.dtype == "float64":
         raise ValueError("dtype 'float64' is not available on device 'mps': use device='cpu'")
     network.to(device=device, dtype=DTYPES[recipe.dtype])
+
+
+def check_trainable(network: nn.Module, data: Dataset) -> None:
+    """Raises an error of one sentence if the network cannot be trained on the data."""
+    if next(network.parameters(), None) is None:
+        raise ValueError(f"{type(network).__name__} has no parameters to train")
+    check_network(network, data)
 
 
 def _explained(error: ValueError, recipe: Recipe) -> ValueError:

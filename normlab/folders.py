@@ -10,7 +10,7 @@ from torch import Tensor
 from normlab.cache import cached
 from normlab.data import Dataset
 
-GREY_MODES = ("1", "L", "LA", "I", "I;16")
+GREY_MODES = ("1", "L", "I", "I;16")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 

@@ -426,7 +426,7 @@ def test_description_builds_the_same_network_again(name):
     [
         ({"name": "mnist_l1"}, ValueError, "unknown network .* did you mean 'mnist-l1'"),
         ({"name": None}, ValueError, "unknown network None"),
-        ({"norm": "batchnrom"}, ValueError, "unknown norm .* did you mean 'batchnorm'"),
+        ({"norm": "batchnrom"}, ValueError, "unknown norm .* did you mean 'bn'"),
         ({"norm": None}, TypeError, "norm must be a name or a function"),
         ({"groups": 0}, ValueError, "groups must be at least 1"),
         ({"groups": 2.5}, TypeError, "groups must be a whole number"),

@@ -32,7 +32,7 @@ def run_with(source: str = "toy images", **quantities: list[float]) -> nl.Run:
     columns["epoch"] = list(range(1, epochs + 1))
     history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     nothing = torch.empty(0)
-    origin = {"from": {"data_source": source}}
+    origin = {"is": {"data": {"test_images": 100}}, "from": {"data_source": source}}
     return nl.Run(nn.Identity(), nl.Recipe(), history, nothing, nothing, origin)
 
 
@@ -79,7 +79,7 @@ def test_several_seeds_become_their_mean_and_standard_deviation():
         assert line.get_ydata()[epoch - 1] == pytest.approx(mean)
         heights = corners[corners[:, 0] == epoch, 1]
         assert (heights.min(), heights.max()) == pytest.approx((mean - sd, mean + sd))
-    assert line.get_label() == "GN (mean of 3 seeds)"
+    assert ax.get_legend().get_title().get_text() == "mean ± sd of 3 seeds"
 
 
 def test_a_single_run_has_no_band():
@@ -140,8 +140,8 @@ def test_epochs_have_whole_ticks(epochs):
 @pytest.mark.parametrize(
     ("quantity", "values", "ends"),
     [
-        ("test_loss", ([2.0, 0.5], [2.0, 0.0123]), ("0.500", "0.0123")),
-        ("test_accuracy", ([0.9, 0.98765], [0.8, 0.91]), ("98.77 %", "91.00 %")),
+        ("test_loss", ([2.0, 0.5], [2.0, 0.0123]), ("0.500 run 0", "0.0123 run 1")),
+        ("test_accuracy", ([0.9, 0.98765], [0.8, 0.91]), ("98.77 % run 0", "91.00 % run 1")),
     ],
 )
 def test_the_last_value_stands_beside_the_end_of_its_curve(quantity, values, ends):
@@ -285,7 +285,7 @@ def test_ten_mistakes_are_five_rows_of_two(channels):
         # 0 is black and 255 white: a stretched contrast would show another image.
         assert channels == 3 or picture.get_clim() == (0, 255)
     head = figure.get_suptitle()
-    assert head == "GN: misclassified test images\ntoy images: 37 of 1,200 are wrong"
+    assert head == "GN: misclassified test images\ntoy images: 37 of 1,200"
 
 
 def test_each_mistake_names_its_classes_and_the_probability():
@@ -296,11 +296,10 @@ def test_each_mistake_names_its_classes_and_the_probability():
 @pytest.mark.parametrize(
     ("count", "total", "words"),
     [
-        (10, 10, ": 10 of 1,200 are wrong"),
-        (4, 300, ": 300 of 1,200 are wrong"),  # four were asked for, more there are
-        (3, 3, ": only 3 of 1,200 are wrong"),
-        (1, 1, ": only 1 of 1,200 is wrong"),
-        (0, 0, ": none of 1,200 is wrong"),
+        (10, 10, ": 10 of 1,200"),
+        (4, 300, ": 300 of 1,200"),  # four were asked for, more there are
+        (3, 3, ": only 3 of 1,200"),
+        (1, 1, ": only 1 of 1,200"),
     ],
 )
 def test_the_title_counts_the_mistakes(count, total, words):
@@ -308,6 +307,14 @@ def test_the_title_counts_the_mistakes(count, total, words):
     assert figure.get_suptitle().endswith(words)
     assert sum(len(ax.images) for ax in figure.axes) == count
     assert all(not ax.axison for ax in figure.axes)  # nor do empty places show a frame
+
+
+def test_no_mistakes_at_all_are_a_sentence_instead_of_an_empty_matrix():
+    figure = nl.plot_mistakes(make_mistakes(0, 0), title="BN")
+    (text,) = figure.texts
+    assert text.get_text() == "BN: misclassified test images\ntoy images: none of 1,200"
+    assert not figure.axes
+    assert figure.get_figheight() < 1.5
 
 
 @pytest.mark.parametrize("grid", [{"rows": 0}, {"cols": -1}])

@@ -152,8 +152,8 @@ def test_the_recipes_tell_what_differs(two_seeds):
 def test_the_report_says_where_it_comes_from(two_seeds, tiny):
     _, folder = two_seeds
     page, facts = (folder / "report.md").read_text(), read_json(folder)
-    assert page.startswith("# BN with L1, GN and LN on patterns")
-    assert "made-up patterns (96 training and 40 test images)" in page
+    assert page.startswith("# tiny-norms: BN with L1, GN and LN on patterns, on made-up patterns\n")
+    assert "made-up patterns, 96 training and 40 test images." in page
     assert facts["data"]["fingerprint"] == tiny.fingerprint
     assert facts["data"]["source"] == "made-up patterns"
     for words in ("Device: cpu", f"torch {torch.__version__}", f"normlab {nl.__version__}"):
@@ -164,8 +164,8 @@ def test_the_report_says_where_it_comes_from(two_seeds, tiny):
 def test_a_validation_part_is_called_so(tiny, tiny_assignment, tmp_path):
     assignment = replace(tiny_assignment, variants=tiny_assignment.variants[1:2])
     nl.write_report(train(assignment, tiny.with_validation(0.25), 1), tmp_path)
-    assert "(72 training and 24 validation images)" in (tmp_path / "report.md").read_text()
-    assert read_json(tmp_path)["test"] == "validation"
+    assert ", 72 training and 24 validation images." in (tmp_path / "report.md").read_text()
+    assert read_json(tmp_path)["tested_on"] == "validation"
 
 
 def test_no_text_names_a_folder_of_this_machine(two_seeds):
@@ -177,3 +177,16 @@ def test_no_text_names_a_folder_of_this_machine(two_seeds):
         for place in (folder, Path(nl.__file__).parent):
             assert str(place) not in text, f"{file.relative_to(folder)} names {place}"
         assert not re.search(r"[\"\s(](/|[A-Z]:\\)\w+[/\\]", text), file.name
+
+
+def test_the_kept_report_on_the_digits_is_of_todays_assignment():
+    folder = Path(__file__).parents[1] / "notebooks" / "results" / "digits"
+    kept = json.loads((folder / "results.json").read_text())
+    assignment = nl.ASSIGNMENTS["mnist-l1"]
+    page = (folder / "report.md").read_text()
+    assert page.startswith(f"# mnist-l1: {assignment.title}, on scikit-learn digits\n")
+    for variant, row in zip(assignment.variants, kept["variants"], strict=True):
+        recipe = assignment.recipe_for(variant, seed=0).as_dict()
+        assert row["recipe"] == {key: recipe[key] for key in recipe if key != "seed"}
+        assert f"| {variant.label} | {row['parameters']:,} |" in page
+        assert f"| {100 * row['test_accuracy']:.2f} |" in page

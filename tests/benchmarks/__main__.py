@@ -31,7 +31,8 @@ def main() -> None:
     options = _options()
     assignment = find_assignment(options.assignment)
     labels = [v.label for v in assignment.variants if v.norm != "ln-elementwise"][:3]
-    measured: dict[str, list[dict]] = {path: [] for path in _installed()}
+    paths = [path for path in _installed() if not options.paths or path in options.paths]
+    measured: dict[str, list[dict]] = {path: [] for path in paths}
     for repetition in range(options.repeats):
         for path, results in measured.items():
             job = {
@@ -61,6 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peer-images", type=int, default=4000, help="for the others, one epoch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dropout", type=float, default=None, help="of all paths (the seed's)")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, help="only these")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", help="a JSON file for the results")
     return parser.parse_args()

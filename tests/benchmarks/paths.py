@@ -21,7 +21,7 @@ from normlab.assignments import build_variant, find_assignment
 from normlab.experiment import load_assignment_data
 from tests.benchmarks import peers
 
-OURS = ("normlab", "normlab plain")
+OURS = ("normlab", "normlab as shipped", "normlab plain")
 PEERS = {
     "students' loop, 0 workers": (peers.students_loop, 0),
     "students' loop, 2 workers": (peers.students_loop, 2),
@@ -36,9 +36,10 @@ def measure(job: dict) -> dict:
     assignment = find_assignment(job["assignment"])
     wanted = [v for v in assignment.variants if v.label in job["variants"]]
     recipe = assignment.recipe.replace(epochs=job["epochs"], schedule="constant", lr=peers.RATE)
+    shipped = job["path"] == "normlab as shipped"
+    dropout = assignment.dropout if shipped else job["dropout"]
     assignment = nl.Assignment(
-        **vars(assignment)
-        | {"variants": tuple(wanted), "recipe": recipe, "dropout": job["dropout"]}
+        **vars(assignment) | {"variants": tuple(wanted), "recipe": recipe, "dropout": dropout}
     )
     data = load_assignment_data(assignment, root=job["data_root"])
     if job["images"]:
