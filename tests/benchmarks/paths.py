@@ -73,7 +73,8 @@ def _train_peers(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None
             assignment, variant, seed=0, classes=len(data.classes), input_shape=data.input_shape
         )
         l1 = variant.changes.get("l1", 0.0)
-        train(network, data, job["epochs"], job["device"], workers=workers, l1=l1)
+        done = train(network, data, job["epochs"], job["device"], workers=workers, l1=l1)
+        list(done or ())  # the students' loop hands out its epochs one by one
 
 
 def _peak_memory() -> float:
