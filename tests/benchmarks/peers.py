@@ -1,6 +1,7 @@
 """What a student would run instead, written as its users write it.
 
-Each function trains the network for some epochs with a test after each; the caller takes the time. All get the same images, network and optimiser.
+Each function trains the network for some epochs with a test after each; the caller takes the time.
+All get the same images, network and optimiser.
 """
 
 from collections.abc import Iterator
