@@ -18,7 +18,7 @@ from normlab.devices import pick_device
 from normlab.engine import ENGINES
 from normlab.fitting import Job, check_trainable, fit_together, is_done
 from normlab.networks import NETWORKS
-from normlab.parallel import side_by_side, whole_rounds
+from normlab.parallel import is_worthwhile, side_by_side
 from normlab.recipes import Recipe
 from normlab.runs import Run, remove_run
 from normlab.sources import load_dataset
@@ -192,17 +192,16 @@ def _plan(assignment: Assignment, seeds: list[int], epochs: int | None, place: P
 def _run_side_by_side(
     plans: list[_Plan], data: Dataset, device: torch.device, progress: bool
 ) -> None:
-    """Trains as many of the runs as fill the cores; the loop that follows finds them finished."""
+    """Trains the runs where that is quicker so; the loop that follows finds them finished."""
     jobs = [plan.job(data) for plan in plans]
     for job in jobs:  # before anything is trained
         check_trainable(job.network, data)
     done = [is_done(job, data, device) for job in jobs]
     forward = multiply_adds(jobs[0].network, data.input_shape)
     work = 3 * forward * len(data.train_images) * sum(plan.epochs for plan in plans)
-    count, workers = whole_rounds(plans, work)
-    left = [plan for plan, is_there in zip(plans[:count], done, strict=False) if not is_there]
-    if left:
-        side_by_side(_train, left, data, workers=workers, progress=progress)
+    left = [plan for plan, is_there in zip(plans, done, strict=True) if not is_there]
+    if left and is_worthwhile(plans, work):
+        side_by_side(_train, left, data, progress=progress)
 
 
 def _train(plan: _Plan, data: Dataset) -> None:

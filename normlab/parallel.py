@@ -6,8 +6,10 @@ the histories there for its display, and afterwards finds the runs finished.
 """
 
 import functools
+import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -37,18 +39,26 @@ class Planned(Protocol):
     epochs: int
 
 
-def whole_rounds(jobs: Sequence, multiply_adds: float) -> tuple[int, int]:
-    """How many of the jobs to run side by side, and in how many processes.
+def is_worthwhile(jobs: Sequence, multiply_adds: float) -> bool:
+    """Whether so many jobs with so much to do in all end sooner side by side.
 
-    As many as fill all cores a whole number of times; the others, which would leave cores idle,
-    take all threads one after another. Without enough to do it is none. That depends only on what
-    there is to do, so that a resumed run has as many threads as before and ends bit for bit alike.
+    That depends only on what there is to do, not on what of it is done: a resumed run has as many
+    threads as before, and ends bit for bit alike.
+    """
+    return min(len(jobs), joblib.cpu_count()) > 1 and multiply_adds >= WORTHWHILE
+
+
+def rounds(jobs: Sequence) -> list[tuple[Sequence, int]]:
+    """The jobs in portions that keep all cores busy to the end, each with its processes.
+
+    As many processes as cores; where the jobs do not divide evenly, the last ones share the cores
+    among a few processes more, rather than one job having them to itself at the end.
     """
     cores = joblib.cpu_count()
-    if cores < 2 or multiply_adds < WORTHWHILE:
-        return 0, 1
-    workers = min(cores, len(jobs))
-    return len(jobs) - len(jobs) % workers if workers > 1 else 0, workers
+    odd = len(jobs) % cores
+    last = min(len(jobs), cores + odd if odd else 0)
+    first = len(jobs) - last
+    return [(some, n) for some, n in ((jobs[:first], cores), (jobs[first:], last)) if some]
 
 
 def side_by_side(
@@ -56,7 +66,6 @@ def side_by_side(
     jobs: Sequence[Planned],
     data: Dataset,
     *,
-    workers: int,
     progress: bool = True,
 ) -> None:
     """Calls `train(job, data)`, which fills the job's folder, in processes of one thread each.
@@ -71,12 +80,11 @@ def side_by_side(
         data.save(file)
         for _ in range(2):
             left = [job for job in jobs if not RunFolder(job.directory).is_finished()]
-            if not left:
-                return
             try:
                 with _Watch(left, show=progress):
-                    pool = joblib.Parallel(n_jobs=workers, backend="loky")
-                    pool(joblib.delayed(_train_alone)(train, job, file) for job in left)
+                    for some, workers in rounds(left):
+                        pool = joblib.Parallel(n_jobs=workers, backend="loky")
+                        pool(joblib.delayed(_train_alone)(train, job, file) for job in some)
                 return
             except TerminatedWorkerError:
                 continue
@@ -88,10 +96,24 @@ def side_by_side(
 
 
 def _train_alone(train: Callable[[Planned, Dataset], object], job: Planned, file: Path) -> None:
+    _end_with_parent()
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the parent repeats those that matter
         train(job, _open(file))
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """Ends this process when its parent is killed: whoever resumes the run must be alone in it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)

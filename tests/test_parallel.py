@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import joblib
 import pytest
@@ -42,15 +46,31 @@ def rows(run):
     return [{key: row[key] for key in row if key != "seconds"} for row in run.history]
 
 
-def test_whole_rounds_fill_all_cores(monkeypatch):
+def test_small_work_and_single_runs_stay_in_one_process(monkeypatch):
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
-    much = parallel.WORTHWHILE
-    assert parallel.whole_rounds(range(6), much) == (6, 2)
-    assert parallel.whole_rounds(range(3), much) == (2, 2)
-    assert parallel.whole_rounds(range(1), much)[0] == 0
-    assert parallel.whole_rounds(range(6), much / 2)[0] == 0
-    monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 16)
-    assert parallel.whole_rounds(range(6), much) == (6, 6)
+    assert parallel.is_worthwhile(range(3), parallel.WORTHWHILE)
+    assert not parallel.is_worthwhile(range(3), parallel.WORTHWHILE / 2)
+    assert not parallel.is_worthwhile(range(1), parallel.WORTHWHILE)
+    monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 1)
+    assert not parallel.is_worthwhile(range(3), parallel.WORTHWHILE)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "cores", "sizes"),
+    [
+        (6, 2, [(6, 2)]),
+        (3, 2, [(3, 3)]),
+        (7, 2, [(4, 2), (3, 3)]),
+        (1, 2, [(1, 1)]),
+        (3, 16, [(3, 3)]),
+        (18, 16, [(18, 18)]),
+    ],
+)
+def test_rounds_leave_no_core_idle(jobs, cores, sizes, monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: cores)
+    portions = parallel.rounds(range(jobs))
+    assert [(len(some), workers) for some, workers in portions] == sizes
+    assert [job for some, _ in portions for job in some] == list(range(jobs))
 
 
 def test_processes_give_the_same_as_one_thread_here(tiny, two_cores, tmp_path, monkeypatch):
@@ -128,3 +148,30 @@ def test_processes_map_the_images_instead_of_copying_them(tiny, tmp_path):
                 assert line.rstrip().endswith("data.safetensors")
                 return
     pytest.fail("the images lie in no mapping")
+
+
+SIDE_BY_SIDE = """
+import joblib, normlab as nl
+from normlab import parallel
+joblib.cpu_count = lambda *_, **__: 2
+parallel.WORTHWHILE = 0
+data = nl.load_dataset("digits")
+nl.run_assignment("mnist-l1", data=data, epochs=500, directory="runs", device="cpu")
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+def test_processes_end_when_their_parent_is_killed(tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SIDE_BY_SIDE], cwd=tmp_path, stdout=subprocess.PIPE
+    )
+    parent.stdout.readline()  # a first epoch is done
+    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.kill()
+    parent.wait()
+    assert len(listed) >= 2
+    patience = 600
+    while any(Path(f"/proc/{child}").exists() for child in listed) and patience:
+        time.sleep(0.1)
+        patience -= 1
+    assert patience, "a process went on without its parent"
