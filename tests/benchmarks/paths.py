@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 import normlab as nl
 from normlab.assignments import build_variant, find_assignment
@@ -78,7 +79,8 @@ def _train_peers(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None
 
 
 def _peak_memory() -> float:
-    """MiB of the largest process, this one or one that it started."""
+    """MiB of the largest process, this one or one that it started and that has ended."""
+    get_reusable_executor().shutdown(wait=True)  # what joblib keeps for the next call
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return max(one.ru_maxrss for one in usage) / 1024
 
