@@ -1,7 +1,7 @@
 """Where the time of one training step goes, in percent: `python -m tests.benchmarks.step NETWORK`.
 
 By torch's profiler, over 20 steps of the fast path on one CPU thread, for each normalization, with
-and without the seed's dropout; the floating-point rate is that of the convolutions alone.
+and without the submission's dropout; the floating-point rate is that of the convolutions alone.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     for norm in ("bn", "gn", "ln"):
         for dropout in (None, 0.0):
             network = nl.build_network(name, norm, dropout=dropout, seed=0)
-            print(row(network, norm, "the seed's" if dropout is None else "none"), flush=True)
+            print(row(network, norm, "as submitted" if dropout is None else "none"), flush=True)
 
 
 def row(network: nl.Network, norm: str, dropout: str) -> str:
