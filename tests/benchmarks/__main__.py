@@ -61,7 +61,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--peer-images", type=int, default=4000, help="for the others, one epoch")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dropout", type=float, default=None, help="of all paths (the submission's)")
+    parser.add_argument("--dropout", type=float, default=None, help="of all paths")
     parser.add_argument("--paths", nargs="+", choices=PATHS, help="only these")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", help="a JSON file for the results")
