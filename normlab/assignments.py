@@ -102,8 +102,9 @@ def _variants(**reported: float) -> tuple[Variant, ...]:
 
 
 # Starting points, not tuned on a validation part yet. Dropout is against over-fitting, which is not
-# expected of networks this small: the assignments leave it out, `build_network` has it by default. The L1 of "mnist-eva6" is
-# that of "mnist-l1": the submission's 5e-4 multiplies a sum of means over tensors, no sum of |w|.
+# expected of networks this small: the assignments leave it out, `build_network` has it by default.
+# The L1 of "mnist-eva6" is that of "mnist-l1": the submission's 5e-4 multiplies a sum of means over
+# tensors, no sum of |w|.
 _MNIST = Recipe(lr=0.05, augment=("rotate:7",))
 _CIFAR10 = Recipe(lr=0.1, nesterov=True, augment=("shift:4", "flip"))
 
