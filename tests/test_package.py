@@ -47,6 +47,7 @@ ORDER = (
     "training",
     "recipes",
     "dropout",
+    "allocator",
     "engine",
     "runs",
     "analysis",

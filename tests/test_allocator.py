@@ -1,0 +1,53 @@
+"""Freed memory stays with the process inside the block, and goes back at its end."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource
+import torch
+from normlab.allocator import kept_memory
+
+def faults(n=20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        torch.ones(8 * 2**20 // 4)  # 8 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+with kept_memory():
+    faults()  # the first few blocks are laid out
+    inside = faults()
+    held = [torch.ones(8 * 2**20 // 4) for _ in range(20)]
+    del held
+    much = resident()
+print(inside, much - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_pages_are_not_asked_for_again_inside_and_are_returned_at_the_end():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    inside, returned = map(int, done.stdout.split())
+    assert inside < 200  # one allocation alone has 2,048 pages
+    assert returned > 100 * 2**20
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    from normlab import allocator
+
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    with allocator.kept_memory():
+        done = True
+    assert done
