@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
 from normlab.checks import number, one_of, whole_number
+from normlab.optimizers import Muon, centre_filters, filters
 
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -23,11 +24,12 @@ class Recipe:
     Args:
         epochs: passes over the training images.
         batch_size: images in a step; the last batch of an epoch may be shorter.
-        optimizer: "sgd" (with momentum) or "adamw".
+        optimizer: "sgd" (with momentum), "adamw", or "muon" (`optimizers.Muon`).
         lr: learning rate; the highest one where the schedule changes it.
-        momentum: of SGD; 0 turns it off. AdamW ignores it.
-        nesterov: whether SGD's momentum looks ahead (Sutskever et al. 2013).
-        weight_decay: as `torch.optim` applies it, to all parameters.
+        momentum: of SGD and Muon; 0 turns it off. AdamW ignores it.
+        nesterov: whether SGD's momentum looks ahead (Sutskever et al. 2013); Muon's always does.
+        weight_decay: as `torch.optim` applies it, to all parameters; with Muon to filters alone.
+        centred: whether the mean of every filter is kept at 0 (`optimizers.centre_filters`).
         schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
             2018), "cosine" (Loshchilov & Hutter 2017), "constant"; it moves after every step.
         l1: factor of `l1_penalty` in the loss.
@@ -46,6 +48,7 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
+    centred: bool = False
     schedule: str = "one-cycle"
     l1: float = 0.0
     label_smoothing: float = 0.0
@@ -54,8 +57,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.nesterov, bool):
-            raise TypeError(f"nesterov must be True or False, not {self.nesterov!r}")
+        for name in ("nesterov", "centred"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         checked = {
             "epochs": whole_number(self.epochs, "epochs"),
             "batch_size": whole_number(self.batch_size, "batch_size"),
@@ -106,11 +110,19 @@ def make_optimizer(
     parameters = [weight for weight in network.parameters() if weight.requires_grad]
     if not parameters:
         raise ValueError(f"{type(network).__name__} has no parameters to train")
-    common = {
-        "lr": recipe.lr if rate is None else rate,
-        "weight_decay": recipe.weight_decay,
-        "fused": True if rate is not None else None,
-    }
+    optimizer = _build_optimizer(parameters, recipe, rate)
+    if recipe.centred:
+        centre_filters(optimizer, filters(parameters))
+    return optimizer
+
+
+def _build_optimizer(
+    parameters: list[nn.Parameter], recipe: Recipe, rate: Tensor | None
+) -> torch.optim.Optimizer:
+    common = {"lr": recipe.lr if rate is None else rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "muon":
+        return Muon(parameters, momentum=recipe.momentum, **common)
+    common["fused"] = True if rate is not None else None
     if recipe.optimizer == "adamw":
         on_gpu = rate is not None and rate.is_cuda
         return torch.optim.AdamW(parameters, capturable=on_gpu, **common)

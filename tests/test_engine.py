@@ -79,6 +79,8 @@ def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, noise, mon
     "changes",
     [
         {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.05},
+        {"optimizer": "muon", "lr": 0.02, "weight_decay": 0.1, "centred": True},
+        {"centred": True, "weight_decay": 0.1},
         {"nesterov": True, "weight_decay": 5e-4, "schedule": "cosine"},
         {"momentum": 0.0, "schedule": "constant", "label_smoothing": 0.1},
     ],

@@ -151,7 +151,7 @@ def test_a_float64_recipe_trains_and_keeps_float64(tiny, tiny_network, tmp_path)
 # --- the same again --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny, tiny_network, optimizer):
     recipe = RECIPE.replace(optimizer=optimizer, lr=0.02, augment=AUGMENT)
     one, same = (fit(tiny_network("gn", dropout=0.3), tiny, recipe) for _ in range(2))
@@ -228,7 +228,7 @@ fit(network, make_tiny(), recipe, {directory!r})
 """
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_killed_training_goes_on_to_the_same_result(tiny, tiny_network, tmp_path, optimizer):
     script = KILLED.format(
         tests=str(Path(__file__).parent), optimizer=optimizer, directory=str(tmp_path)

@@ -45,6 +45,7 @@ ORDER = (
     "networks",
     "summaries",
     "training",
+    "optimizers",
     "recipes",
     "dropout",
     "allocator",

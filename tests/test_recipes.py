@@ -18,6 +18,7 @@ BAD = {
     "lr": [0, 0.0, -0.1, math.nan, math.inf, "0.1", True, None],
     "momentum": [-0.1, 1, 1.5, math.nan, -math.inf, "0.9", True],
     "nesterov": ["no", None, 2],
+    "centred": ["no", None, 1],
     "weight_decay": [-1e-4, math.nan, math.inf, "0", False],
     "schedule": ["one cycle", "linear", None],
     "l1": [-1e-5, math.nan, math.inf, "1e-5", True],
@@ -75,6 +76,7 @@ def test_values_at_the_edge_are_accepted_and_fit_json(changes):
         Recipe(),
         Recipe(augment=["shift:2", "flip"], optimizer="adamw", schedule="cosine", l1=1e-5),
         Recipe(augment="rotate", dtype="float64", nesterov=True),
+        Recipe(optimizer="muon", centred=True),
     ],
 )
 def test_recipe_survives_json(recipe):

@@ -1,0 +1,131 @@
+"""Two ways to train that help where normalization does not even out the channels by itself.
+
+Batch normalization centres every channel. Group and layer normalization share their mean among
+channels, so a filter whose weights do not sum to 0 gives its channel an offset that stays, and the
+few large singular values of the gradients decide each step. `centre_filters` takes away the offset,
+`Muon` makes all singular values alike.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+PLAIN_FACTOR = 5.0  # rate of what Muon does not orthogonalise, over that of what it does
+
+# Coefficients of the polynomial that pulls singular values towards 1 in few steps: Jordan et al.
+_NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+
+
+def filters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The weights of convolutions and linear layers, without the last, which makes the logits."""
+    return [weight for weight in parameters if weight.dim() >= 2][:-1]
+
+
+def centre_filters(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> None:
+    """From its next step on, `optimizer` keeps the mean of each filter at 0.
+
+    Gradients are centred before a step (Yong et al., "Gradient Centralization", 2020), and weights
+    after it, which matters in the first step only.
+
+    Args:
+        optimizer: any; it is changed in place.
+        weights: each (out, in, …); a filter is what makes one output.
+    """
+    weights = list(weights)
+
+    @torch.no_grad()
+    def centre_gradients(*_: object) -> None:
+        for weight in weights:
+            if weight.grad is not None:
+                weight.grad.sub_(_filter_means(weight.grad))
+
+    @torch.no_grad()
+    def centre_weights(*_: object) -> None:
+        for weight in weights:
+            weight.sub_(_filter_means(weight))
+
+    optimizer.register_step_pre_hook(centre_gradients)
+    optimizer.register_step_post_hook(centre_weights)
+
+
+def _filter_means(weight: Tensor) -> Tensor:
+    return weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum whose steps are orthogonalised, for the `filters` of a network.
+
+    A filter bank's step, as a matrix (out, in · kernel), is replaced by one with the same singular
+    vectors whose singular values are all about 1: no direction is learned slower than another.
+    All other parameters take the plain step at `PLAIN_FACTOR` times the rate, without decay.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024;
+    `torch.optim.Muon` is the same for matrices alone.
+
+    Args:
+        parameters: all parameters of a network, in their order.
+        lr: learning rate of the filters, a number or a tensor of one.
+        momentum: share of the running mean of gradients.
+        weight_decay: of the filters, in units of the rate (Loshchilov & Hutter 2019).
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        parameters = list(parameters)
+        orthogonal = filters(parameters)
+        chosen = {id(weight) for weight in orthogonal}
+        plain = [weight for weight in parameters if id(weight) not in chosen]
+        groups = [
+            {"params": orthogonal, "orthogonal": True},
+            {"params": plain, "orthogonal": False},
+        ]
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step by the gradients that are there."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._move(weight, group)
+
+    def _move(self, weight: Tensor, group: dict) -> None:
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        buffer, share = state["momentum_buffer"], group["momentum"]
+        if group["orthogonal"]:
+            buffer.lerp_(weight.grad, 1 - share)
+            matrix = weight.grad.lerp(buffer, share).flatten(1)
+            wide = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            update = (wide * orthogonalized(matrix)).view_as(weight)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.sub_(update * group["lr"])
+        else:
+            buffer.mul_(share).add_(weight.grad)
+            update = weight.grad + share * buffer
+            weight.sub_(update * (PLAIN_FACTOR * group["lr"]))
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """A matrix with the singular vectors of `matrix` (rows, columns) and singular values near 1.
+
+    Five Newton–Schulz iterations leave them between 0.7 and 1.2, close enough for a step, at a
+    fraction of the cost of a decomposition. Source: as for `Muon`.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)  # no singular value above 1, where the iteration converges
+    for _ in range(_ITERATIONS):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if tall else x

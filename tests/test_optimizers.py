@@ -1,0 +1,121 @@
+"""Muon against torch's own and singular values; centred filters against a projection by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normlab as nl
+from normlab.optimizers import PLAIN_FACTOR, Muon, centre_filters, filters, orthogonalized
+
+
+def small_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(2, 6, 3, bias=False), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(96, 5)).double()
+
+
+def give_gradients(network: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (8,), generator=generator)
+    network.zero_grad()
+    F.cross_entropy(network(images), labels).backward()
+
+
+@pytest.mark.parametrize("shape", [(8, 72), (16, 16), (64, 9), (1, 12)])
+def test_orthogonalized_keeps_the_singular_vectors_and_evens_out_the_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ orthogonalized(matrix) @ v.T
+    assert torch.allclose(inner, inner.diag().diag(), atol=1e-10)
+    assert inner.diag().min() > 0.5
+    assert inner.diag().max() < 1.25
+
+
+def test_orthogonalized_of_nothing_is_nothing():
+    assert not orthogonalized(torch.zeros(3, 4)).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare")
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_muon_takes_the_steps_of_torchs_own(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    head = nn.Parameter(torch.zeros(2, 2))
+    optimizers = [Muon([mine, head], **settings), torch.optim.Muon([theirs], **settings)]
+    for _ in range(5):
+        gradient = torch.randn(shape, generator=generator)
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (mine - theirs).norm() < 0.02 * moved  # torch's iterates in bfloat16
+
+
+def test_muon_steps_by_nesterov_where_it_does_not_orthogonalise():
+    network, reference = small_network(), small_network()
+    muon = Muon(network.parameters(), lr=0.02, momentum=0.8, weight_decay=0.3)
+    plain = [reference[1].weight, reference[1].bias, reference[4].weight, reference[4].bias]
+    sgd = torch.optim.SGD(plain, lr=PLAIN_FACTOR * 0.02, momentum=0.8, nesterov=True)
+    for step in range(3):
+        give_gradients(network, step)
+        for mine, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+            theirs.grad = mine.grad.clone()
+        muon.step()
+        sgd.step()
+    for layer in (1, 4):
+        assert torch.allclose(network[layer].weight, reference[layer].weight, atol=1e-12)
+        assert torch.allclose(network[layer].bias, reference[layer].bias, atol=1e-12)
+
+
+def test_a_rate_may_be_a_tensor_and_the_layout_any():
+    networks = [small_network(), small_network().to(memory_format=torch.channels_last)]
+    for network, rate in zip(
+        networks, (0.02, torch.tensor(0.02, dtype=torch.float64)), strict=True
+    ):
+        optimizer = Muon(network.parameters(), lr=rate, weight_decay=0.1)
+        for step in range(3):
+            give_gradients(network, step)
+            optimizer.step()
+    for one, other in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_filters_are_all_weights_but_those_of_the_logits():
+    network = nl.build_network("cifar10-add", "gn", seed=0)
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    chosen = filters(network.parameters())
+    assert [id(weight) for weight in chosen] == [id(layer.weight) for layer in convolutions[:-1]]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_centred_filters_have_no_mean_and_others_are_left(optimizer):
+    network = small_network()
+    recipe = nl.Recipe(optimizer=optimizer, lr=0.01, weight_decay=0.01, centred=True)
+    stepper = nl.recipes.make_optimizer(network, recipe)
+    for step in range(3):
+        give_gradients(network, step)
+        stepper.step()
+    assert network[0].weight.mean(dim=(1, 2, 3)).abs().max() < 1e-15
+    assert network[4].weight.mean(dim=1).abs().min() > 1e-6
+
+
+def test_centred_sgd_is_sgd_projected_on_filters_without_mean():
+    network, reference = small_network(), small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    centre_filters(optimizer, filters(network.parameters()))
+    inner = 2 * 3 * 3
+    projection = torch.eye(inner).double() - 1 / inner  # takes the mean off a filter of 18 weights
+    speed = torch.zeros(6, inner).double()
+    for step in range(3):
+        give_gradients(network, step)
+        weight = reference[0].weight.detach().flatten(1)
+        gradient = network[0].weight.grad.flatten(1)
+        speed = 0.9 * speed + gradient @ projection + 0.01 * weight
+        optimizer.step()
+        with torch.no_grad():
+            reference[0].weight.copy_(((weight - 0.1 * speed) @ projection).view(6, 2, 3, 3))
+    assert torch.allclose(network[0].weight, reference[0].weight, atol=1e-12)
