@@ -28,6 +28,7 @@ _HOMES = {
     "data": ("Dataset",),
     "experiment": ("Results", "run_assignment"),
     "fitting": ("fit",),
+    "galleries": ("plot_mistakes", "plot_samples"),
     "networks": ("NETWORKS", "Network", "build_network"),
     "norms": (
         "NORMS",
@@ -42,7 +43,6 @@ _HOMES = {
         "plot_confusion",
         "plot_curves",
         "plot_loss_and_accuracy",
-        "plot_mistakes",
         "save_figure",
     ),
     "recipes": ("Recipe",),

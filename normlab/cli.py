@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="normlab", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"normlab {normlab.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_run, _add_list, _add_summary, _add_data):
+    for add in (_add_run, _add_report, _add_list, _add_summary, _add_data):
         command = add(commands)
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
@@ -66,6 +66,21 @@ def _add_run(commands) -> argparse.ArgumentParser:
     again.add_argument("--fresh", action="store_true", help="train anew what --out holds")
     command.set_defaults(check=_check_run, work=_run, after_interrupt=_how_to_resume)
     return command
+
+
+def _add_report(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "report",
+        help="fill numbers and tables of README and notebooks from kept results",
+        description="Fills the marked places of Markdown files and notebooks from the results.json "
+        "of each folder in --results.",
+    )
+    command.add_argument("pages", nargs="*", type=Path, help="README.md and notebooks/*.ipynb")
+    command.add_argument("--results", type=Path, default=Path("notebooks/results"))
+    command.add_argument(
+        "--check", action="store_true", dest="dry", help="change nothing; status 1 if one is stale"
+    )
+    return _simple(command, _report, check=_check_report)
 
 
 def _add_list(commands) -> argparse.ArgumentParser:
@@ -156,6 +171,27 @@ def _how_to_resume(options: argparse.Namespace) -> str:
         return "nothing was trained yet"
     again = "the same command without --fresh" if options.fresh else "the same command"
     return f"what was finished is kept in {options.out}: {again} goes on from there"
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def _check_report(options: argparse.Namespace):
+    pages = options.pages or [Path("README.md"), *sorted(Path("notebooks").glob("*.ipynb"))]
+    for page in pages:
+        if not page.is_file():
+            raise FileNotFoundError(f"there is no page {page}")
+    return pages
+
+
+def _report(options: argparse.Namespace, pages: list[Path]) -> None:
+    from normlab.pages import fill_pages, read_results
+
+    changed = fill_pages(pages, read_results(options.results), write=not options.dry)
+    names = ", ".join(map(str, changed)) or "nothing"
+    if changed and options.dry:
+        raise RuntimeError(f"stale: {names}; `normlab report` fills them anew")
+    print(f"{len(pages)} pages read, changed: {names}")
 
 
 # --- list, summary, data ----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +20,7 @@ from normlab.fitting import Job, check_trainable, fit_together, is_done
 from normlab.networks import NETWORKS
 from normlab.parallel import is_worthwhile, side_by_side
 from normlab.recipes import Recipe
-from normlab.runs import Run, remove_run
+from normlab.runs import Run, RunFolder, remove_run
 from normlab.sources import load_dataset
 from normlab.summaries import multiply_adds
 
@@ -105,6 +105,7 @@ def run_assignment(
     progress: bool = True,
     fresh: bool = False,
     engine: str = "auto",
+    kept: str | Path | None = None,
 ) -> Results:
     """Trains every variant of an assignment with every seed and returns the `Results`.
 
@@ -120,6 +121,8 @@ def run_assignment(
             loaded if they are finished, and go on if they were interrupted.
         device, progress, engine: as for `fit`.
         fresh: trains anew what `directory` holds already.
+        kept: a folder like `directory` that is only read: its finished runs are taken where they
+            are of the same network, recipe and data, and the others are trained as ever.
     """
     assignment = find_assignment(name)
     numbers = seed_numbers(seeds)
@@ -132,6 +135,10 @@ def run_assignment(
         plans = _plan(assignment, numbers, epochs, Path(place))
         for plan in plans if fresh else ():
             remove_run(plan.directory)
+        if kept is not None and not fresh:
+            plans = _with_kept(plans, Path(place), Path(kept), data, device)
+        if progress:
+            _say_what_is_there(plans)
         if device.type == "cpu" and engine == "auto":
             _run_side_by_side(plans, data, device, progress)
         groups = [plans] if device.type == "cuda" else [[plan] for plan in plans]
@@ -187,6 +194,29 @@ def _plan(assignment: Assignment, seeds: list[int], epochs: int | None, place: P
         for seed in seeds
         for variant in assignment.variants
     ]
+
+
+def _with_kept(
+    plans: list[_Plan], place: Path, kept: Path, data: Dataset, device: torch.device
+) -> list[_Plan]:
+    """The plans, those whose finished run lies in `kept` with its folder there for their own."""
+    chosen, problem = [], ""
+    for plan in plans:
+        there = replace(plan, directory=kept / plan.directory.relative_to(place))
+        try:
+            found = is_done(there.job(data), data, device)
+        except ValueError as error:
+            found, problem = False, problem or str(error)
+        chosen.append(there if found else plan)
+    if problem:
+        print(f"Not taken from the kept runs: {problem.partition(': choose another')[0]}")
+    return chosen
+
+
+def _say_what_is_there(plans: list[_Plan]) -> None:
+    done = [plan for plan in plans if RunFolder(plan.directory).is_finished()]
+    if done:
+        print(f"{len(done)} of {len(plans)} runs are loaded, {len(plans) - len(done)} trained")
 
 
 def _run_side_by_side(

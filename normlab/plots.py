@@ -1,4 +1,4 @@
-"""Pictures of histories, mistakes and confusions, from plain data: nothing here trains or predicts.
+"""Pictures of histories and confusions, from plain data: nothing here trains or predicts.
 
 Every function draws into `ax` where it takes one, or makes a figure of its own, and returns the
 figure. None calls `show`: a notebook shows its figures by itself, a script saves them.
@@ -6,15 +6,13 @@ figure. None calls `show`: a notebook shows its figures by itself, a script save
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.analysis import Mistakes
-from normlab.checks import one_of, whole_number
+from normlab.checks import one_of
 from normlab.files import written_aside
 from normlab.runs import QUANTITIES, Run
 
@@ -194,50 +192,6 @@ def plot_loss_and_accuracy(results: Runs, *, training: bool = False) -> Figure:
         for ax, kind in zip(row, ("loss", "accuracy"), strict=True):
             plot_curves(runs, f"{part}_{kind}", ax=ax)
     return figure
-
-
-def plot_mistakes(
-    mistakes: Mistakes, rows: int = 5, cols: int = 2, title: str | None = None
-) -> Figure:
-    """A matrix of misclassified images, each with its true and its predicted class.
-
-    Images are as they were before normalization. Where there are fewer than rows × cols, the
-    title says so.
-    """
-    from matplotlib import pyplot
-
-    room = whole_number(rows, "rows") * whole_number(cols, "cols")
-    heading = _mistakes_title(mistakes, room, title)
-    if not len(mistakes):
-        figure = pyplot.figure(figsize=(4.6, 0.9))
-        figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)
-        return figure
-    rows = min(rows, -(-len(mistakes) // cols))  # no empty rows where there are few
-    size = (max(2.0 * cols, 4.6), 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
-    figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
-    figure.suptitle(heading, fontsize=11)
-    for place, ax in enumerate(axes.flat):
-        ax.axis("off")
-        if place < len(mistakes):
-            _draw_mistake(ax, mistakes, place)
-    return figure
-
-
-def _mistakes_title(mistakes: Mistakes, room: int, title: str | None) -> str:
-    what = f"misclassified {mistakes.part} images"
-    head = what.capitalize() if title is None else f"{title}: {what}"
-    count = f"{mistakes.total:,} of {mistakes.tested:,}"
-    if mistakes.total < room:
-        count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,}"
-    return "\n".join(textwrap.fill(line, 46) for line in (head, f"{mistakes.source}: {count}"))
-
-
-def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
-    image = mistakes.images[place].permute(1, 2, 0).numpy()
-    ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    true, predicted = (mistakes.classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
-    sure = f"{float(mistakes.probability[place]):.0%}".replace("%", " %")
-    ax.set_title(f"true: {true}\npredicted: {predicted} ({sure})", fontsize=9)
 
 
 def plot_confusion(

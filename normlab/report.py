@@ -7,7 +7,8 @@ from normlab.analysis import find_mistakes
 from normlab.assignments import Variant
 from normlab.experiment import Results
 from normlab.files import write_json, write_text
-from normlab.plots import plot_curves, plot_mistakes, save_figure
+from normlab.galleries import plot_mistakes
+from normlab.plots import plot_curves, save_figure
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 

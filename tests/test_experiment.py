@@ -257,3 +257,37 @@ def test_a_named_network_is_run_on_other_images(tiny, tmp_path):
     assert one.config["is"]["network"]["input_shape"] == [1, 20, 20]
     assert one.config["is"]["network"]["classes"] == 4
     assert nl.predict(one.network, data).shape == (40, 4)
+
+
+def test_kept_runs_are_taken_where_they_fit_and_only_read(
+    finished, tiny, tiny_assignment, tmp_path, watch, capsys
+):
+    before_results, kept = finished
+    before = {file: file.read_bytes() for file in kept.rglob("*") if file.is_file()}
+    results = nl.run_assignment(
+        tiny_assignment, data=tiny, seeds=2, directory=tmp_path, device="cpu", kept=kept
+    )
+    assert not watch
+    assert facts(results) == facts(before_results)
+    assert "6 of 6 runs are loaded, 0 trained" in capsys.readouterr().out
+    one_more = run(tiny_assignment, tiny, tmp_path, seeds=[1, 2], kept=kept)
+    assert len(watch) == 3 * Watch.STEPS * tiny_assignment.recipe.epochs
+    assert sorted(folder.name for folder in tmp_path.glob("*/*")) == ["seed-2"] * 3
+    assert one_more["GN"][0].directory == kept / "gn" / "seed-1"
+    assert {file: file.read_bytes() for file in kept.rglob("*") if file.is_file()} == before
+
+
+def test_kept_runs_of_other_data_are_told_and_trained_anew(
+    finished, tiny, tiny_assignment, tmp_path, watch, capsys
+):
+    _, kept = finished
+    other = replace(tiny, train_images=tiny.train_images.flip(-1))
+    run(tiny_assignment, other, tmp_path, kept=kept)
+    assert len(watch) == 3 * Watch.STEPS * tiny_assignment.recipe.epochs
+    assert "Not taken from the kept runs" in capsys.readouterr().out
+
+
+def test_fresh_trains_even_what_is_kept(finished, tiny, tiny_assignment, tmp_path, watch):
+    _, kept = finished
+    run(tiny_assignment, tiny, tmp_path, kept=kept, fresh=True)
+    assert len(watch) == 3 * Watch.STEPS * tiny_assignment.recipe.epochs

@@ -58,7 +58,9 @@ ORDER = (
     "assignments",
     "experiment",
     "plots",
+    "galleries",
     "report",
+    "pages",
     "cli",
     "__main__",
 )

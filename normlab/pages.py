@@ -1,0 +1,162 @@
+"""Numbers in text: marked places in Markdown files and notebooks, filled from `results.json`.
+
+A place looks like this, and reads as "99.53 ± 0.04 %" where it is shown:
+
+    <!-- normlab: mnist-l1 / LN / accuracy -->99.53 ± 0.04 %<!-- / -->
+
+So a text never says anything else than the results that lie beside it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from normlab.checks import one_of
+from normlab.files import read_json, write_text
+
+_PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
+
+Kept = Mapping[str, dict]
+"""What each `results.json` holds, by the name of its folder."""
+
+
+def read_results(folder: str | Path) -> dict[str, dict]:
+    """The contents of all `FOLDER/*/results.json`; `FileNotFoundError` if there is none."""
+    files = sorted(Path(folder).glob("*/results.json"))
+    if not files:
+        raise FileNotFoundError(f"there are no results in {folder}: no folder has a results.json")
+    return {file.parent.name: read_json(file) for file in files}
+
+
+def fill_pages(pages: Iterable[str | Path], results: Kept, *, write: bool = True) -> list[Path]:
+    """Fills the marked places of Markdown files and notebooks; returns the pages that changed.
+
+    With `write=False` it only says which would. Raises `ValueError` that names page and place for
+    a place that cannot be filled; then no page is changed.
+    """
+    changed = {}
+    for page in map(Path, pages):
+        text = page.read_text(encoding="utf-8")
+        filled = (_fill_notebook if page.suffix == ".ipynb" else _fill_text)(text, results, page)
+        if filled != text:
+            changed[page] = filled
+    for page, filled in changed.items() if write else ():
+        write_text(page, filled)
+    return list(changed)
+
+
+def _fill_text(text: str, results: Kept, page: Path) -> str:
+    def fill(place: re.Match) -> str:
+        try:
+            value = place_text(place["what"], results)
+        except ValueError as error:
+            raise ValueError(f"{page.name}, place {place['what']!r}: {error}") from None
+        return f"{place[1]}{value}{place[4]}"
+
+    return _PLACE.sub(fill, text)
+
+
+def _fill_notebook(text: str, results: Kept, page: Path) -> str:
+    import nbformat
+
+    notebook = nbformat.reads(text, as_version=4)
+    before = nbformat.writes(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _fill_text(cell.source, results, page)
+    after = nbformat.writes(notebook)
+    return text if after == before else after + "\n"
+
+
+def place_text(what: str, results: Kept) -> str:
+    """What belongs into a place: "NAME / VARIANT / QUANTITY", "NAME / table" or "overview"."""
+    match [part.strip() for part in what.split(" / ")]:
+        case ["overview"]:
+            return f"\n\n{overview(results)}\n\n"
+        case [name, "table"]:
+            return f"\n\n{table(_of(results, name))}\n\n"
+        case [name, first, "minus", second]:
+            kept = _of(results, name)
+            return _points(_mean(kept, first) - _mean(kept, second))
+        case [name, label, quantity]:
+            read = QUANTITIES[one_of(quantity, QUANTITIES, "quantity")]
+            return read(_variant(_of(results, name), label))
+    raise ValueError("it is none of NAME / VARIANT / QUANTITY, NAME / table, overview")
+
+
+def _of(results: Kept, name: str) -> dict:
+    return results[one_of(name, results, "results")]
+
+
+def _variant(kept: dict, label: str) -> dict:
+    variants = {variant["variant"]: variant for variant in kept["variants"]}
+    return variants[one_of(label, variants, "variant")]
+
+
+def _mean(kept: dict, label: str) -> float:
+    return _variant(kept, label)["test_accuracy"]
+
+
+def _points(difference: float) -> str:
+    """A difference of fractions in percentage points, with its sign."""
+    return f"{100 * difference:+.2f}".replace("-", "−")
+
+
+def _accuracy(variant: dict) -> str:
+    spread = "" if variant["sd"] is None else f" ± {100 * variant['sd']:.2f}"
+    return f"{100 * variant['test_accuracy']:.2f}{spread}"
+
+
+def _difference(variant: dict) -> str:
+    if variant["reported"] is None:
+        return "–"
+    return _points(variant["test_accuracy"] - variant["reported"])
+
+
+def _reported(variant: dict) -> str:
+    return "–" if variant["reported"] is None else f"{100 * variant['reported']:.2f}"
+
+
+QUANTITIES: dict[str, Callable[[dict], str]] = {
+    "accuracy": lambda variant: f"{_accuracy(variant)} %",
+    "mean": lambda variant: f"{100 * variant['test_accuracy']:.2f} %",
+    "loss": lambda variant: f"{_mean_loss(variant):.3f}",
+    "parameters": lambda variant: f"{variant['parameters']:,}",
+    "seeds": lambda variant: str(variant["seeds"]),
+    "rate": lambda variant: f"{variant['recipe']['lr']:g}",
+    "reported": lambda variant: f"{_reported(variant)} %",
+    "difference": _difference,
+}
+
+
+def _mean_loss(variant: dict) -> float:
+    return sum(run["test_loss"] for run in variant["runs"]) / len(variant["runs"])
+
+
+def table(kept: dict) -> str:
+    """The results of one assignment, as the README has them."""
+    lines = [
+        "| variant | parameters | seeds | test accuracy (%) | submission (%) | difference |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [_row(variant["variant"], variant) for variant in kept["variants"]]
+    return "\n".join(lines)
+
+
+def overview(results: Kept) -> str:
+    """All variants of all assignments whose data a submission has reported on, in one table."""
+    lines = [
+        "| network | on | variant | parameters | seeds | test accuracy (%) | submission (%) "
+        "| difference |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, kept in results.items():
+        if any(variant["reported"] is not None for variant in kept["variants"]):
+            where = f"`{name}` | {kept['data']['source']}"
+            lines += [_row(f"{where} | {v['variant']}", v) for v in kept["variants"]]
+    return "\n".join(lines)
+
+
+def _row(head: str, variant: dict) -> str:
+    cells = [head, f"{variant['parameters']:,}", str(variant["seeds"]), _accuracy(variant)]
+    return f"| {' | '.join([*cells, _reported(variant), _difference(variant)])} |"

@@ -1,0 +1,153 @@
+"""Marked places of texts say what the results say, and nothing else of a page changes."""
+
+import json
+
+import nbformat
+import pytest
+
+from normlab.cli import main
+from normlab.pages import fill_pages, place_text, read_results
+
+RESULTS = {
+    "net-a": {
+        "data": {"source": "CIFAR-10 (JPEG copy)"},
+        "variants": [
+            {
+                "variant": "BN + L1",
+                "parameters": 41992,
+                "seeds": 3,
+                "test_accuracy": 0.79123,
+                "sd": 0.0021,
+                "reported": 0.7342,
+                "recipe": {"lr": 0.02},
+                "runs": [{"test_loss": 0.5}, {"test_loss": 0.6}, {"test_loss": 0.7}],
+            },
+            {
+                "variant": "LN",
+                "parameters": 41992,
+                "seeds": 1,
+                "test_accuracy": 0.7512,
+                "sd": None,
+                "reported": None,
+                "recipe": {"lr": 0.1},
+                "runs": [{"test_loss": 0.8125}],
+            },
+        ],
+    },
+    "digits": {
+        "data": {"source": "digits"},
+        "variants": [
+            {
+                "variant": "GN",
+                "parameters": 10,
+                "seeds": 1,
+                "test_accuracy": 0.9,
+                "sd": None,
+                "reported": None,
+                "recipe": {"lr": 0.1},
+                "runs": [{"test_loss": 0.1}],
+            }
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("net-a / BN + L1 / accuracy", "79.12 ± 0.21 %"),
+        ("net-a / LN / accuracy", "75.12 %"),
+        ("net-a / BN + L1 / mean", "79.12 %"),
+        ("net-a / BN + L1 / loss", "0.600"),
+        ("net-a / BN + L1 / difference", "+5.70"),
+        ("net-a / LN / difference", "–"),
+        ("net-a / BN + L1 / reported", "73.42 %"),
+        ("net-a / LN / parameters", "41,992"),
+        ("net-a / BN + L1 / seeds", "3"),
+        ("net-a / BN + L1 / rate", "0.02"),
+        ("net-a / BN + L1 / minus / LN", "+4.00"),
+        ("net-a / LN / minus / BN + L1", "−4.00"),
+    ],
+)
+def test_each_quantity_is_that_of_the_results(what, text):
+    assert place_text(what, RESULTS) == text
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("net-b / LN / mean", "unknown results 'net-b'.* did you mean 'net-a'"),
+        ("net-a / XN / mean", "unknown variant 'XN'"),
+        ("net-a / LN / median", "unknown quantity 'median'"),
+        ("net-a / LN / over / BN + L1", "none of NAME / VARIANT / QUANTITY"),
+        ("tables", "none of NAME / VARIANT / QUANTITY"),
+    ],
+)
+def test_a_place_that_cannot_be_filled_says_why(what, why):
+    with pytest.raises(ValueError, match=why):
+        place_text(what, RESULTS)
+
+
+def test_tables_have_a_row_for_each_variant():
+    lines = place_text("net-a / table", RESULTS).strip().splitlines()
+    assert lines[2:] == [
+        "| BN + L1 | 41,992 | 3 | 79.12 ± 0.21 | 73.42 | +5.70 |",
+        "| LN | 41,992 | 1 | 75.12 | – | – |",
+    ]
+    rows = place_text("overview", RESULTS).strip().splitlines()[2:]
+    assert [row.split(" | ")[2] for row in rows] == ["BN + L1", "LN"]  # digits were not reported on
+    assert all(row.startswith("| `net-a` | CIFAR-10 (JPEG copy) | ") for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, kept in RESULTS.items():
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "results.json").write_text(json.dumps(kept))
+    text = "BN has <!-- normlab: net-a / BN + L1 / mean -->1 %<!-- / -->, LN <!-- of course -->."
+    (tmp_path / "README.md").write_text(text)
+    cells = [
+        nbformat.v4.new_markdown_cell("LN: <!-- normlab: net-a / LN / mean -->?<!-- / -->"),
+        nbformat.v4.new_code_cell("'<!-- normlab: net-a / LN / mean -->?<!-- / -->'"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
+    return tmp_path
+
+
+def test_pages_are_filled_once_and_code_is_left_alone(folder):
+    pages = [folder / "README.md", folder / "one.ipynb"]
+    results = read_results(folder / "results")
+    assert fill_pages(pages, results, write=False) == pages
+    assert "1 %" in pages[0].read_text()
+    assert fill_pages(pages, results) == pages
+    assert pages[0].read_text() == (
+        "BN has <!-- normlab: net-a / BN + L1 / mean -->79.12 %<!-- / -->, LN <!-- of course -->."
+    )
+    markdown, code = nbformat.read(pages[1], as_version=4).cells
+    assert markdown.source.endswith("-->75.12 %<!-- / -->")
+    assert "?" in code.source
+    assert fill_pages(pages, results) == []
+
+
+def test_a_wrong_place_is_named_and_no_page_is_touched(folder):
+    wrong = folder / "wrong.md"
+    wrong.write_text("<!-- normlab: net-a / XN / mean --><!-- / -->")
+    with pytest.raises(ValueError, match=r"wrong\.md, place 'net-a / XN / mean'.* 'XN'"):
+        fill_pages([folder / "README.md", wrong], read_results(folder / "results"))
+    assert "1 %" in (folder / "README.md").read_text()
+
+
+def test_no_results_are_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are no results in"):
+        read_results(tmp_path)
+
+
+def test_the_command_tells_stale_pages_and_fills_them(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    command = ["report", "README.md", "one.ipynb", "--results", "results"]
+    assert main([*command, "--check"]) == 1
+    assert "stale: README.md, one.ipynb" in capsys.readouterr().err
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    assert "changed: nothing" in capsys.readouterr().out
+    assert main(["report", "none.md"]) == 2
