@@ -7,6 +7,7 @@ A place looks like this, and reads as "99.53 ± 0.04 %" where it is shown:
 So a text never says anything else than the results that lie beside it.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -57,15 +58,15 @@ def _fill_text(text: str, results: Kept, page: Path) -> str:
 
 
 def _fill_notebook(text: str, results: Kept, page: Path) -> str:
-    import nbformat
-
-    notebook = nbformat.reads(text, as_version=4)
-    before = nbformat.writes(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _fill_text(cell.source, results, page)
-    after = nbformat.writes(notebook)
-    return text if after == before else after + "\n"
+    """Fills the Markdown cells; a notebook is JSON with each source as its lines."""
+    notebook = json.loads(text)
+    changed = False
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        filled = _fill_text(source, results, page) if cell["cell_type"] == "markdown" else source
+        if filled != source:
+            cell["source"], changed = filled.splitlines(keepends=True), True
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" if changed else text
 
 
 def place_text(what: str, results: Kept) -> str:
