@@ -1,0 +1,126 @@
+"""The stored notebooks: whole runs from top to bottom, nothing in them that a reader trips over."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from normlab.pages import fill_pages, read_results
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ASSIGNMENTS = [path for path in NOTEBOOKS if path.name[:2] in ("01", "02", "03", "04", "05")]
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every_assignment = pytest.mark.parametrize("path", ASSIGNMENTS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def text_of(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def python_of(source: str) -> ast.Module:
+    """The cell without the lines that only IPython understands."""
+    lines = [re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in source.splitlines()]
+    return ast.parse("\n".join(lines))
+
+
+def test_there_is_a_notebook_for_each_assignment():
+    assert len(ASSIGNMENTS) == 5
+
+
+@every_notebook
+def test_it_is_valid_small_and_was_run_from_top_to_bottom(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 1.5e6
+    assert "widgets" not in notebook.metadata
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@every_notebook
+def test_no_output_is_a_warning_an_error_or_speaks_of_a_machine(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text
+            assert not re.search(r"(/root|/home|/tmp|/Users)/", json.dumps(output))
+
+
+@every_notebook
+def test_cells_are_short_and_import_nothing_that_is_not_used(path):
+    cells = code_cells(path)
+    trees = [python_of(cell.source) for cell in cells]
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for cell, tree in zip(cells, trees, strict=True):
+        assert len(cell.source.splitlines()) <= 13, cell.source
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = {(name.asname or name.name).split(".")[0] for name in node.names}
+                assert names <= used, cell.source
+
+
+@every_notebook
+def test_one_parameters_cell_reads_the_smoke_variable_and_nothing_else_does(path):
+    cells = code_cells(path)
+    (parameters,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    readers = [cell for cell in cells if "NORMLAB_SMOKE" in cell.source]
+    assert readers == [parameters]
+    assert sum("SMOKE" in cell.source for cell in cells) == 1
+
+
+@every_notebook
+def test_the_badge_opens_this_notebook_of_the_repository_that_colab_clones(path):
+    badges = re.findall(
+        r"colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/([^)]+)\)", text_of(path)
+    )
+    ((repository, place),) = badges
+    assert ROOT / place == path
+    (clone,) = [cell.source for cell in code_cells(path) if "google.colab" in cell.source]
+    assert f'"https://github.com/{repository}"' in clone
+
+
+@every_assignment
+def test_it_has_both_graphs_and_the_mistakes_of_each_variant(path):
+    source = "\n".join(cell.source for cell in code_cells(path))
+    assert '"test_loss"' in source
+    assert '"test_accuracy"' in source
+    assert "nl.find_mistakes(" in source
+    assert "rows=5, cols=2" in source
+    figures = [o for c in code_cells(path) for o in c.outputs if "image/png" in o.get("data", {})]
+    kept = read_results(ROOT / "notebooks" / "results")
+    variants = kept[_assignment(path)]["variants"]
+    assert len(figures) >= 5 + len(variants)
+
+
+@every_assignment
+def test_the_stored_run_is_that_of_the_kept_results(path):
+    kept = read_results(ROOT / "notebooks" / "results")[_assignment(path)]
+    (table,) = [
+        output["data"]["text/plain"]
+        for cell in code_cells(path)
+        if "nl.run_assignment(" in cell.source
+        for output in cell.outputs
+        if output.output_type == "execute_result"
+    ]
+    for variant in kept["variants"]:
+        assert f"{variant['test_accuracy']:.4f}".rstrip("0") in table
+        assert variant["recipe"]["epochs"] == 20
+
+
+def _assignment(path: Path) -> str:
+    return path.stem[3:].replace("_", "-")
+
+
+def test_no_number_in_a_text_is_stale():
+    pages = [ROOT / "README.md", *NOTEBOOKS]
+    assert fill_pages(pages, read_results(ROOT / "notebooks" / "results"), write=False) == []
