@@ -36,8 +36,9 @@ def measure(job: dict) -> dict:
     """Trains the variants that `job` names along its path; see `__main__` for the fields."""
     assignment = find_assignment(job["assignment"])
     wanted = [v for v in assignment.variants if v.label in job["variants"]]
-    recipe = assignment.recipe.replace(epochs=job["epochs"], schedule="constant", lr=peers.RATE)
     shipped = job["path"] == "normlab as shipped"
+    recipe = assignment.recipe if shipped else peers.recipe(assignment.recipe.augment)
+    recipe = recipe.replace(epochs=job["epochs"])
     dropout = assignment.dropout if shipped else job["dropout"]
     assignment = nl.Assignment(
         **vars(assignment) | {"variants": tuple(wanted), "recipe": recipe, "dropout": dropout}

@@ -20,6 +20,11 @@ BATCH = 128
 RATE = 0.01
 
 
+def recipe(augment: tuple[str, ...]) -> nl.Recipe:
+    """What all of them train by, as normlab says it."""
+    return nl.Recipe(batch_size=BATCH, lr=RATE, schedule="constant", augment=augment)
+
+
 class Pictures(torch.utils.data.Dataset):
     """Images as torchvision's data sets hand them out: a PIL picture, then transforms."""
 
