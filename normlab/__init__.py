@@ -23,7 +23,7 @@ _HOMES = {
         "find_mistakes",
         "predict",
     ),
-    "assignments": ("ASSIGNMENTS", "Assignment", "Variant"),
+    "assignments": ("ASSIGNMENTS", "Assignment", "Variant", "as_submitted"),
     "augment": ("AUGMENTATIONS",),
     "data": ("Dataset",),
     "experiment": ("Results", "run_assignment"),

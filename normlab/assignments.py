@@ -1,7 +1,7 @@
 """The five assignments as data: network, data set, variants, recipe, and what was reported."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -10,6 +10,12 @@ from normlab.networks import NETWORKS, build_network
 from normlab.norms import norm_name
 from normlab.recipes import Recipe
 from normlab.seeding import seeded
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder or file: "BN + L1" is `bn-l1`."""
+    words = "".join(c if c.isalnum() else " " for c in label.lower()).split()
+    return "-".join(words)
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,8 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The label as a folder's name: "BN + L1" is `bn-l1`."""
-        words = "".join(c if c.isalnum() else " " for c in self.label.lower()).split()
-        return "-".join(words)
+        """The label as a folder's name."""
+        return folder_name(self.label)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,38 @@ ASSIGNMENTS = {
         ),
     )
 }
+
+
+# What is known of the submissions' own training; where they do not say, SGD at a constant rate of
+# 0.01, momentum 0.9, batches of 128 and the network's dropout stand in. The L1 of "mnist-eva6" is
+# left out, since a sum of means over tensors is no factor of a sum of |w|.
+_SUBMITTED = Recipe(lr=0.01, schedule="constant")
+_SUBMITTED_RECIPES = {
+    "mnist-l1": _SUBMITTED.replace(augment=("rotate:7",)),
+    "mnist-eva6": _SUBMITTED.replace(augment=("rotate:7",)),
+    "cifar10-norms": _SUBMITTED,
+    "cifar10-add": _SUBMITTED.replace(batch_size=32, augment=("shift:4", "flip:0.1")),
+    "cifar10-skip": _SUBMITTED,
+}
+
+
+def as_submitted(assignment: Assignment) -> Assignment:
+    """The variants that a submission reports on, trained in its manner as far as it is known.
+
+    Raises `ValueError` for an assignment that replaces no submission.
+    """
+    recipe = _SUBMITTED_RECIPES[one_of(assignment.name, _SUBMITTED_RECIPES, "submission")]
+    variants = [variant for variant in assignment.variants if variant.reported is not None]
+    if assignment.name == "mnist-eva6":
+        variants = [replace(variant, changes={}) for variant in variants]
+    return replace(
+        assignment,
+        name=f"{assignment.name}-as-submitted",
+        title=f"{assignment.title}, trained in the submission's manner",
+        variants=tuple(variants),
+        recipe=recipe,
+        dropout=None,
+    )
 
 
 def find_assignment(name: str | Assignment) -> Assignment:

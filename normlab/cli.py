@@ -49,6 +49,9 @@ def _add_run(commands) -> argparse.ArgumentParser:
         "Without an assignment it runs mnist-l1 on the bundled digits, which need no download.",
     )
     command.add_argument("assignment", nargs="?", metavar="ASSIGNMENT", help="see `normlab list`")
+    command.add_argument(
+        "--as-submitted", action="store_true", help="train in the manner of the submission"
+    )
     command.add_argument("--dataset", help="another data set, or a folder of images")
     command.add_argument("--data-root", type=Path, help="the folder that holds the data")
     command.add_argument("--image-size", type=int, help="resize all images to this side")
@@ -114,7 +117,7 @@ def _simple(command, work, check=lambda options: None) -> argparse.ArgumentParse
 
 def _check_run(options: argparse.Namespace):
     """The assignment, the name of its data and the output folder, or what is wrong with them."""
-    from normlab.assignments import find_assignment
+    from normlab.assignments import as_submitted, find_assignment
     from normlab.checks import one_of, whole_number
     from normlab.devices import pick_device
     from normlab.engine import ENGINES
@@ -122,6 +125,8 @@ def _check_run(options: argparse.Namespace):
     from normlab.sources import DATASETS, check_dataset_name
 
     assignment = find_assignment(options.assignment or "mnist-l1")
+    if options.as_submitted:
+        assignment = as_submitted(assignment)
     # Without an assignment it must work anywhere at once, whatever data lies around.
     dataset = options.dataset or (assignment.dataset if options.assignment else "digits")
     check_dataset_name(dataset)

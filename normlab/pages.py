@@ -8,17 +8,19 @@ So a text never says anything else than the results that lie beside it.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from normlab.assignments import ASSIGNMENTS, folder_name
 from normlab.checks import one_of
 from normlab.files import read_json, write_text
 
 _PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
 
 Kept = Mapping[str, dict]
-"""What each `results.json` holds, by the name of its folder."""
+"""What each `results.json` holds and the "folder" it lies in, by that folder's name."""
 
 
 def read_results(folder: str | Path) -> dict[str, dict]:
@@ -26,7 +28,7 @@ def read_results(folder: str | Path) -> dict[str, dict]:
     files = sorted(Path(folder).glob("*/results.json"))
     if not files:
         raise FileNotFoundError(f"there are no results in {folder}: no folder has a results.json")
-    return {file.parent.name: read_json(file) for file in files}
+    return {file.parent.name: read_json(file) | {"folder": file.parent} for file in files}
 
 
 def fill_pages(pages: Iterable[str | Path], results: Kept, *, write: bool = True) -> list[Path]:
@@ -49,7 +51,7 @@ def fill_pages(pages: Iterable[str | Path], results: Kept, *, write: bool = True
 def _fill_text(text: str, results: Kept, page: Path) -> str:
     def fill(place: re.Match) -> str:
         try:
-            value = place_text(place["what"], results)
+            value = place_text(place["what"], results, beside=page.parent)
         except ValueError as error:
             raise ValueError(f"{page.name}, place {place['what']!r}: {error}") from None
         return f"{place[1]}{value}{place[4]}"
@@ -69,20 +71,26 @@ def _fill_notebook(text: str, results: Kept, page: Path) -> str:
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" if changed else text
 
 
-def place_text(what: str, results: Kept) -> str:
-    """What belongs into a place: "NAME / VARIANT / QUANTITY", "NAME / table" or "overview"."""
+def place_text(what: str, results: Kept, *, beside: Path = Path()) -> str:
+    """What belongs into a place of a page in the folder `beside`.
+
+    "overview", "NAME / table", "NAME / figures", "NAME / VARIANT / QUANTITY" with one of
+    `QUANTITIES`, or "NAME / VARIANT / minus / VARIANT" in percentage points.
+    """
     match [part.strip() for part in what.split(" / ")]:
         case ["overview"]:
             return f"\n\n{overview(results)}\n\n"
         case [name, "table"]:
             return f"\n\n{table(_of(results, name))}\n\n"
+        case [name, "figures"]:
+            return f"\n\n{figures(_of(results, name), beside)}\n\n"
         case [name, first, "minus", second]:
             kept = _of(results, name)
             return _points(_mean(kept, first) - _mean(kept, second))
         case [name, label, quantity]:
             read = QUANTITIES[one_of(quantity, QUANTITIES, "quantity")]
             return read(_variant(_of(results, name), label))
-    raise ValueError("it is none of NAME / VARIANT / QUANTITY, NAME / table, overview")
+    raise ValueError("it is none of NAME / VARIANT / QUANTITY, NAME / table, overview and so on")
 
 
 def _of(results: Kept, name: str) -> dict:
@@ -144,15 +152,38 @@ def table(kept: dict) -> str:
     return "\n".join(lines)
 
 
+def figures(kept: dict, beside: Path) -> str:
+    """Both graphs, and the misclassified images of all variants folded away below them."""
+    place = Path(os.path.relpath(kept["folder"], beside)).as_posix()
+    labels = [variant["variant"] for variant in kept["variants"]]
+    mistakes = [
+        f'<img src="{place}/mistakes-{folder_name(label)}.png" width="270" '
+        f'alt="Ten test images that {label} gets wrong">'
+        for label in labels
+    ]
+    return "\n".join(
+        [
+            f"![Test loss of {', '.join(labels)} over the epochs]({place}/test-loss.png)",
+            f"![Test accuracy of {', '.join(labels)} over the epochs]({place}/test-accuracy.png)",
+            "",
+            "<details><summary>Ten misclassified images of each variant</summary>",
+            "",
+            *mistakes,
+            "",
+            "</details>",
+        ]
+    )
+
+
 def overview(results: Kept) -> str:
-    """All variants of all assignments whose data a submission has reported on, in one table."""
+    """All variants of the five assignments, in one table."""
     lines = [
         "| network | on | variant | parameters | seeds | test accuracy (%) | submission (%) "
         "| difference |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, kept in results.items():
-        if any(variant["reported"] is not None for variant in kept["variants"]):
+        if name in ASSIGNMENTS:
             where = f"`{name}` | {kept['data']['source']}"
             lines += [_row(f"{where} | {v['variant']}", v) for v in kept["variants"]]
     return "\n".join(lines)

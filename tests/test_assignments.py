@@ -159,3 +159,23 @@ def test_an_assignment_is_found_by_name_or_is_ones_own(tiny_assignment):
     assert find_assignment(tiny_assignment) is tiny_assignment
     with pytest.raises(ValueError, match="did you mean 'mnist-l1'"):
         find_assignment("mnist-l2")
+
+
+@pytest.mark.parametrize("name", nl.ASSIGNMENTS)
+def test_the_submission_is_trained_in_its_own_manner(name):
+    shipped = nl.ASSIGNMENTS[name]
+    theirs = nl.as_submitted(shipped)
+    assert theirs.name == f"{name}-as-submitted"
+    assert [v.label for v in theirs.variants] == [v.label for v in shipped.variants if v.reported]
+    recipe = theirs.recipe
+    assert (recipe.optimizer, recipe.lr, recipe.schedule) == ("sgd", 0.01, "constant")
+    assert recipe.batch_size == (32 if name == "cifar10-add" else 128)
+    assert theirs.dropout is None  # that of the network
+    layers = make(theirs, theirs.variants[0]).modules()
+    has_dropout = any(isinstance(layer, (nn.Dropout, nn.Dropout2d)) for layer in layers)
+    assert has_dropout == (name != "cifar10-add")
+
+
+def test_only_submissions_can_be_trained_as_submitted(tiny_assignment):
+    with pytest.raises(ValueError, match="unknown submission 'tiny-norms'"):
+        nl.as_submitted(tiny_assignment)

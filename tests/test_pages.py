@@ -1,6 +1,7 @@
 """Marked places of texts say what the results say, and nothing else of a page changes."""
 
 import json
+import re
 
 import nbformat
 import pytest
@@ -9,7 +10,7 @@ from normlab.cli import main
 from normlab.pages import fill_pages, place_text, read_results
 
 RESULTS = {
-    "net-a": {
+    "cifar10-add": {
         "data": {"source": "CIFAR-10 (JPEG copy)"},
         "variants": [
             {
@@ -52,21 +53,24 @@ RESULTS = {
 }
 
 
+PAGE = "BN: <!-- normlab: cifar10-add / BN + L1 / mean -->{}<!-- / -->, LN <!-- of course -->."
+
+
 @pytest.mark.parametrize(
     ("what", "text"),
     [
-        ("net-a / BN + L1 / accuracy", "79.12 ± 0.21 %"),
-        ("net-a / LN / accuracy", "75.12 %"),
-        ("net-a / BN + L1 / mean", "79.12 %"),
-        ("net-a / BN + L1 / loss", "0.600"),
-        ("net-a / BN + L1 / difference", "+5.70"),
-        ("net-a / LN / difference", "–"),
-        ("net-a / BN + L1 / reported", "73.42 %"),
-        ("net-a / LN / parameters", "41,992"),
-        ("net-a / BN + L1 / seeds", "3"),
-        ("net-a / BN + L1 / rate", "0.02"),
-        ("net-a / BN + L1 / minus / LN", "+4.00"),
-        ("net-a / LN / minus / BN + L1", "−4.00"),
+        ("cifar10-add / BN + L1 / accuracy", "79.12 ± 0.21 %"),
+        ("cifar10-add / LN / accuracy", "75.12 %"),
+        ("cifar10-add / BN + L1 / mean", "79.12 %"),
+        ("cifar10-add / BN + L1 / loss", "0.600"),
+        ("cifar10-add / BN + L1 / difference", "+5.70"),
+        ("cifar10-add / LN / difference", "–"),
+        ("cifar10-add / BN + L1 / reported", "73.42 %"),
+        ("cifar10-add / LN / parameters", "41,992"),
+        ("cifar10-add / BN + L1 / seeds", "3"),
+        ("cifar10-add / BN + L1 / rate", "0.02"),
+        ("cifar10-add / BN + L1 / minus / LN", "+4.00"),
+        ("cifar10-add / LN / minus / BN + L1", "−4.00"),
     ],
 )
 def test_each_quantity_is_that_of_the_results(what, text):
@@ -76,10 +80,10 @@ def test_each_quantity_is_that_of_the_results(what, text):
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ("net-b / LN / mean", "unknown results 'net-b'.* did you mean 'net-a'"),
-        ("net-a / XN / mean", "unknown variant 'XN'"),
-        ("net-a / LN / median", "unknown quantity 'median'"),
-        ("net-a / LN / over / BN + L1", "none of NAME / VARIANT / QUANTITY"),
+        ("cifar10-ad / LN / mean", "unknown results 'cifar10-ad'.* did you mean 'cifar10-add'"),
+        ("cifar10-add / XN / mean", "unknown variant 'XN'"),
+        ("cifar10-add / LN / median", "unknown quantity 'median'"),
+        ("cifar10-add / LN / over / BN + L1", "none of NAME / VARIANT / QUANTITY"),
         ("tables", "none of NAME / VARIANT / QUANTITY"),
     ],
 )
@@ -89,14 +93,28 @@ def test_a_place_that_cannot_be_filled_says_why(what, why):
 
 
 def test_tables_have_a_row_for_each_variant():
-    lines = place_text("net-a / table", RESULTS).strip().splitlines()
+    lines = place_text("cifar10-add / table", RESULTS).strip().splitlines()
     assert lines[2:] == [
         "| BN + L1 | 41,992 | 3 | 79.12 ± 0.21 | 73.42 | +5.70 |",
         "| LN | 41,992 | 1 | 75.12 | – | – |",
     ]
     rows = place_text("overview", RESULTS).strip().splitlines()[2:]
     assert [row.split(" | ")[2] for row in rows] == ["BN + L1", "LN"]  # digits were not reported on
-    assert all(row.startswith("| `net-a` | CIFAR-10 (JPEG copy) | ") for row in rows)
+    assert all(row.startswith("| `cifar10-add` | CIFAR-10 (JPEG copy) | ") for row in rows)
+
+
+def test_figures_are_named_relative_to_the_page(folder):
+    results = read_results(folder / "results")
+    text = place_text("cifar10-add / figures", results, beside=folder)
+    sources = re.findall(r'(?:src="|\]\()([^")]+)', text)
+    assert sources == [
+        "results/cifar10-add/test-loss.png",
+        "results/cifar10-add/test-accuracy.png",
+        "results/cifar10-add/mistakes-bn-l1.png",
+        "results/cifar10-add/mistakes-ln.png",
+    ]
+    below = place_text("cifar10-add / figures", results, beside=folder / "notebooks")
+    assert "(../results/cifar10-add/test-loss.png)" in below
 
 
 @pytest.fixture
@@ -104,11 +122,13 @@ def folder(tmp_path):
     for name, kept in RESULTS.items():
         (tmp_path / "results" / name).mkdir(parents=True)
         (tmp_path / "results" / name / "results.json").write_text(json.dumps(kept))
-    text = "BN has <!-- normlab: net-a / BN + L1 / mean -->1 %<!-- / -->, LN <!-- of course -->."
+    text = (
+        "BN has <!-- normlab: cifar10-add / BN + L1 / mean -->1 %<!-- / -->, LN <!-- of course -->."
+    )
     (tmp_path / "README.md").write_text(text)
     cells = [
-        nbformat.v4.new_markdown_cell("LN: <!-- normlab: net-a / LN / mean -->?<!-- / -->"),
-        nbformat.v4.new_code_cell("'<!-- normlab: net-a / LN / mean -->?<!-- / -->'"),
+        nbformat.v4.new_markdown_cell("LN: <!-- normlab: cifar10-add / LN / mean -->?<!-- / -->"),
+        nbformat.v4.new_code_cell("'<!-- normlab: cifar10-add / LN / mean -->?<!-- / -->'"),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
     return tmp_path
@@ -120,9 +140,7 @@ def test_pages_are_filled_once_and_code_is_left_alone(folder):
     assert fill_pages(pages, results, write=False) == pages
     assert "1 %" in pages[0].read_text()
     assert fill_pages(pages, results) == pages
-    assert pages[0].read_text() == (
-        "BN has <!-- normlab: net-a / BN + L1 / mean -->79.12 %<!-- / -->, LN <!-- of course -->."
-    )
+    assert pages[0].read_text() == PAGE.format("79.12 %")
     markdown, code = nbformat.read(pages[1], as_version=4).cells
     assert markdown.source.endswith("-->75.12 %<!-- / -->")
     assert "?" in code.source
@@ -131,8 +149,8 @@ def test_pages_are_filled_once_and_code_is_left_alone(folder):
 
 def test_a_wrong_place_is_named_and_no_page_is_touched(folder):
     wrong = folder / "wrong.md"
-    wrong.write_text("<!-- normlab: net-a / XN / mean --><!-- / -->")
-    with pytest.raises(ValueError, match=r"wrong\.md, place 'net-a / XN / mean'.* 'XN'"):
+    wrong.write_text("<!-- normlab: cifar10-add / XN / mean --><!-- / -->")
+    with pytest.raises(ValueError, match=r"wrong\.md, place 'cifar10-add / XN / mean'.* 'XN'"):
         fill_pages([folder / "README.md", wrong], read_results(folder / "results"))
     assert "1 %" in (folder / "README.md").read_text()
 

@@ -1,0 +1,83 @@
+"""A notebook in a real browser: JupyterLab, headless Chromium, "Run All Cells" in smoke mode."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = "01_mnist_l1.ipynb"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+MINUTES = 5
+
+ALL_DONE = """() => {
+    const notebook = window.jupyterapp.shell.currentWidget;
+    const code = Array.from(notebook.content.model.cells).filter(cell => cell.type === "code");
+    const kernel = notebook.context.sessionContext.session.kernel;
+    return kernel.status === "idle" && code.every(cell => cell.executionCount !== null);
+}"""
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A JupyterLab over a copy of the notebooks; its address, and the copy."""
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
+    shutil.copy(ROOT / "notebooks" / NOTEBOOK, tmp_path)
+    options = ["--no-browser", "--allow-root", "--port=0", "--IdentityProvider.token=secret"]
+    options += ["--LabApp.expose_app_in_browser=True"]  # to ask it whether all cells are done
+    command = [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={tmp_path}"]
+    home = {"JUPYTER_CONFIG_DIR": str(tmp_path / ".config"), "NORMLAB_SMOKE": "1"}
+    with open(tmp_path / "log", "w+") as log:
+        server = subprocess.Popen(command, env=os.environ | home, stdout=log, stderr=log)
+        try:
+            yield _address(server, tmp_path / "log"), tmp_path
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+def _address(server: subprocess.Popen, log: Path) -> str:
+    """Waits until the server answers."""
+    for _ in range(120):
+        found = re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/", log.read_text())
+        if found:
+            with urllib.request.urlopen(found[0] + "api?token=secret", timeout=30):
+                return found[0]
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.5)
+    raise TimeoutError(log.read_text())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_run_all_in_jupyterlab_shows_figures_and_saves_a_clean_notebook(lab, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    address, folder = lab
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(f"{address}lab/tree/{NOTEBOOK}?token=secret&reset")
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.wait_for_function(ALL_DONE, timeout=MINUTES * 60_000)
+        pictures = page.locator(".jp-OutputArea-output img")
+        assert pictures.count() > 0
+        assert not page.locator(".jp-RenderedText[data-mime-type*=stderr]").count()
+        if os.environ.get("NORMLAB_SCREENSHOT"):
+            page.screenshot(path=os.environ["NORMLAB_SCREENSHOT"])
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(3000)
+        browser.close()
+    notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
+    assert not [output for output in outputs if output.output_type == "error"]
