@@ -6,6 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from normlab.analysis import Mistakes
 from normlab.augment import parse_augmentation
 from normlab.checks import whole_number
@@ -15,7 +18,6 @@ from normlab.seeding import generator
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 
 def plot_samples(
@@ -56,8 +58,6 @@ def _samples_title(data: Dataset, augment: Sequence[str]) -> str:
 
 def _sample(data: Dataset, per_class: int, seed: int) -> Tensor:
     """Indices of training images, `per_class` of each class, one class after another."""
-    import torch
-
     order = torch.randperm(len(data.train_labels), generator=generator(seed, "samples"))
     labels = data.train_labels[order]
     rows = [order[labels == label][:per_class] for label in range(len(data.classes))]
