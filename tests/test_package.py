@@ -36,6 +36,8 @@ ORDER = (
     "seeding",
     "devices",
     "norms",
+    "diagrams",
+    "sharing",
     "penalties",
     "augment",
     "data",

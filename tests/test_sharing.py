@@ -1,0 +1,84 @@
+"""What is found by trial is what the table of norms says, for layers of one's own as well."""
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+from normlab.norms import NORMS
+
+SHAPE = (3, 4, 2, 2)
+
+
+def expected(kind: str, groups: int) -> torch.Tensor:
+    """The number of the mean that each element belongs to, from the table."""
+    images, channels, height, width = SHAPE
+    averaged = NORMS[kind].averaged
+    image = torch.arange(images).view(-1, 1, 1, 1) * ("N" not in averaged)
+    if "C/G" in averaged:
+        channel = torch.arange(channels) // (channels // groups)
+    else:
+        channel = torch.arange(channels) * ("C" not in averaged)
+    numbers = image * channels + channel.view(1, -1, 1, 1)
+    return numbers.expand(images, channels, height, width)
+
+
+def same_partition(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = one.flatten(), other.flatten()
+    return torch.equal(one[:, None] == one, other[:, None] == other)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NORMS if kind != "none"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_each_norm_shares_what_the_table_says(kind, groups):
+    layer = nl.make_norm(kind, 4, groups=groups, size=(2, 2))
+    found = nl.shared_statistics(layer, SHAPE)
+    assert same_partition(found, expected(kind, groups))
+    assert found.unique().tolist() == list(range(NORMS[kind].statistics(SHAPE, groups=groups)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "training"),
+    [(nn.Identity(), True), (nn.ReLU(), True), (nn.Dropout(0.5), True), (nn.BatchNorm2d(4), False)],
+)
+def test_without_shared_statistics_each_element_is_alone(layer, training):
+    found = nl.shared_statistics(layer, SHAPE, training=training)
+    assert torch.equal(found.flatten(), torch.arange(found.numel()))
+
+
+class ChannelsOnly(nn.Module):
+    """The layer normalization of ConvNeXt: each position over its channels."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x.movedim(1, -1), (x.shape[1],)).movedim(-1, 1)
+
+
+class Ghost(nn.Module):
+    """Batch normalization over two images at a time."""
+
+    def forward(self, x):
+        return torch.cat([nl.batch_norm(part) for part in x.split(2)])
+
+
+def test_layers_of_ones_own():
+    shape = (4, 3, 2, 2)
+    n, c, h, w = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+    found = nl.shared_statistics(ChannelsOnly(), shape)
+    assert same_partition(found, n * 4 + h * 2 + w)
+    assert same_partition(nl.shared_statistics(Ghost(), shape), n // 2 * 3 + c)
+
+
+def test_the_layer_and_the_random_state_are_left_as_they_were():
+    layer = nn.BatchNorm2d(4)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    state = torch.get_rng_state()
+    nl.shared_statistics(layer, SHAPE)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert layer.weight.dtype == torch.float32
+
+
+def test_a_layer_that_changes_the_shape_is_refused():
+    with pytest.raises(ValueError, match=r"turns shape \(3, 4, 2, 2\) into \(3, 4, 1, 1\)"):
+        nl.shared_statistics(nn.AvgPool2d(2), SHAPE)
