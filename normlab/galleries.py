@@ -92,7 +92,7 @@ def plot_mistakes(
     from matplotlib import pyplot
 
     room = whole_number(rows, "rows") * whole_number(cols, "cols")
-    heading = _mistakes_title(mistakes, room, title)
+    heading = _mistakes_title(mistakes, room, title, width=max(46, 24 * cols))
     if not len(mistakes):
         figure = pyplot.figure(figsize=(4.6, 0.9))
         figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)
@@ -108,13 +108,13 @@ def plot_mistakes(
     return figure
 
 
-def _mistakes_title(mistakes: Mistakes, room: int, title: str | None) -> str:
+def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, *, width: int) -> str:
     what = f"misclassified {mistakes.part} images"
     head = what.capitalize() if title is None else f"{title}: {what}"
     count = f"{mistakes.total:,} of {mistakes.tested:,}"
     if mistakes.total < room:
         count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,}"
-    return "\n".join(textwrap.fill(line, 46) for line in (head, f"{mistakes.source}: {count}"))
+    return "\n".join(textwrap.fill(line, width) for line in (head, f"{mistakes.source}: {count}"))
 
 
 def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:

@@ -19,6 +19,8 @@ from normlab.files import read_json, write_text
 
 _PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
 
+MISSING = "(not trained yet)"  # what stands for results of an assignment that has none
+
 Kept = Mapping[str, dict]
 """What each `results.json` holds and the "folder" it lies in, by that folder's name."""
 
@@ -75,9 +77,13 @@ def place_text(what: str, results: Kept, *, beside: Path = Path()) -> str:
     """What belongs into a place of a page in the folder `beside`.
 
     "overview", "NAME / table", "NAME / figures", "NAME / VARIANT / QUANTITY" with one of
-    `QUANTITIES`, or "NAME / VARIANT / minus / VARIANT" in percentage points.
+    `QUANTITIES`, or "NAME / VARIANT / minus / VARIANT" in percentage points. An assignment without
+    results gets `MISSING`.
     """
-    match [part.strip() for part in what.split(" / ")]:
+    parts = [part.strip() for part in what.split(" / ")]
+    if parts[0] in ASSIGNMENTS and parts[0] not in results:
+        return MISSING
+    match parts:
         case ["overview"]:
             return f"\n\n{overview(results)}\n\n"
         case [name, "table"]:

@@ -136,10 +136,11 @@ def _logarithmic(ax: Axes) -> None:
 
 
 def _focus_on_late_epochs(ax: Axes) -> None:
-    """Cuts off the first epochs' accuracies where they take more than half of the axis."""
+    """Ends the axis at 100 %, and cuts off first epochs that take more than half of it."""
     curves = [np.asarray(line.get_ydata()) for line in ax.lines]
     late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
     first, span = min(curve.min() for curve in curves), max(late.max() - late.min(), 0.5)
+    ax.set_ylim(top=min(ax.get_ylim()[1], 100 + 0.05 * span))  # no ticks above 100 %
     if late.min() - first > span:
         ax.set_ylim(bottom=late.min() - 0.35 * span)
         ax.set_xlabel("epoch (the first values lie below the frame)")

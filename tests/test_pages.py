@@ -71,6 +71,7 @@ PAGE = "BN: <!-- normlab: cifar10-add / BN + L1 / mean -->{}<!-- / -->, LN <!-- 
         ("cifar10-add / BN + L1 / rate", "0.02"),
         ("cifar10-add / BN + L1 / minus / LN", "+4.00"),
         ("cifar10-add / LN / minus / BN + L1", "−4.00"),
+        ("cifar10-skip / LN / mean", "(not trained yet)"),
     ],
 )
 def test_each_quantity_is_that_of_the_results(what, text):
