@@ -123,10 +123,7 @@ def folder(tmp_path):
     for name, kept in RESULTS.items():
         (tmp_path / "results" / name).mkdir(parents=True)
         (tmp_path / "results" / name / "results.json").write_text(json.dumps(kept))
-    text = (
-        "BN has <!-- normlab: cifar10-add / BN + L1 / mean -->1 %<!-- / -->, LN <!-- of course -->."
-    )
-    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "README.md").write_text(PAGE.format("1 %"))
     cells = [
         nbformat.v4.new_markdown_cell("LN: <!-- normlab: cifar10-add / LN / mean -->?<!-- / -->"),
         nbformat.v4.new_code_cell("'<!-- normlab: cifar10-add / LN / mean -->?<!-- / -->'"),
