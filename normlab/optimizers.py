@@ -9,7 +9,7 @@ few large singular values of the gradients decide each step. `centre_filters` ta
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PLAIN_FACTOR = 5.0  # rate of what Muon does not orthogonalise, over that of what it does
 
@@ -17,9 +17,15 @@ PLAIN_FACTOR = 5.0  # rate of what Muon does not orthogonalise, over that of wha
 _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-def filters(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The weights of convolutions and linear layers, without the last, which makes the logits."""
-    return [weight for weight in parameters if weight.dim() >= 2][:-1]
+def filters(network: nn.Module) -> list[Tensor]:
+    """The weights to train of convolutions and linear layers, but the last, which makes logits.
+
+    By the kind of layer and not by their shape: the scales of an element-wise layer normalization
+    have as many axes.
+    """
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    layers = [layer for layer in network.modules() if isinstance(layer, kinds)]
+    return [layer.weight for layer in layers[:-1] if layer.weight.requires_grad]
 
 
 def centre_filters(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> None:
@@ -64,7 +70,8 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` is the same for matrices alone.
 
     Args:
-        parameters: all parameters of a network, in their order.
+        orthogonal: the filters, each (out, in, …).
+        plain: the other parameters.
         lr: learning rate of the filters, a number or a tensor of one.
         momentum: share of the running mean of gradients.
         weight_decay: of the filters, in units of the rate (Loshchilov & Hutter 2019).
@@ -72,19 +79,16 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        orthogonal: Iterable[Tensor],
+        plain: Iterable[Tensor],
         *,
         lr: float | Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        parameters = list(parameters)
-        orthogonal = filters(parameters)
-        chosen = {id(weight) for weight in orthogonal}
-        plain = [weight for weight in parameters if id(weight) not in chosen]
         groups = [
-            {"params": orthogonal, "orthogonal": True},
-            {"params": plain, "orthogonal": False},
+            {"params": list(orthogonal), "orthogonal": True},
+            {"params": list(plain), "orthogonal": False},
         ]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([group for group in groups if group["params"]], defaults)

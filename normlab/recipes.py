@@ -110,18 +110,20 @@ def make_optimizer(
     parameters = [weight for weight in network.parameters() if weight.requires_grad]
     if not parameters:
         raise ValueError(f"{type(network).__name__} has no parameters to train")
-    optimizer = _build_optimizer(parameters, recipe, rate)
+    optimizer = _build_optimizer(parameters, filters(network), recipe, rate)
     if recipe.centred:
-        centre_filters(optimizer, filters(parameters))
+        centre_filters(optimizer, filters(network))
     return optimizer
 
 
 def _build_optimizer(
-    parameters: list[nn.Parameter], recipe: Recipe, rate: Tensor | None
+    parameters: list[Tensor], banks: list[Tensor], recipe: Recipe, rate: Tensor | None
 ) -> torch.optim.Optimizer:
     common = {"lr": recipe.lr if rate is None else rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "muon":
-        return Muon(parameters, momentum=recipe.momentum, **common)
+        chosen = {id(weight) for weight in banks}
+        others = [weight for weight in parameters if id(weight) not in chosen]
+        return Muon(banks, others, momentum=recipe.momentum, **common)
     common["fused"] = True if rate is not None else None
     if recipe.optimizer == "adamw":
         on_gpu = rate is not None and rate.is_cuda

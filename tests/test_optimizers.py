@@ -15,6 +15,11 @@ def small_network(seed: int = 0) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(96, 5)).double()
 
 
+def muon_for(network: nn.Module, **settings) -> Muon:
+    orthogonal, *plain = network.parameters()
+    return Muon([orthogonal], plain, **settings)
+
+
 def give_gradients(network: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64)
@@ -44,8 +49,7 @@ def test_muon_takes_the_steps_of_torchs_own(shape):
     start = torch.randn(shape, generator=generator)
     settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    head = nn.Parameter(torch.zeros(2, 2))
-    optimizers = [Muon([mine, head], **settings), torch.optim.Muon([theirs], **settings)]
+    optimizers = [Muon([mine], [], **settings), torch.optim.Muon([theirs], **settings)]
     for _ in range(5):
         gradient = torch.randn(shape, generator=generator)
         mine.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -57,7 +61,7 @@ def test_muon_takes_the_steps_of_torchs_own(shape):
 
 def test_muon_steps_by_nesterov_where_it_does_not_orthogonalise():
     network, reference = small_network(), small_network()
-    muon = Muon(network.parameters(), lr=0.02, momentum=0.8, weight_decay=0.3)
+    muon = muon_for(network, lr=0.02, momentum=0.8, weight_decay=0.3)
     plain = [reference[1].weight, reference[1].bias, reference[4].weight, reference[4].bias]
     sgd = torch.optim.SGD(plain, lr=PLAIN_FACTOR * 0.02, momentum=0.8, nesterov=True)
     for step in range(3):
@@ -76,7 +80,7 @@ def test_a_rate_may_be_a_tensor_and_the_layout_any():
     for network, rate in zip(
         networks, (0.02, torch.tensor(0.02, dtype=torch.float64)), strict=True
     ):
-        optimizer = Muon(network.parameters(), lr=rate, weight_decay=0.1)
+        optimizer = muon_for(network, lr=rate, weight_decay=0.1)
         for step in range(3):
             give_gradients(network, step)
             optimizer.step()
@@ -84,11 +88,29 @@ def test_a_rate_may_be_a_tensor_and_the_layout_any():
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_filters_are_all_weights_but_those_of_the_logits():
-    network = nl.build_network("cifar10-add", "gn", seed=0)
+@pytest.mark.parametrize("norm", ["bn", "gn", "ln-elementwise"])
+def test_filters_are_the_convolutions_but_that_of_the_logits(norm):
+    network = nl.build_network("cifar10-norms", norm, seed=0)
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    chosen = filters(network.parameters())
-    assert [id(weight) for weight in chosen] == [id(layer.weight) for layer in convolutions[:-1]]
+    assert list(map(id, filters(network))) == [id(layer.weight) for layer in convolutions[:-1]]
+
+
+def test_frozen_filters_are_left_out():
+    network = small_network()
+    assert [id(weight) for weight in filters(network)] == [id(network[0].weight)]
+    network[0].requires_grad_(False)
+    assert filters(network) == []
+
+
+def test_scales_of_an_elementwise_layer_norm_keep_their_mean():
+    network = nl.build_network("mnist-eva6", "ln-elementwise", dropout=0.0, seed=0)
+    recipe = nl.Recipe(optimizer="muon", lr=0.01, centred=True)
+    optimizer = nl.recipes.make_optimizer(network, recipe)
+    F.cross_entropy(network(torch.rand(4, 1, 28, 28)), torch.arange(4)).backward()
+    optimizer.step()
+    scales = [layer.weight for layer in network.modules() if isinstance(layer, nn.LayerNorm)]
+    assert scales
+    assert all(scale.mean() > 0.9 for scale in scales)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
@@ -106,7 +128,7 @@ def test_centred_filters_have_no_mean_and_others_are_left(optimizer):
 def test_centred_sgd_is_sgd_projected_on_filters_without_mean():
     network, reference = small_network(), small_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    centre_filters(optimizer, filters(network.parameters()))
+    centre_filters(optimizer, filters(network))
     inner = 2 * 3 * 3
     projection = torch.eye(inner).double() - 1 / inner  # takes the mean off a filter of 18 weights
     speed = torch.zeros(6, inner).double()
