@@ -83,7 +83,8 @@ def side_by_side(
             try:
                 with _Watch(left, show=progress):
                     for some, workers in rounds(left):
-                        pool = joblib.Parallel(n_jobs=workers, backend="loky")
+                        # For a single process joblib would take this one, and change it.
+                        pool = joblib.Parallel(n_jobs=max(workers, 2), backend="loky")
                         pool(joblib.delayed(_train_alone)(train, job, file) for job in some)
                 return
             except TerminatedWorkerError:

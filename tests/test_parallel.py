@@ -100,6 +100,28 @@ def test_progress_of_processes_is_shown_line_by_line(tiny, two_cores, capsys):
         assert [line.split("epoch ")[1][:3] for line in mine] == ["1/2", "2/2"]
 
 
+def test_the_last_unfinished_run_is_not_trained_in_this_process(tiny, two_cores, tmp_path):
+    def build(norm):
+        (tmp_path / f"{norm}-{os.getpid()}").touch()
+        return small_network(norm)
+
+    def run(**options):
+        options |= {"directory": tmp_path / "runs", "device": "cpu", "progress": False}
+        return nl.run_assignment(own_assignment(build), data=tiny, **options)
+
+    run()
+    trained = {file.name for file in tmp_path.glob("ln-*")} - {f"ln-{os.getpid()}"}
+    for file in tmp_path.glob("ln-*"):
+        file.unlink()
+    nl.runs.remove_run(tmp_path / "runs" / "ln" / "seed-0")
+    threads = torch.get_num_threads()
+    run()
+    again = {file.name for file in tmp_path.glob("ln-*")} - {f"ln-{os.getpid()}"}
+    assert trained
+    assert again
+    assert torch.get_num_threads() == threads
+
+
 def killing(marker, *, once):
     """A `build` that kills the process in which it is called, the first time or every time."""
     parent = os.getpid()
