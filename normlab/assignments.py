@@ -106,10 +106,10 @@ def _variants(**reported: float) -> tuple[Variant, ...]:
     )
 
 
-# Chosen on a validation part of the training images (`tests/search.py`). Dropout is against
-# over-fitting, which is not what holds networks this small back: the assignments leave it out,
-# `build_network` has it by default. The L1 of "mnist-eva6" is that of "mnist-l1": the submission's
-# 5e-4 multiplies a sum of means over tensors, no sum of |w|.
+# Chosen by a few short trials on a validation part (`tests/search.py` repeats them). Dropout is
+# against over-fitting, which is not what holds networks this small back: the assignments leave it
+# out, `build_network` has it by default. The L1 of "mnist-eva6" is that of "mnist-l1": the
+# submission's 5e-4 multiplies a sum of means over tensors, no sum of |w|.
 _MUON = Recipe(batch_size=64, optimizer="muon", lr=0.05, weight_decay=0.01, centred=True)
 _MNIST = _MUON.replace(augment=("rotate:10", "shift:2"))
 _CIFAR10 = _MUON.replace(augment=("shift:4", "flip"))

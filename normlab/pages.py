@@ -13,9 +13,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from normlab.assignments import ASSIGNMENTS, folder_name
+from normlab.assignments import ASSIGNMENTS
 from normlab.checks import one_of
 from normlab.files import read_json, write_text
+from normlab.report import ACCURACY_FIGURE, LOSS_FIGURE, mistakes_file, percent
 
 _PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
 
@@ -117,11 +118,6 @@ def _points(difference: float) -> str:
     return f"{100 * difference:+.2f}".replace("-", "−")
 
 
-def _accuracy(variant: dict) -> str:
-    spread = "" if variant["sd"] is None else f" ± {100 * variant['sd']:.2f}"
-    return f"{100 * variant['test_accuracy']:.2f}{spread}"
-
-
 def _difference(variant: dict) -> str:
     if variant["reported"] is None:
         return "–"
@@ -133,7 +129,7 @@ def _reported(variant: dict) -> str:
 
 
 QUANTITIES: dict[str, Callable[[dict], str]] = {
-    "accuracy": lambda variant: f"{_accuracy(variant)} %",
+    "accuracy": lambda variant: f"{percent(variant)} %",
     "mean": lambda variant: f"{100 * variant['test_accuracy']:.2f} %",
     "loss": lambda variant: f"{_mean_loss(variant):.3f}",
     "parameters": lambda variant: f"{variant['parameters']:,}",
@@ -163,14 +159,14 @@ def figures(kept: dict, beside: Path) -> str:
     place = Path(os.path.relpath(kept["folder"], beside)).as_posix()
     labels = [variant["variant"] for variant in kept["variants"]]
     mistakes = [
-        f'<img src="{place}/mistakes-{folder_name(label)}.png" width="270" '
+        f'<img src="{place}/{mistakes_file(label)}" width="270" '
         f'alt="Ten test images that {label} gets wrong">'
         for label in labels
     ]
     return "\n".join(
         [
-            f"![Test loss of {', '.join(labels)} over the epochs]({place}/test-loss.png)",
-            f"![Test accuracy of {', '.join(labels)} over the epochs]({place}/test-accuracy.png)",
+            f"![Test loss of {', '.join(labels)} over the epochs]({place}/{LOSS_FIGURE})",
+            f"![Test accuracy of {', '.join(labels)} over the epochs]({place}/{ACCURACY_FIGURE})",
             "",
             "<details><summary>Ten misclassified images of each variant</summary>",
             "",
@@ -196,5 +192,5 @@ def overview(results: Kept) -> str:
 
 
 def _row(head: str, variant: dict) -> str:
-    cells = [head, f"{variant['parameters']:,}", str(variant["seeds"]), _accuracy(variant)]
+    cells = [head, f"{variant['parameters']:,}", str(variant["seeds"]), percent(variant)]
     return f"| {' | '.join([*cells, _reported(variant), _difference(variant)])} |"

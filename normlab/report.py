@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from normlab.analysis import find_mistakes
-from normlab.assignments import Variant
+from normlab.assignments import Variant, folder_name
 from normlab.experiment import Results
 from normlab.files import write_json, write_text
 from normlab.galleries import plot_mistakes
@@ -21,7 +21,7 @@ def write_report(results: Results, directory: str | Path) -> Path:
     for variant in results.assignment.variants:
         wrong = find_mistakes(results.runs[variant.label][0], results.data)
         figure = plot_mistakes(wrong, title=variant.label)
-        save_figure(figure, directory / _mistakes_file(variant))
+        save_figure(figure, directory / mistakes_file(variant.label))
     write_text(directory / "results.csv", results.table().to_csv(index=False))
     write_json(directory / "results.json", results_as_dict(results))
     write_text(directory / "report.md", report_text(results))
@@ -79,7 +79,8 @@ def markdown_table(results: Results) -> str:
 
 def percent(row: dict) -> str:
     """ "97.50 ± 0.31", or the mean alone where one seed says nothing of the spread."""
-    spread = "" if math.isnan(row["sd"]) else f" ± {100 * row['sd']:.2f}"
+    alone = row["sd"] is None or math.isnan(row["sd"])
+    spread = "" if alone else f" ± {100 * row['sd']:.2f}"
     return f"{100 * row['test_accuracy']:.2f}{spread}"
 
 
@@ -114,11 +115,12 @@ def _mistakes_part(results: Results, variant: Variant) -> str:
     if not wrong:
         return text
     shown = f"{min(wrong, 10)} misclassified images of {variant.label}"
-    return f"{text}\n\n![{shown}]({_mistakes_file(variant)})"
+    return f"{text}\n\n![{shown}]({mistakes_file(variant.label)})"
 
 
-def _mistakes_file(variant: Variant) -> str:
-    return f"mistakes-{variant.folder}.png"
+def mistakes_file(label: str) -> str:
+    """The file's name of a variant's misclassified images."""
+    return f"mistakes-{folder_name(label)}.png"
 
 
 def _caution(results: Results) -> str:

@@ -33,11 +33,13 @@ TRIALS: dict[str, dict] = {
     "muon 0.1 centred": {**MUON, "lr": 0.1, "centred": True},
     "muon 0.05 centred, batch 32": {**MUON, "lr": 0.05, "centred": True, "batch_size": 32},
     "muon 0.05 centred, batch 128": {**MUON, "lr": 0.05, "centred": True, "batch_size": 128},
+    "muon 0.05 centred, shift": {
+        **MUON,
+        "lr": 0.05,
+        "centred": True,
+        "augment": ("rotate:10", "shift:2"),
+    },
     "muon 0.05 centred, decay 0.1": {**MUON, "lr": 0.05, "centred": True, "weight_decay": 0.1},
-}
-TRIALS["muon 0.05 centred, shift"] = {
-    **TRIALS["muon 0.05 centred"],
-    "augment": ("rotate:10", "shift:2"),
 }
 FIELDS = ("norm", "trial", "epochs", "accuracy", "loss", "train_loss", "seconds")
 
