@@ -20,6 +20,7 @@ from normlab.files import written_aside
 EPOCHS, VALIDATION = 3, 0.1
 SGD = {"optimizer": "sgd", "nesterov": True, "weight_decay": 5e-4}
 MUON = {"optimizer": "muon", "weight_decay": 0.01}
+CENTRED = {**MUON, "lr": 0.05, "centred": True}
 
 TRIALS: dict[str, dict] = {
     "sgd 0.05": {**SGD, "lr": 0.05},
@@ -29,17 +30,17 @@ TRIALS: dict[str, dict] = {
     "adamw 0.005": {"optimizer": "adamw", "lr": 0.005, "weight_decay": 0.01},
     "muon 0.02": {**MUON, "lr": 0.02},
     "muon 0.02 centred": {**MUON, "lr": 0.02, "centred": True},
-    "muon 0.05 centred": {**MUON, "lr": 0.05, "centred": True},
+    "muon 0.05 centred": CENTRED,
     "muon 0.1 centred": {**MUON, "lr": 0.1, "centred": True},
-    "muon 0.05 centred, batch 32": {**MUON, "lr": 0.05, "centred": True, "batch_size": 32},
-    "muon 0.05 centred, batch 128": {**MUON, "lr": 0.05, "centred": True, "batch_size": 128},
-    "muon 0.05 centred, shift": {
-        **MUON,
-        "lr": 0.05,
-        "centred": True,
-        "augment": ("rotate:10", "shift:2"),
-    },
-    "muon 0.05 centred, decay 0.1": {**MUON, "lr": 0.05, "centred": True, "weight_decay": 0.1},
+    "muon 0.05 centred, batch 32": {**CENTRED, "batch_size": 32},
+    "muon 0.05 centred, batch 128": {**CENTRED, "batch_size": 128},
+    "muon 0.05 centred, decay 0.1": {**CENTRED, "weight_decay": 0.1},
+    "muon 0.05 centred, shift:1": {**CENTRED, "augment": ("shift:1",)},
+    "muon 0.05 centred, rotate:7, shift:1": {**CENTRED, "augment": ("rotate:7", "shift:1")},
+    "muon 0.05 centred, rotate:10, shift:2": {**CENTRED, "augment": ("rotate:10", "shift:2")},
+    "muon 0.05 centred, shift:1, flip": {**CENTRED, "augment": ("shift:1", "flip")},
+    "muon 0.05 centred, shift:2, flip": {**CENTRED, "augment": ("shift:2", "flip")},
+    "muon 0.05 centred, shift:4, flip": {**CENTRED, "augment": ("shift:4", "flip")},
 }
 FIELDS = ("norm", "trial", "epochs", "accuracy", "loss", "train_loss", "seconds")
 
