@@ -25,6 +25,7 @@ _HOMES = {
     ),
     "assignments": ("ASSIGNMENTS", "Assignment", "Variant", "as_submitted"),
     "augment": ("AUGMENTATIONS",),
+    "comparison": ("Difference", "Interval", "compare", "interval", "mcnemar", "plot_compare"),
     "data": ("Dataset",),
     "diagrams": ("plot_norm_axes",),
     "experiment": ("Results", "run_assignment"),

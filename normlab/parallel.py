@@ -26,7 +26,7 @@ from normlab.runs import RunFolder
 
 # Starting processes that import torch takes as long as some 10¹² multiply-adds on two cores: with
 # less to do they do not repay it (measured: tests/benchmarks/RESULTS.md).
-WORTHWHILE = 1e12
+WORTHWHILE = 3e11
 
 SECONDS_BETWEEN_LOOKS = 0.5
 

@@ -21,6 +21,7 @@ EPOCHS, VALIDATION = 3, 0.1
 SGD = {"optimizer": "sgd", "nesterov": True, "weight_decay": 5e-4}
 MUON = {"optimizer": "muon", "weight_decay": 0.01}
 CENTRED = {**MUON, "lr": 0.05, "centred": True}
+SHIFTED = ("shift:2", "flip")
 
 TRIALS: dict[str, dict] = {
     "sgd 0.05": {**SGD, "lr": 0.05},
@@ -39,8 +40,23 @@ TRIALS: dict[str, dict] = {
     "muon 0.05 centred, rotate:7, shift:1": {**CENTRED, "augment": ("rotate:7", "shift:1")},
     "muon 0.05 centred, rotate:10, shift:2": {**CENTRED, "augment": ("rotate:10", "shift:2")},
     "muon 0.05 centred, shift:1, flip": {**CENTRED, "augment": ("shift:1", "flip")},
-    "muon 0.05 centred, shift:2, flip": {**CENTRED, "augment": ("shift:2", "flip")},
+    "muon 0.05 centred, shift:2, flip": {**CENTRED, "augment": SHIFTED},
     "muon 0.05 centred, shift:4, flip": {**CENTRED, "augment": ("shift:4", "flip")},
+    "muon 0.05 centred, shift:2, flip, cosine": {
+        **CENTRED,
+        "augment": SHIFTED,
+        "schedule": "cosine",
+    },
+    "muon 0.05 centred, shift:2, flip, decay 0.1": {
+        **CENTRED,
+        "augment": SHIFTED,
+        "weight_decay": 0.1,
+    },
+    "muon 0.05 centred, shift:2, flip, batch 32": {
+        **CENTRED,
+        "augment": SHIFTED,
+        "batch_size": 32,
+    },
 }
 FIELDS = ("norm", "trial", "epochs", "accuracy", "loss", "train_loss", "seconds")
 

@@ -59,6 +59,7 @@ ORDER = (
     "parallel",
     "assignments",
     "experiment",
+    "comparison",
     "plots",
     "galleries",
     "report",
@@ -67,7 +68,7 @@ ORDER = (
     "__main__",
 )
 # Imported by the functions that need them, so that the rest does not wait for them.
-ON_DEMAND = {"torchvision", "matplotlib", "pandas", "sklearn", "torchsummary"}
+ON_DEMAND = {"torchvision", "matplotlib", "pandas", "scipy", "sklearn", "torchsummary"}
 
 TOP_LEVEL = {
     *("notebooks", "normlab", "tests", "README.md", "setup.cfg", "pyproject.toml", "LICENSE"),

@@ -1,0 +1,213 @@
+"""Whether variants differ by more than chance: the chance of the seeds and of the test images."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from normlab.experiment import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CONFIDENCE, POWER = 0.95, 0.8
+MOST_SEEDS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and images with its 95 % interval, mean ± margin.
+
+    Args:
+        mean: of the table that was given.
+        margin: half the width of the interval.
+        needed: seeds with which an experiment like this one would tell such a mean from 0 in 80 %
+            of cases; None where no number would, because so few images leave it open.
+    """
+
+    mean: float
+    margin: float
+    needed: int | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside."""
+        return abs(self.mean) > self.margin
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two variants lie apart in test accuracy after the last epoch.
+
+    Args:
+        first, second: labels of the variants.
+        interval: of the accuracy of the first less that of the second, as fractions.
+        seeds, images: how many of each it rests on.
+        mcnemar: p-value of McNemar's test on the two networks of the first seed, which says
+            nothing about other seeds.
+    """
+
+    first: str
+    second: str
+    interval: Interval
+    seeds: int
+    images: int
+    mcnemar: float
+
+    def __str__(self) -> str:
+        mean, margin = (100 * value for value in (self.interval.mean, self.interval.margin))
+        found = f"{self.first} − {self.second} = {mean:+.2f} ± {margin:.2f} points"
+        found += f" over {self.seeds} seeds"
+        if self.interval.excludes_zero:
+            return f"{found}: distinguishable"
+        if self.interval.needed is None:
+            return f"{found}: not distinguishable, by any number of seeds on these test images"
+        return f"{found}: not distinguishable; about {self.interval.needed:,} seeds would be needed"
+
+
+def compare(results: Results) -> list[Difference]:
+    """The differences between all pairs of variants, each with its 95 % interval.
+
+    Runs are paired by their seeds, which gave them the same initial weights and order of images.
+    Raises `ValueError` for fewer than two variants or two seeds.
+    """
+    if len(results.runs) < 2:
+        raise ValueError("a comparison takes at least two variants")
+    return [_difference(results, *pair) for pair in combinations(results.runs, 2)]
+
+
+def _difference(results: Results, first: str, second: str) -> Difference:
+    labels = results.data.test_labels
+    one, other = (
+        {run.recipe.seed: (run.predicted == labels).numpy() for run in results.runs[label]}
+        for label in (first, second)
+    )
+    seeds = sorted(one.keys() & other.keys())
+    if len(seeds) < 2:
+        raise ValueError(
+            f"{first} and {second} have {'one seed' if seeds else 'no seed'} in common, which "
+            "cannot tell a difference from chance: train with seeds=3 or more"
+        )
+    table = np.stack([one[seed].astype(float) - other[seed] for seed in seeds])
+    p = mcnemar(one[seeds[0]], other[seeds[0]])
+    return Difference(first, second, interval(table), *table.shape, p)
+
+
+def interval(table: np.ndarray) -> Interval:
+    """The mean of a table (seeds, images) with a 95 % interval for other seeds and images.
+
+    The error of the mean has two parts: that of the seeds, which is the spread of the seeds' own
+    means, and that of the images, whose variance is estimated from the two-way layout without
+    replication (what the images differ by beyond the noise of single cells). Satterthwaite's
+    formula gives the degrees of freedom of their sum, so that Student's t holds for few seeds.
+
+    Source: Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
+    """
+    from scipy import stats
+
+    seeds, images = table.shape
+    by_seed, by_image, mean = table.mean(1), table.mean(0), float(table.mean())
+    cells = ((table - by_seed[:, None] - by_image + mean) ** 2).sum() / (seeds - 1) / (images - 1)
+    of_images = max(by_image.var(ddof=1) - cells / seeds, 0.0) / images
+    chance = _Chance(float(by_seed.var(ddof=1)), float(of_images), cells / images, images)
+    margin = chance.error(seeds) * stats.t.ppf((1 + CONFIDENCE) / 2, chance.freedom(seeds))
+    return Interval(mean, float(margin), chance.seeds_needed(mean))
+
+
+@dataclass(frozen=True)
+class _Chance:
+    """Variance of one seed's mean, and what the `images` add to it however many seeds there are.
+
+    `of_cells` is the least that the first can be: the noise of single cells alone.
+    """
+
+    of_a_seed: float
+    of_images: float
+    of_cells: float
+    images: int
+
+    def error(self, seeds: int) -> float:
+        """Standard error of the mean over so many seeds."""
+        return math.sqrt(self.of_a_seed / seeds + self.of_images)
+
+    def freedom(self, seeds: int) -> float:
+        """Satterthwaite's degrees of freedom of that error's square.
+
+        A few seeds that lie close by chance must not hand all weight to the many images, so here
+        their variance counts as no less than it can be.
+        """
+        of_seeds = max(self.of_a_seed, self.of_cells) / seeds
+        squares = of_seeds**2 / (seeds - 1) + self.of_images**2 / (self.images - 1)
+        return (of_seeds + self.of_images) ** 2 / squares if squares else seeds - 1.0
+
+    def power(self, mean: float, seeds: int) -> float:
+        """How probable it is that the interval over so many seeds excludes 0."""
+        from scipy import stats
+
+        freedom = self.freedom(seeds)
+        limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+        return float(stats.nct.sf(limit, freedom, abs(mean) / self.error(seeds)))
+
+    def seeds_needed(self, mean: float) -> int | None:
+        """The fewest seeds of enough power, up to `MOST_SEEDS`."""
+        if not mean or not self.error(1):
+            return None
+        enough = partial(self._is_enough, mean)
+        place = bisect_left(range(2, MOST_SEEDS + 1), True, key=enough)
+        return place + 2 if enough(place + 2) else None
+
+    def _is_enough(self, mean: float, seeds: int) -> bool:
+        return self.power(mean, seeds) >= POWER
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
+    """p-value of McNemar's exact test: are two networks equally often right on the same images?
+
+    Of the images that only one of the two gets right, each network would have half by chance.
+
+    Args:
+        first, second: whether each test image is classified rightly, bool (N,).
+    """
+    from scipy import stats
+
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if first.shape != second.shape:
+        raise ValueError(f"the networks were tested on {first.size} and {second.size} images")
+    only_first, only_second = (first & ~second).sum(), (second & ~first).sum()
+    differing = int(only_first + only_second)
+    return float(stats.binomtest(int(only_first), differing).pvalue) if differing else 1.0
+
+
+def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -> Figure:
+    """The intervals of `compare`, one below the other: filled where they exclude 0."""
+    from matplotlib import pyplot
+
+    if not differences:
+        raise ValueError("there are no differences to plot")
+    if ax is None:
+        size = (6.4, 1.4 + 0.38 * len(differences))
+        _, ax = pyplot.subplots(figsize=size, layout="constrained")
+    for row, each in enumerate(differences):
+        colour = "#0072B2" if each.interval.excludes_zero else "#767676"
+        fill = colour if each.interval.excludes_zero else "white"
+        mean, margin = (100 * value for value in (each.interval.mean, each.interval.margin))
+        ax.errorbar(mean, row, xerr=margin, fmt="o", color=colour, markerfacecolor=fill, capsize=3)
+    names = [f"{each.first} − {each.second}" for each in differences]
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlabel("difference of test accuracy (points), with its 95 % interval")
+    counts = sorted({each.seeds for each in differences})
+    ax.set_title(f"Differences over {' or '.join(map(str, counts))} seeds")
+    ax.grid(axis="x", alpha=0.3, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax.figure

@@ -1,0 +1,142 @@
+"""Intervals against simulation and Student's t, McNemar's test against sums of binomials."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import normlab as nl
+from normlab.comparison import interval, mcnemar
+
+
+def simulated(rng: np.random.Generator, seeds: int) -> np.ndarray:
+    """A table of two arms of networks on 1,000 images, as CIFAR-10 gives them.
+
+    About 80 % are right, two seeds of one variant disagree on an image in eight, and each variant
+    has images of its own that suit it.
+    """
+    images = 1000
+    ease = rng.normal(1.5, 1.5, images)
+    arms = []
+    for _ in range(2):
+        suits = rng.normal(0, 0.5, images)
+        luck = rng.normal(0, 0.05, (seeds, 1))
+        arms.append(ease + suits + luck + rng.normal(0, 0.7, (seeds, images)) > 0)
+    return arms[0].astype(float) - arms[1]
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_without_a_difference_few_intervals_exclude_zero(seeds):
+    rng = np.random.default_rng(seeds)
+    excluded = [interval(simulated(rng, seeds)).excludes_zero for _ in range(2000)]
+    assert 0.03 <= np.mean(excluded) <= 0.07
+
+
+def test_where_the_seeds_decide_it_is_student_s_t():
+    rng = np.random.default_rng(0)
+    by_seed = rng.normal(0.02, 0.01, 5)
+    table = by_seed[:, None] + np.zeros((5, 400))
+    t = stats.ttest_1samp(by_seed, 0).confidence_interval(0.95)
+    found = interval(table)
+    assert found.mean == pytest.approx(by_seed.mean())
+    assert found.margin == pytest.approx((t.high - t.low) / 2)
+
+
+def test_where_the_images_decide_it_is_their_standard_error():
+    rng = np.random.default_rng(0)
+    by_image = rng.integers(-1, 2, 5000).astype(float)
+    table = np.tile(by_image, (4, 1))
+    error = by_image.std(ddof=1) / math.sqrt(5000)
+    assert interval(table).margin == pytest.approx(1.96 * error, rel=1e-3)
+
+
+@pytest.mark.parametrize(("points", "least", "most"), [(0.2, 26, 28), (0.5, 6, 7)])
+def test_seeds_needed_agree_with_the_power_of_a_paired_t_test(points, least, most):
+    # Two arms whose seeds have a standard deviation of 0.25 points each.
+    deviates = np.array([-1.0, 0.0, 1.0]) * 0.0025 * math.sqrt(2)
+    table = (points / 100 + deviates)[:, None] + np.zeros((3, 100))
+    found = interval(table)
+    assert least <= found.needed <= most
+    effect = points / 100 / deviates.std(ddof=1)
+    for seeds, enough in ((found.needed, True), (found.needed - 1, False)):
+        limit = stats.t.ppf(0.975, seeds - 1)
+        power = stats.nct.sf(limit, seeds - 1, effect * math.sqrt(seeds))
+        assert (power >= 0.8) == enough
+
+
+def test_no_number_of_seeds_makes_up_for_few_images():
+    by_image = np.zeros(100)
+    by_image[:11] = [1] * 6 + [-1] * 5
+    assert interval(np.tile(by_image, (3, 1))).needed is None
+
+
+@pytest.fixture(scope="module")
+def results(tiny_assignment, tiny) -> nl.Results:
+    """Three small networks with two seeds each."""
+    return nl.run_assignment(tiny_assignment, data=tiny, seeds=2, progress=False)
+
+
+def test_compare_takes_all_pairs_by_their_seeds(results, tiny):
+    found = nl.compare(results)
+    pairs = [(each.first, each.second) for each in found]
+    assert pairs == [("BN + L1", "GN"), ("BN + L1", "LN"), ("GN", "LN")]
+    for each in found:
+        one, other = (results[label] for label in (each.first, each.second))
+        gaps = [
+            a.last["test_accuracy"] - b.last["test_accuracy"]
+            for a, b in zip(one, other, strict=True)
+        ]
+        assert each.interval.mean == pytest.approx(np.mean(gaps))
+        right = [(run.predicted == tiny.test_labels).numpy() for run in (one[0], other[0])]
+        assert each.mcnemar == pytest.approx(mcnemar(*right))
+        assert (each.seeds, each.images) == (2, len(tiny.test_labels))
+
+
+def test_one_seed_or_one_variant_is_nothing_to_compare(results):
+    alone = replace(results, runs={label: runs[:1] for label, runs in results.runs.items()})
+    with pytest.raises(ValueError, match="have one seed in common"):
+        nl.compare(alone)
+    with pytest.raises(ValueError, match="at least two variants"):
+        nl.compare(replace(results, runs={"GN": results["GN"]}))
+
+
+def difference(mean: float, margin: float, needed: int | None) -> nl.Difference:
+    return nl.Difference("GN", "LN", nl.Interval(mean, margin, needed), 3, 10_000, 0.5)
+
+
+def test_a_difference_says_itself_in_a_sentence():
+    assert str(difference(0.004, 0.006, 14)) == (
+        "GN − LN = +0.40 ± 0.60 points over 3 seeds: not distinguishable; about 14 seeds would be "
+        "needed"
+    )
+    assert str(difference(-0.02, 0.006, 2)).endswith(
+        "-2.00 ± 0.60 points over 3 seeds: distinguishable"
+    )
+    assert str(difference(0.0, 0.01, None)).endswith("by any number of seeds on these test images")
+
+
+def test_the_picture_shows_each_interval_in_points():
+    figure = nl.plot_compare([difference(0.004, 0.006, 14), difference(-0.02, 0.006, 2)])
+    ax = figure.axes[0]
+    ends = [line.get_segments()[0][:, 0] for line in ax.collections]
+    np.testing.assert_allclose(ends, [(-0.2, 1.0), (-2.6, -1.4)], atol=1e-9)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["GN − LN", "GN − LN"]
+    with pytest.raises(ValueError, match="no differences"):
+        nl.plot_compare([])
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(9, 1), (5, 5), (0, 0), (0, 6), (40, 25)])
+def test_mcnemar_is_the_sum_of_binomial_probabilities(only_first, only_second):
+    both = 50
+    first = np.array([True] * (both + only_first) + [False] * only_second)
+    second = np.array([True] * both + [False] * only_first + [True] * only_second)
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total
+    assert mcnemar(first, second) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_mcnemar_wants_the_same_images():
+    with pytest.raises(ValueError, match="tested on 3 and 4 images"):
+        mcnemar([True] * 3, [False] * 4)
