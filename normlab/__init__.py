@@ -29,6 +29,7 @@ _HOMES = {
     "data": ("Dataset",),
     "diagrams": ("plot_norm_axes",),
     "experiment": ("Results", "run_assignment"),
+    "fairness": ("Finding", "check_fair"),
     "fitting": ("fit",),
     "galleries": ("plot_mistakes", "plot_samples"),
     "networks": ("NETWORKS", "Network", "build_network"),

@@ -57,6 +57,7 @@ class Assignment:
         network: name of a network of `build_network`; or
         build: a function that returns one's own network for a norm's name.
         dropout: for `build_network`; None takes the network's own.
+        parameter_limit, epoch_limit: what the assignment allows at most, if anything.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Assignment:
     network: str | None = None
     build: Callable[[str], nn.Module] | None = None
     dropout: float | None = None
+    parameter_limit: int | None = None
+    epoch_limit: int | None = None
 
     def __post_init__(self) -> None:
         if (self.network is None) == (self.build is None):
@@ -124,6 +127,7 @@ ASSIGNMENTS = {
             network="mnist-l1",
             dropout=0.0,
             recipe=_MNIST,
+            epoch_limit=20,
             variants=(
                 Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
                 Variant("GN", "gn", reported=0.9929),
@@ -137,6 +141,7 @@ ASSIGNMENTS = {
             network="mnist-eva6",
             dropout=0.0,
             recipe=_MNIST,
+            epoch_limit=20,
             variants=(
                 Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
                 Variant("GN", "gn", reported=0.9948),
@@ -151,6 +156,8 @@ ASSIGNMENTS = {
             network="cifar10-norms",
             dropout=0.0,
             recipe=_CIFAR10,
+            parameter_limit=50_000,
+            epoch_limit=20,
             variants=(
                 *_variants(bn=0.7342, gn=0.7036),
                 Variant("LN", "ln"),
@@ -163,6 +170,8 @@ ASSIGNMENTS = {
             dataset="cifar10",
             network="cifar10-add",
             recipe=_CIFAR10,
+            parameter_limit=50_000,
+            epoch_limit=20,
             variants=_variants(bn=0.7624, gn=0.7526, ln=0.7204),
         ),
         Assignment(
@@ -172,6 +181,8 @@ ASSIGNMENTS = {
             network="cifar10-skip",
             dropout=0.0,
             recipe=_CIFAR10,
+            parameter_limit=50_000,
+            epoch_limit=20,
             variants=(
                 Variant("BN", "bn", skip=False, reported=0.7435),
                 Variant("GN", "gn", skip=False, reported=0.7435),

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from normlab.penalties import WEIGHT_LAYERS
+
 PLAIN_FACTOR = 5.0  # rate of what Muon does not orthogonalise, over that of what it does
 
 # Coefficients of the polynomial that pulls singular values towards 1 in few steps: Jordan et al.
@@ -23,8 +25,7 @@ def filters(network: nn.Module) -> list[Tensor]:
     By the kind of layer and not by their shape: the scales of an element-wise layer normalization
     have as many axes.
     """
-    kinds = (nn.modules.conv._ConvNd, nn.Linear)
-    layers = [layer for layer in network.modules() if isinstance(layer, kinds)]
+    layers = [layer for layer in network.modules() if isinstance(layer, WEIGHT_LAYERS)]
     return [layer.weight for layer in layers[:-1] if layer.weight.requires_grad]
 
 

@@ -24,7 +24,7 @@ from normlab.data import Dataset
 from normlab.progress import Progress, make_progress
 from normlab.runs import RunFolder
 
-# Starting processes that import torch takes as long as some 10¹² multiply-adds on two cores: with
+# Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with
 # less to do they do not repay it (measured: tests/benchmarks/RESULTS.md).
 WORTHWHILE = 3e11
 

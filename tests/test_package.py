@@ -60,6 +60,7 @@ ORDER = (
     "assignments",
     "experiment",
     "comparison",
+    "fairness",
     "plots",
     "galleries",
     "report",

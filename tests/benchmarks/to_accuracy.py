@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--epochs", type=int, default=5, help="of normlab's recipe, at first")
+    parser.add_argument("--epochs", type=int, default=3, help="of normlab's recipe, at first")
     options = parser.parse_args()
     data = nl.load_dataset("cifar10", options.data_root)
     print(json.dumps({"normlab": with_normlab(data, options.device, options.epochs)}), flush=True)

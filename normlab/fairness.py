@@ -1,0 +1,124 @@
+"""What sets variants apart beside their normalization, and whether they say so."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from normlab.assignments import Variant, build_variant
+from normlab.experiment import Results
+from normlab.penalties import WEIGHT_LAYERS
+from normlab.runs import weights_digest
+
+# Where variants may differ without a word: it is what they are compared for. "layers" is the digest
+# of a module of one's own, norms included.
+_OF_THE_NORM = {"norm", "groups", "layers"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in which variants differ, or in which some pass a limit of the assignment.
+
+    Args:
+        what: "parameters", "l1", "images seen", ….
+        values: it, by label, for the variants concerned.
+        declared: whether every variant that differs from the first declares it.
+        limit: what the assignment allows, where that is passed.
+    """
+
+    what: str
+    values: dict[str, object]
+    declared: bool = False
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        values = "; ".join(f"{label} {_shown(value)}" for label, value in self.values.items())
+        if self.limit is not None:
+            return f"{self.what}: over the limit of {self.limit:,}: {values}"
+        return f"{self.what}: {'declared' if self.declared else 'NOT declared'}: {values}"
+
+
+def check_fair(results: Results) -> list[Finding]:
+    """What differs between the variants beside their norm, and limits that are passed.
+
+    Looked at are the networks and their numbers of parameters, all fields of the recipes, the
+    epochs that were trained and the images seen, the seeds, and the initial weights of the
+    filters. An empty list says that the norm is all there is between them.
+    """
+    return [*_differences(results), *_limits(results)]
+
+
+def _differences(results: Results) -> Iterator[Finding]:
+    variants = [v for v in results.assignment.variants if v.label in results.runs]
+    facts = {variant.label: _facts(results, variant) for variant in variants}
+    for what in dict.fromkeys(name for some in facts.values() for name in some):
+        values = {label: some.get(what) for label, some in facts.items()}
+        if any(value != values[variants[0].label] for value in values.values()):
+            yield Finding(what, values, declared=_is_declared(what, values, variants))
+
+
+def _facts(results: Results, variant: Variant) -> dict[str, object]:
+    """What could make a difference, by name."""
+    runs = results.runs[variant.label]
+    about = runs[0].config["is"]
+    epochs = len(runs[0].history)
+    network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
+    recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
+    return {
+        "parameters": about["parameters"],
+        **network,
+        **recipe,
+        "epochs": epochs,
+        "images seen": epochs * about["data"]["train_images"],
+        "seeds": sorted(run.recipe.seed for run in runs),
+        "initial filters": _digest_of_filters(results, variant),
+    }
+
+
+def _digest_of_filters(results: Results, variant: Variant) -> str:
+    """Tells initial weights of convolutions and linear layers apart.
+
+    Without those of shortcuts, which only some variants have.
+    """
+    network = build_variant(
+        results.assignment,
+        variant,
+        seed=results.runs[variant.label][0].recipe.seed,
+        classes=len(results.data.classes),
+        input_shape=results.data.input_shape,
+    )
+    layers = (layer for name, layer in network.named_modules() if "shortcut" not in name)
+    weights = [layer.weight for layer in layers if isinstance(layer, WEIGHT_LAYERS)]
+    return weights_digest({str(index): weight for index, weight in enumerate(weights)})[:8]
+
+
+def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) -> bool:
+    """Whether all who have not what most have say so."""
+    if what == "skip":
+        return True
+    if what == "parameters":  # skips have parameters: only without them must all have as many
+        kinds = {variant.skip: set() for variant in variants}
+        for variant in variants:
+            kinds[variant.skip].add(values[variant.label])
+        return all(len(counts) == 1 for counts in kinds.values())
+    texts = [str(value) for value in values.values()]
+    usual = max(texts, key=texts.count)
+    name = "epochs" if what == "images seen" else what
+    return all(name in v.changes for v in variants if str(values[v.label]) != usual)
+
+
+def _limits(results: Results) -> Iterator[Finding]:
+    allowed = results.assignment
+    facts = {
+        "parameters": (allowed.parameter_limit, lambda run: run.parameters),
+        "epochs": (allowed.epoch_limit, lambda run: len(run.history)),
+    }
+    for what, (limit, count) in facts.items():
+        counts = {label: max(map(count, runs)) for label, runs in results.runs.items()}
+        over = {label: number for label, number in counts.items() if limit and number > limit}
+        if over:
+            yield Finding(what, over, limit=limit)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

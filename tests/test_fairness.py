@@ -1,0 +1,67 @@
+"""What sets variants apart, in comparisons made unfair on purpose."""
+
+from dataclasses import replace
+
+import pytest
+
+import normlab as nl
+
+
+def outcome(tiny, tiny_assignment, *variants: nl.Variant, **changes) -> list[nl.Finding]:
+    """What is found in a comparison of these variants, trained for an epoch."""
+    assignment = replace(tiny_assignment, variants=variants, **changes)
+    return nl.check_fair(nl.run_assignment(assignment, data=tiny, epochs=1, progress=False))
+
+
+def test_norms_alone_are_fair(tiny, tiny_assignment):
+    assert not outcome(tiny, tiny_assignment, nl.Variant("BN", "bn"), nl.Variant("GN", "gn"))
+
+
+def test_a_declared_change_is_told_as_declared(tiny, tiny_assignment):
+    penalised = nl.Variant("BN + L1", "bn", changes={"l1": 1e-4})
+    (found,) = outcome(
+        tiny, tiny_assignment, penalised, nl.Variant("GN", "gn"), nl.Variant("LN", "ln")
+    )
+    assert (found.what, found.declared) == ("l1", True)
+    assert str(found) == "l1: declared: BN + L1 0.0001; GN 0.0; LN 0.0"
+
+
+def test_more_parameters_are_told_as_not_declared(tiny, tiny_assignment):
+    plain, large = nl.Variant("LN", "ln"), nl.Variant("LN element-wise", "ln-elementwise")
+    (found,) = outcome(tiny, tiny_assignment, plain, large)
+    assert str(found) == "parameters: NOT declared: LN 380; LN element-wise 2,668"
+
+
+def test_runs_put_together_by_hand_are_seen_through(tiny, tiny_assignment):
+    variants = (nl.Variant("BN", "bn"), nl.Variant("GN", "gn"), nl.Variant("LN", "ln"))
+    assignment = replace(tiny_assignment, variants=variants)
+    results = nl.run_assignment(assignment, data=tiny, epochs=1, progress=False)
+    faster = replace(assignment, recipe=assignment.recipe.replace(lr=0.2))
+    other = nl.run_assignment(faster, data=tiny, epochs=2, seeds=[3], progress=False)
+    results.runs["GN"] = other["GN"]
+    found = {each.what: each for each in nl.check_fair(results)}
+    assert found.keys() == {"lr", "epochs", "images seen", "seeds", "initial filters"}
+    assert not any(each.declared for each in found.values())
+    assert found["images seen"].values == {"BN": 96, "GN": 192, "LN": 96}
+    assert found["seeds"].values == {"BN": [0], "GN": [3], "LN": [0]}
+
+
+def test_limits_that_are_passed_are_named(tiny, tiny_assignment):
+    variants = (nl.Variant("BN", "bn"), nl.Variant("LN", "ln-elementwise"))
+    found = outcome(tiny, tiny_assignment, *variants, parameter_limit=1000, epoch_limit=1)
+    assert str(found[-1]) == "parameters: over the limit of 1,000: LN 2,668"
+
+
+@pytest.mark.parametrize(("name", "limit"), [("mnist-l1", None), ("cifar10-norms", 50_000)])
+def test_the_assignments_know_their_limits(name, limit):
+    assignment = nl.ASSIGNMENTS[name]
+    assert (assignment.parameter_limit, assignment.epoch_limit) == (limit, 20)
+
+
+def test_skips_are_declared_and_their_parameters_with_them(digits):
+    skip = nl.ASSIGNMENTS["cifar10-skip"]
+    chosen = (skip.variants[0], skip.variants[3])
+    data = nl.load_dataset("digits", input_shape=(3, 32, 32)).subset(train=64, test=20)
+    results = nl.run_assignment(replace(skip, variants=chosen), data=data, epochs=1, progress=False)
+    found = {each.what: each.declared for each in nl.check_fair(results)}
+    assert found == {"parameters": True, "skip": True}
