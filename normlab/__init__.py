@@ -32,6 +32,7 @@ _HOMES = {
     "fairness": ("Finding", "check_fair"),
     "fitting": ("fit",),
     "galleries": ("plot_mistakes", "plot_samples"),
+    "invariance": ("Rescaled", "rescale_weights"),
     "networks": ("NETWORKS", "Network", "build_network"),
     "norms": (
         "NORMS",
@@ -41,20 +42,24 @@ _HOMES = {
         "layer_norm",
         "make_norm",
     ),
-    "penalties": ("l1_penalty",),
+    "penalties": ("l1_penalty", "penalty_share", "small_weights"),
     "plots": (
         "plot_confusion",
         "plot_curves",
         "plot_loss_and_accuracy",
         "save_figure",
     ),
+    "rates": ("RateTest", "find_rate", "plot_rates"),
     "recipes": ("Recipe",),
+    "replicas": ("data_parallel",),
     "report": ("write_report",),
     "runs": ("Run",),
     "sharing": ("shared_statistics",),
     "sources": ("load_dataset",),
     "summaries": ("summary",),
+    "traces": ("plot_activations", "plot_watch"),
     "training": ("EpochResult", "test_epoch", "train_epoch"),
+    "watching": ("Watch", "watch"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

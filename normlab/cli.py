@@ -61,6 +61,11 @@ def _add_run(commands) -> argparse.ArgumentParser:
     command.add_argument(
         "--engine", default="auto", help="auto for the fastest way, plain for the loop as taught"
     )
+    command.add_argument(
+        "--sync-batch-norm",
+        action="store_true",
+        help="under torchrun: statistics of batch normalization over all processes",
+    )
     command.add_argument("--out", type=Path, help="output folder (runs/ASSIGNMENT-DATASET)")
     again = command.add_mutually_exclusive_group()
     again.add_argument(
@@ -120,7 +125,7 @@ def _check_run(options: argparse.Namespace):
     from normlab.assignments import as_submitted, find_assignment
     from normlab.checks import one_of, whole_number
     from normlab.devices import pick_device
-    from normlab.engine import ENGINES
+    from normlab.engines import ENGINES
     from normlab.experiment import seed_numbers
     from normlab.sources import DATASETS, check_dataset_name
 
@@ -144,26 +149,45 @@ def _check_run(options: argparse.Namespace):
 
 
 def _run(options: argparse.Namespace, plan) -> None:
-    from normlab.experiment import load_assignment_data, run_assignment
-    from normlab.report import markdown_table, write_report
+    from normlab.replicas import data_parallel
 
     assignment, dataset, out = plan
     options.out = out
-    data = load_assignment_data(assignment, dataset, options.data_root, side=options.image_size)
-    print(f"{assignment.title}, {data.source}", flush=True)
-    results = run_assignment(
+    with data_parallel(sync_batch_norm=options.sync_batch_norm, device=options.device) as here:
+        results = _train(options, assignment, dataset, first=here.is_first)
+    if here.is_first:
+        _report_on(results, out)
+
+
+def _train(options: argparse.Namespace, assignment, dataset: str, *, first: bool):
+    from normlab.experiment import load_assignment_data, run_assignment
+    from normlab.replicas import first_before_others
+
+    def load():
+        return load_assignment_data(assignment, dataset, options.data_root, side=options.image_size)
+
+    data = first_before_others(load)
+    if first:
+        print(f"{assignment.title}, {data.source}", flush=True)
+    return run_assignment(
         assignment,
         data=data,
         seeds=options.seeds,
         epochs=options.epochs,
-        directory=out / "runs",
+        directory=options.out / "runs",
         device=options.device,
         fresh=options.fresh,
         engine=options.engine,
     )
+
+
+def _report_on(results, out: Path) -> None:
+    from normlab.report import markdown_table, write_report
+
     page = write_report(results, out)
     print(f"\n{markdown_table(results)}\n\nFigures, tables and {page.name} are in {out}")
-    if dataset == "digits":
+    assignment, data = results.assignment, results.data
+    if data.name == "digits":
         print(
             f"These are the {len(data.train_images) + len(data.test_images):,} digits bundled with "
             f"scikit-learn; `normlab run {assignment.name}` takes {assignment.dataset} instead and "

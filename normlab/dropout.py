@@ -3,57 +3,89 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Share(Protocol):
+    """The images from `first` to `last` of a batch of `total`: one process's."""
+
+    first: int
+    last: int
+    total: int
 
 
 class _Dropout(torch.autograd.Function):
     """x · mask / (1 − p), with the factors kept for the way back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, probability: float) -> Tensor:
-        keep, share = _random_mask(x, probability)
+    def forward(ctx, x: Tensor, probability: float, of: Share | None) -> Tensor:
+        keep, share = _random_mask(x, probability, of)
         factor = keep.to(x.dtype).mul_(1 / share)  # twice as fast as products with a boolean
         ctx.save_for_backward(factor)
         return x * factor
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.saved_tensors[0], None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * ctx.saved_tensors[0], None, None
 
 
-def _random_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
+def _random_mask(x: Tensor, probability: float, of: Share | None) -> tuple[Tensor, float]:
     """A mask laid out as x, false with `probability`, and the share that it keeps on average.
 
     torch's own mask takes one number from a serial generator for each element, which is 35 to 40 %
     of a step of these networks. Here each draw of 64 bits serves four elements; the probability
     is thereby a multiple of 2⁻¹⁶, and the scale is that of the probability in fact used.
     """
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    first, last, total = (of.first, of.last, of.total) if of else (0, len(x), len(x))
+    elements = x[0].numel() * total
+    words = torch.empty(-(-elements // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None)  # all 64 bits; without the bounds the sign bit would stay 0
     dropped = round(probability * 2**16)
-    keep = words.view(torch.int16)[: x.numel()] >= dropped - 2**15
-    return keep.as_strided(x.size(), x.stride()), 1 - dropped / 2**16
+    keep = words.view(torch.int16)[:elements] >= dropped - 2**15
+    return keep.as_strided((total, *x.shape[1:]), x.stride())[first:last], 1 - dropped / 2**16
 
 
-def dropout(x: Tensor, probability: float) -> Tensor:
+def dropout(x: Tensor, probability: float, *, of: Share | None = None) -> Tensor:
     """Sets elements to 0 with `probability` and scales the others so that the mean stays.
+
+    Where x is a share of a batch, its mask is that share of the whole batch's mask.
 
     Source: Srivastava et al., "Dropout", 2014.
     """
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
-    return _Dropout.apply(x, probability)
+    return _Dropout.apply(x, probability, of)
+
+
+def channel_dropout(x: Tensor, probability: float, of: Share) -> Tensor:
+    """torch's dropout of whole channels, (B, C, H, W), for a share of a batch.
+
+    Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015.
+    """
+    factors = F.dropout2d(x.new_ones(of.total, x.shape[1], 1, 1), probability)
+    return x * factors[of.first : of.last]
 
 
 @contextmanager
-def quick_dropout(network: nn.Module) -> Iterator[None]:
-    """Inside the block the network's `nn.Dropout` layers draw their masks the quick way."""
-    layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.p < 1]
+def quick_dropout(network: nn.Module, of: Share | None = None) -> Iterator[None]:
+    """Inside the block the network's `nn.Dropout` layers draw their masks the quick way.
 
-    def forward(layer: nn.Dropout, x: Tensor) -> Tensor:
-        return dropout(x, layer.p) if layer.training and layer.p else x
+    With `of`, the masks are for the whole batch that the images are a share of, those of
+    `nn.Dropout2d` as well.
+    """
+    kinds = (nn.Dropout, nn.Dropout2d) if of else (nn.Dropout,)
+    layers = [layer for layer in network.modules() if type(layer) in kinds and layer.p < 1]
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        if not layer.training or not layer.p:
+            return x
+        if type(layer) is nn.Dropout2d:
+            return channel_dropout(x, layer.p, of)
+        return dropout(x, layer.p, of=of)
 
     for layer in layers:
         layer.forward = functools.partial(forward, layer)

@@ -15,11 +15,12 @@ from normlab.assignments import Assignment, Variant, build_variant, find_assignm
 from normlab.checks import instance, one_of, whole_number
 from normlab.data import Dataset
 from normlab.devices import pick_device
-from normlab.engine import ENGINES
+from normlab.engines import ENGINES
 from normlab.fitting import Job, check_trainable, fit_together, is_done
 from normlab.networks import NETWORKS
 from normlab.parallel import is_worthwhile, side_by_side
 from normlab.recipes import Recipe
+from normlab.replicas import from_first, replicas
 from normlab.runs import Run, RunFolder, remove_run
 from normlab.sources import load_dataset
 from normlab.summaries import multiply_adds
@@ -133,15 +134,16 @@ def run_assignment(
     with ExitStack() as stack:
         place = directory or stack.enter_context(TemporaryDirectory(prefix="normlab-"))
         plans = _plan(assignment, numbers, epochs, Path(place))
-        for plan in plans if fresh else ():
-            remove_run(plan.directory)
+        if fresh:
+            from_first(lambda: [remove_run(plan.directory) for plan in plans])
         if kept is not None and not fresh:
             plans = _with_kept(plans, Path(place), Path(kept), data, device)
-        if progress:
+        if progress and replicas().is_first:
             _say_what_is_there(plans)
-        if device.type == "cpu" and engine == "auto":
+        alone = replicas().count == 1
+        if device.type == "cpu" and engine == "auto" and alone:
             _run_side_by_side(plans, data, device, progress)
-        groups = [plans] if device.type == "cuda" else [[plan] for plan in plans]
+        groups = [plans] if device.type == "cuda" and alone else [[plan] for plan in plans]
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
         for group in groups:
             jobs = [plan.job(data) for plan in group]
@@ -200,17 +202,22 @@ def _with_kept(
     plans: list[_Plan], place: Path, kept: Path, data: Dataset, device: torch.device
 ) -> list[_Plan]:
     """The plans, those whose finished run lies in `kept` with its folder there for their own."""
-    chosen, problem = [], ""
+    there = [replace(plan, directory=kept / plan.directory.relative_to(place)) for plan in plans]
+    found = from_first(lambda: _are_done(there, data, device))
+    return [one if done else plan for one, plan, done in zip(there, plans, found, strict=True)]
+
+
+def _are_done(plans: list[_Plan], data: Dataset, device: torch.device) -> list[bool]:
+    found, problem = [], ""
     for plan in plans:
-        there = replace(plan, directory=kept / plan.directory.relative_to(place))
         try:
-            found = is_done(there.job(data), data, device)
+            found.append(is_done(plan.job(data), data, device))
         except ValueError as error:
-            found, problem = False, problem or str(error)
-        chosen.append(there if found else plan)
+            found.append(False)
+            problem = problem or str(error)
     if problem:
         print(f"Not taken from the kept runs: {problem.partition(': choose another')[0]}")
-    return chosen
+    return found
 
 
 def _say_what_is_there(plans: list[_Plan]) -> None:

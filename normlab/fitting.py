@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,12 @@ from normlab.analysis import check_network, class_and_probability, predict
 from normlab.checks import instance, one_of, warn
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
-from normlab.engine import ENGINES, PlainEngine, can_overlap, make_engine
+from normlab.engine import PlainEngine
+from normlab.engines import ENGINES, make_engine
+from normlab.graphs import can_overlap
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
+from normlab.replicas import from_first, replicas
 from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
 from normlab.seeding import seeded
 
@@ -124,9 +127,11 @@ class _Training:
         self.network, self.recipe, self.data = job.network, job.recipe, data
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
-        self.folder = RunFolder(job.directory) if job.directory is not None else None
+        kept = job.directory is not None and replicas().is_first  # the others touch no file
+        self.folder = RunFolder(job.directory) if kept else None
         check_trainable(job.network, data)
-        self.loaded = is_done(job, data, device)
+        _move(job.network, device, job.recipe)
+        self.loaded = from_first(lambda: is_done(job, data, device))
         if not self.loaded:
             self._prepare(device, engine)
 
@@ -176,14 +181,28 @@ class _Training:
         if self.folder is not None:
             self.folder.start(self.config["is"], self.config["from"])
         self.shown: Progress = stack.enter_context(
-            make_progress(self.label, self.recipe.epochs, self.engine.steps, show=progress)
+            make_progress(
+                self.label,
+                self.recipe.epochs,
+                self.engine.steps,
+                show=progress and replicas().is_first,
+            )
         )
         self.shown.start_at(len(self.history))
         return stack
 
     def _resume(self) -> None:
+        self.history, *states = from_first(self._load_epoch)
+        if not replicas().is_first:
+            self.network.load_state_dict(states[0])
+            self.engine.optimizer.load_state_dict(states[1])
+
+    def _load_epoch(self) -> tuple[list[dict], dict, dict]:
+        """The history so far, and the states after it, which network and optimiser then have."""
+        history = []
         if self.folder is not None:
-            self.history = self.folder.load_epoch(self.network, self.engine.optimizer)
+            history = self.folder.load_epoch(self.network, self.engine.optimizer)
+        return history, self.network.state_dict(), self.engine.optimizer.state_dict()
 
     def _put_back(self, initial: dict[str, torch.Tensor]) -> None:
         if self.folder is not None:
@@ -225,8 +244,17 @@ class _Training:
 
     def run(self) -> Run:
         """The finished run, which its folder then holds."""
-        if self.loaded:
-            return self.folder.load(self.network)
+        run, weights = from_first(self._finish)
+        if not replicas().is_first:
+            self.network.load_state_dict(weights)
+        return replace(run, network=self.network)
+
+    def _finish(self) -> tuple[Run, dict]:
+        """The run without its network, and the network's weights."""
+        run = self.folder.load(self.network) if self.loaded else self._keep()
+        return replace(run, network=None), self.network.state_dict()
+
+    def _keep(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.engine.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
         self.config["final_weights"] = weights_digest(self.network.state_dict())

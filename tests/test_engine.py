@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import normlab as nl
-from normlab import engine
+from normlab import engines, graphs
 from normlab.dropout import dropout
-from normlab.engine import CpuEngine, GraphEngine, PlainEngine
+from normlab.engine import CpuEngine, PlainEngine
+from normlab.graphs import GraphEngine
 from normlab.norms import NORMS
 
 # Without a GPU the graph's step is called instead of replayed: its bookkeeping (places, learning
@@ -24,7 +25,7 @@ def few_digits(digits):
 
 
 def fit_with(kind, monkeypatch, data, recipe, *, network=None, **options):
-    monkeypatch.setattr(engine, "_fastest", lambda *_: (kind, "a test"))
+    monkeypatch.setattr(engines, "_fastest", lambda *_: (kind, "a test"))
     network = network or nl.build_network("mnist-l1", dropout=0.0, seed=1)
     run = nl.fit(network, data, recipe, device="cpu", progress=False, **options)
     assert run.config["from"]["engine"] == kind.name
@@ -219,8 +220,8 @@ def test_a_recipe_in_half_precision_scales_its_loss_back(few_digits, monkeypatch
     """With a loss scale the steps are the same: it is taken out of the gradients again."""
     recipe = nl.Recipe(epochs=2, batch_size=32, dtype="float64")
     plain = fit_with(PlainEngine, monkeypatch, few_digits, recipe)
-    precision = engine._precision
-    monkeypatch.setattr(engine, "_precision", lambda *a: (precision(*a)[0], 1024.0))
+    precision = graphs._precision
+    monkeypatch.setattr(graphs, "_precision", lambda *a: (precision(*a)[0], 1024.0))
     scaled = fit_with(GraphEngine, monkeypatch, few_digits, recipe)
     assert_close(scaled, plain, 1e-9)
 
@@ -232,7 +233,7 @@ def test_a_network_that_cannot_be_captured_takes_the_plain_path(few_digits, monk
 
     recipe = nl.Recipe(epochs=2, batch_size=32)
     plain = fit_with(PlainEngine, monkeypatch, few_digits, recipe)
-    monkeypatch.setattr(engine, "_fastest", lambda *_: (GraphEngine, "a test"))
+    monkeypatch.setattr(engines, "_fastest", lambda *_: (GraphEngine, "a test"))
     monkeypatch.setattr(GraphEngine, "capture", refuse)
     network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
     with pytest.warns(UserWarning, match=r"takes the plain path: .*not permitted"):
@@ -246,7 +247,7 @@ def test_a_full_gpu_is_said_in_one_sentence(few_digits, monkeypatch):
     def refuse(engine, step):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
-    monkeypatch.setattr(engine, "_fastest", lambda *_: (GraphEngine, "a test"))
+    monkeypatch.setattr(engines, "_fastest", lambda *_: (GraphEngine, "a test"))
     monkeypatch.setattr(GraphEngine, "capture", refuse)
     network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
     with pytest.raises(RuntimeError, match=r"memory of cpu is too small .* smaller batch_size"):

@@ -2,13 +2,15 @@
 
 BN of `cifar10-norms` to 73.42 %: the students' loop with the recipe as far as it is known, tested
 after every epoch, until it gets there; and normlab's recipe with as few epochs as get there in the
-last one. Each figure is of one run; data are in memory, imports are not counted.
+last one. Each figure is of one run; data are in memory, imports are not counted. With one thread
+(OMP_NUM_THREADS=1) the seconds of the processor leave out what other work on the machine took.
 """
 
 import argparse
 import json
 import time
 
+import numpy as np
 import torch
 
 import normlab as nl
@@ -30,16 +32,29 @@ def main() -> None:
     print(json.dumps({"students' loop": with_students_loop(data, options.device)}), flush=True)
 
 
+class Clock:
+    """Seconds of the wall and of the processor since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict:
+        """Both, by name."""
+        now = time.perf_counter(), time.process_time()
+        return dict(
+            zip(("seconds", "processor_seconds"), np.subtract(now, self._start), strict=True)
+        )
+
+
 def with_normlab(data: nl.Dataset, device: str, epochs: int) -> dict:
     """The shortest training, from `epochs` on, whose last epoch reaches the goal."""
     for tried in range(epochs, MOST_EPOCHS):
         network = nl.build_network("cifar10-norms", "bn", dropout=0.0, seed=0)
         recipe = nl.ASSIGNMENTS["cifar10-norms"].recipe.replace(epochs=tried)
-        start = time.perf_counter()
+        clock = Clock()
         run = nl.fit(network, data, recipe, device=device, progress=False)
         if run.last["test_accuracy"] >= GOAL:
-            seconds = time.perf_counter() - start
-            return {"seconds": seconds, "epochs": tried, "accuracy": run.last["test_accuracy"]}
+            return clock.read() | {"epochs": tried, "accuracy": run.last["test_accuracy"]}
     return {"epochs": MOST_EPOCHS, "reached": False}
 
 
@@ -47,14 +62,13 @@ def with_students_loop(data: nl.Dataset, device: str) -> dict:
     """The submission's network with its dropout, rate 0.01 and momentum 0.9 throughout."""
     torch.manual_seed(0)
     network = nl.build_network("cifar10-norms", "bn", seed=0)
-    start, best = time.perf_counter(), 0.0
+    clock, best = Clock(), 0.0
     for epoch, accuracy in enumerate(
         peers.students_loop(network, data, MOST_EPOCHS, device, workers=0), start=1
     ):
         best = max(best, accuracy)
         if accuracy >= GOAL:
-            seconds = time.perf_counter() - start
-            return {"seconds": seconds, "epochs": epoch, "accuracy": accuracy}
+            return clock.read() | {"epochs": epoch, "accuracy": accuracy}
     return {"epochs": MOST_EPOCHS, "reached": False, "best": best}
 
 

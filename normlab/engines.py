@@ -1,0 +1,68 @@
+"""Which way through an epoch: the fastest that the device, the network and the data allow."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from normlab.checks import one_of
+from normlab.data import Batches
+from normlab.engine import CpuEngine, PlainEngine
+from normlab.graphs import GraphEngine
+from normlab.recipes import Recipe
+from normlab.replica_engine import ReplicaEngine
+from normlab.replicas import replicas
+from normlab.seeding import fork_random_state
+from normlab.watching import is_watched
+
+ENGINES = ("auto", "plain")
+
+
+def make_engine(
+    choice: str, network: nn.Module, recipe: Recipe, train: Batches, test: Batches
+) -> tuple[PlainEngine, str]:
+    """The engine for a network on its device, and in a few words why this one.
+
+    `choice` is "auto", or "plain" for the loop of `training.py` whatever the device.
+    """
+    one_of(choice, ENGINES, "engine")
+    device = train.images.device
+    if replicas().count > 1:
+        why = f"shared by {replicas().count} processes"
+        return ReplicaEngine(network, recipe, train, test), why
+    kind, why = PlainEngine, f"asked for by engine={choice!r}"
+    if choice == "auto":
+        kind, why = _fastest(network, train, device)
+    return kind(network, recipe, train, test), why
+
+
+def _fastest(
+    network: nn.Module, train: Batches, device: torch.device
+) -> tuple[type[PlainEngine], str]:
+    kinds = {"cpu": CpuEngine, "cuda": GraphEngine}
+    if device.type == "cuda" and train.dtype == torch.float64:
+        return PlainEngine, "float64 is for exact comparisons, and a GPU's fused optimiser is not"
+    if device.type == "cuda" and is_watched(network):
+        return PlainEngine, "the network is watched, and a CUDA graph replays steps without Python"
+    if device.type not in kinds:
+        return PlainEngine, f"there is no faster way on {device.type}"
+    problem = _channels_last_problem(network, train)
+    if problem:
+        return PlainEngine, f"the network does not run channels last: {problem}"
+    return kinds[device.type], f"the fastest way on {device.type}"
+
+
+def _channels_last_problem(network: nn.Module, train: Batches) -> str:
+    """What a copy of the network raises on channels-last images; `.view` in its forward, say."""
+    device = train.images.device
+    images = torch.zeros(2, *train.images.shape[1:], dtype=train.dtype, device=device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    try:
+        twin = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
+        with fork_random_state(device):
+            logits = twin(images.contiguous(memory_format=torch.channels_last))
+            F.cross_entropy(logits, labels).backward()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())
+    return ""

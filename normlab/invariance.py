@@ -1,0 +1,87 @@
+"""What happens to a network when the weights before a normalization are multiplied."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normlab.checks import number
+from normlab.seeding import seeded
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """What multiplying a layer's weights did.
+
+    `output_change` is the largest change of an output, as a share of the largest output;
+    `gradient_ratio` the length of the gradient for the weights afterwards, over that before;
+    `gradient_cosine` the cosine between the two: 1 if the direction is the same.
+    """
+
+    layer: str
+    factor: float
+    output_change: float
+    gradient_ratio: float
+    gradient_cosine: float
+
+
+def rescale_weights(
+    network: nn.Module, images: Tensor, *, layer: str | None = None, factor: float = 10.0
+) -> Rescaled:
+    """Multiplies a layer's weights by `factor` and says what that does to output and gradient.
+
+    A normalization divides by the standard deviation, which the factor multiplies too: of BN(W x)
+    nothing changes when W grows tenfold, and the gradient for W becomes a tenth. A ReLU between
+    lets the factor through. Epsilon spoils it a little: with a variance v, the output grows by the
+    factor √((v + ε) / (v + ε / factor²)), which matters as soon as v is not far above ε. GN and LN
+    also need a layer without a bias, which would have to grow too; BN and IN remove it.
+
+    Args:
+        network: a whole one, or a part such as `nn.Sequential(convolution, norm)`; it is tried as
+            a copy, in training mode.
+        images: what it takes, (B, C, H, W).
+        layer: name of the layer, as in `network.named_modules()`; without it, the first
+            convolution.
+        factor: above 0.
+
+    The gradient is that of a fixed random weighting of the outputs. Source: van Laarhoven, "L2
+    Regularization versus Batch and Weight Normalization", 2017.
+    Raises `ValueError` if there is no such layer.
+    """
+    number(factor, "factor", positive=True)
+    name = _find(network, layer)
+    before, slope = _output_and_gradient(network, images, name, 1.0)
+    after, new_slope = _output_and_gradient(network, images, name, factor)
+    return Rescaled(
+        layer=name,
+        factor=float(factor),
+        output_change=float((after - before).abs().max() / before.abs().max()),
+        gradient_ratio=float(new_slope.norm() / slope.norm()),
+        gradient_cosine=float(torch.cosine_similarity(slope, new_slope, dim=0)),
+    )
+
+
+def _find(network: nn.Module, layer: str | None) -> str:
+    """The name of the layer whose weights are multiplied."""
+    for name, each in network.named_modules():
+        wanted = isinstance(each, nn.modules.conv._ConvNd) if layer is None else name == layer
+        if wanted and isinstance(getattr(each, "weight", None), Tensor):
+            return name
+    what = "convolution" if layer is None else f"layer {layer!r} with a weight"
+    raise ValueError(f"{type(network).__name__} has no {what}, whose weights could be multiplied")
+
+
+def _output_and_gradient(
+    network: nn.Module, images: Tensor, layer: str, factor: float
+) -> tuple[Tensor, Tensor]:
+    """The output of a copy with the weights multiplied, and the gradient for them, flattened."""
+    twin = copy.deepcopy(network).train()
+    weight = twin.get_submodule(layer).weight.requires_grad_()
+    with torch.no_grad():
+        weight.mul_(factor)
+    with torch.enable_grad(), seeded(0, "rescaled", device=images.device):  # the same dropout
+        output = twin(images)
+        weighting = torch.randn(output.shape, dtype=output.dtype).to(output.device)
+        (gradient,) = torch.autograd.grad((output * weighting).sum(), weight)
+    return output.detach(), gradient.flatten()

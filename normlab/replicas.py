@@ -1,0 +1,145 @@
+"""One training over several processes: who is here, and what they tell each other.
+
+`torchrun` starts the processes and says in the environment how they find each other; torch's own
+`torch.distributed` carries the messages, with gloo between CPUs and NCCL between GPUs.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=5)  # for the slowest thing that others wait for: decoding images
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The processes that train one network together.
+
+    Args:
+        rank: which of them this is, from 0 on; the first one writes and prints.
+        count: how many there are.
+        sync_batch_norm: whether batch normalization takes its statistics over all of them.
+    """
+
+    rank: int = 0
+    count: int = 1
+    sync_batch_norm: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files and prints."""
+        return self.rank == 0
+
+
+_here = Replicas()
+
+
+def replicas() -> Replicas:
+    """The processes that this one belongs to: itself alone outside `data_parallel`."""
+    return _here
+
+
+@contextmanager
+def data_parallel(
+    *, sync_batch_norm: bool = False, device: str | None = None
+) -> Iterator[Replicas]:
+    """Inside the block every training is shared by the processes that `torchrun` started.
+
+    Each process holds its share of every batch. Started without `torchrun`, or by it as the only
+    process, nothing changes.
+
+    Args:
+        sync_batch_norm: whether batch normalization takes its statistics over the whole batch
+            rather than over each process's share.
+        device: "cpu" or "cuda"; without it, CUDA where there is a GPU for each process.
+
+    Raises `RuntimeError` of one sentence when the processes do not find each other, or when one
+    of them ends or does not answer.
+    """
+    global _here
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield _here
+        return
+    _join(device)
+    _here = Replicas(dist.get_rank(), count, sync_batch_norm)
+    try:
+        yield _here
+    except RuntimeError as error:
+        if not _is_of_the_connection(error):
+            raise
+        raise RuntimeError(
+            f"process {_here.rank} lost another of the {count}, which ended or did not answer for "
+            f"{PATIENCE.seconds // 60} minutes; the same command goes on after the last epoch "
+            "that was kept"
+        ) from error
+    finally:
+        _here = Replicas()
+        dist.destroy_process_group()
+
+
+def _join(device: str | None) -> None:
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RuntimeError(
+            f"the processes of this training did not find each other at {where}: is the address "
+            f"right, and the port free? ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _is_of_the_connection(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe")
+    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them.
+
+    The others do not call it. An error there is raised in all.
+    """
+    if _here.count == 1:
+        return make()
+    told: list = [None, None]
+    if _here.is_first:
+        try:
+            told[0] = make()
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def first_before_others(make: Callable[[], T]) -> T:
+    """What `make` returns, called here; by the others when the first one is done.
+
+    So a download or a cache is made once. An error in the first process is raised in all.
+    """
+    made: list[T] = []
+    from_first(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+def summed(*values: float) -> list[float]:
+    """The sums of each value over all processes, in double precision."""
+    if _here.count == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        total = total.cuda()
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,191 @@
+"""Pictures of what `watch` recorded: over the steps, and by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from normlab.checks import one_of, whole_number
+from normlab.plots import COLOURS
+from normlab.watching import CONVOLUTION, KINDS, WATCHED, Watch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# What to call each quantity, its factor, and whether its sizes differ so much that only a
+# logarithmic axis shows them all.
+_NAMES = {
+    "mean": ("mean of the activations", 1, False),
+    "std": ("standard deviation of the activations", 1, True),
+    "dead": ("dead channels (%)", 100, False),
+    "weight_norm": ("norm of the weights", 1, True),
+    "gradient_norm": ("norm of the gradient", 1, True),
+    "small_weights": ("weights below 0.001 (%)", 100, False),
+    "rate": ("learning rate", 1, True),
+    "effective_rate": ("effective rate, rate / ‖w‖²", 1, True),
+    "running_mean": ("running mean, averaged over channels", 1, False),
+    "running_variance": ("running variance, averaged over channels", 1, True),
+}
+
+
+def plot_watch(
+    watches: Mapping[str, Watch | DataFrame],
+    quantity: str = "std",
+    *,
+    kind: str = CONVOLUTION,
+    title: str | None = None,
+) -> Figure:
+    """A quantity over the training steps: a panel for each watch, a line for each layer.
+
+    The deeper a layer, the lighter its line. The panels share their axes, so that one network can
+    be compared with another, with and without a normalization, say.
+
+    Args:
+        watches: what `watch` returned, or its `frame`, by label.
+        quantity: one of `watching.WATCHED`.
+        kind: of the layers, "convolution" or "norm".
+
+    Raises `ValueError` for an unknown quantity or kind, and where there is nothing to draw.
+    """
+    one_of(quantity, WATCHED, "quantity")
+    name, scale, logarithmic = _NAMES.get(quantity, (quantity.replace("_", " "), 1, False))
+    frames = _frames(watches)
+    tables = {
+        label: scale * _table(label, frame, quantity, kind) for label, frame in frames.items()
+    }
+    order = {label: _order(frame, kind) for label, frame in frames.items()}
+    depth = max(map(len, order.values()))
+    figure, axes = _panels(1, len(tables))
+    for ax, (label, table) in zip(axes[0], tables.items(), strict=True):
+        _draw_lines(ax, table, [_shades(depth)[order[label].index(layer)] for layer in table])
+        ax.set_title(label)
+        ax.set_xlabel("training step")
+    axes[0][0].set_ylabel(name)
+    if logarithmic and all((table.min() > 0).all() for table in tables.values()):
+        axes[0][0].set_yscale("log")  # of all panels
+    _depth_bar(figure, axes, depth, kind)
+    figure.suptitle(title if title is not None else f"{name[0].upper()}{name[1:]}", fontsize=11)
+    return figure
+
+
+def plot_activations(
+    watches: Mapping[str, Watch | DataFrame],
+    *,
+    times: int = 3,
+    kind: str = CONVOLUTION,
+    title: str | None = None,
+) -> Figure:
+    """How the activations of each layer are distributed, for each watch and at several times.
+
+    Each watch has a column, each time a row. In it, from left to right, the layers in the order in
+    which they run: the median, and bands that hold the middle 50 % and 90 % of the values. A row
+    shares its axis, so that activations that vanish with depth are seen to.
+
+    Args:
+        watches: what `watch` returned, or its `frame`, by label.
+        times: how many of the recorded steps, spread from the first to the last.
+        kind: of the layers, "convolution" or "norm".
+
+    Raises `ValueError` for an unknown kind, and where there is nothing to draw.
+    """
+    whole_number(times, "times")
+    bands = {
+        label: [_table(label, frame, f"percentile_{share}", kind) for share in (5, 25, 50, 75, 95)]
+        for label, frame in _frames(watches).items()
+    }
+    recorded = [len(tables[0]) for tables in bands.values()]
+    rows = min(times, *recorded)
+    figure, axes = _panels(rows, len(bands))
+    for column, (label, tables) in enumerate(bands.items()):
+        for row in range(rows):
+            place = round(row * (len(tables[0]) - 1) / max(rows - 1, 1))
+            _draw_bands(axes[row][column], [table.iloc[place] for table in tables])
+            _write_step(axes[row][column], tables[0].index[place])
+        axes[0][column].set_title(label)
+        axes[-1][column].set_xlabel(f"{kind}, from the first to the last")
+    axes[rows // 2][0].set_ylabel("activation")
+    what = "Activations by depth: median, middle 50 % and 90 %"
+    figure.suptitle(title if title is not None else what, fontsize=11)
+    return figure
+
+
+def _frames(watches: Mapping[str, Watch | DataFrame]) -> dict[str, DataFrame]:
+    if not isinstance(watches, Mapping) or not watches:
+        raise ValueError("a picture needs watches by label, such as {'BN': watch}")
+    return {
+        label: each.frame() if isinstance(each, Watch) else each for label, each in watches.items()
+    }
+
+
+def _order(frame: DataFrame, kind: str) -> list[str]:
+    """The layers of a kind in the order in which they run."""
+    return list(dict.fromkeys(frame["layer"][frame["kind"] == kind]))
+
+
+def _table(label: str, frame: DataFrame, quantity: str, kind: str) -> DataFrame:
+    """The quantity with a row for each step and a column for each layer, in their order."""
+    one_of(kind, KINDS, "kind of layer")
+    chosen = frame[(frame["quantity"] == quantity) & (frame["kind"] == kind)]
+    if chosen.empty:
+        raise ValueError(f"{label}: no {quantity!r} of a {kind} layer was recorded")
+    table = chosen.pivot_table(index="step", columns="layer", values="value")
+    return table[[layer for layer in _order(frame, kind) if layer in table]]
+
+
+def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    from matplotlib import pyplot
+
+    size = (1.2 + 3.4 * columns, 1.2 + (2.6 if rows == 1 else 1.7 * rows))
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey="row"
+    )
+    for ax in axes.flat:
+        ax.grid(alpha=0.3, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _draw_lines(ax: Axes, table: DataFrame, colours: list) -> None:
+    marker = "o" if len(table) == 1 else None  # a single step has no line
+    for layer, colour in zip(table, colours, strict=True):
+        look = {"color": colour, "linewidth": 1.4, "marker": marker}
+        ax.plot(table.index, table[layer], label=layer, **look)
+
+
+def _shades(depth: int) -> np.ndarray:
+    """A colour for each layer, from dark to light, but never so light that it is lost on white."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 0.88, depth))
+
+
+def _depth_bar(figure: Figure, axes: np.ndarray, depth: int, kind: str) -> None:
+    """The key to the colours: the layers' numbers from the first to the last."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    edges = np.arange(depth + 1) + 0.5
+    colours = ScalarMappable(BoundaryNorm(edges, depth), ListedColormap(_shades(depth)))
+    bar = figure.colorbar(colours, ax=list(axes.flat), ticks=sorted({1, (depth + 1) // 2, depth}))
+    bar.set_label(f"number of the {kind} layer" if kind != CONVOLUTION else f"number of the {kind}")
+    bar.ax.invert_yaxis()  # the first on top
+
+
+def _draw_bands(ax: Axes, percentiles: list) -> None:
+    """The 5th, 25th, 50th, 75th and 95th percentile of each layer, in this order."""
+    from matplotlib.ticker import MaxNLocator
+
+    places = np.arange(1, len(percentiles[0]) + 1)
+    lowest, low, middle, high, highest = percentiles
+    ax.fill_between(places, lowest, highest, color=COLOURS[0], alpha=0.18, linewidth=0)
+    ax.fill_between(places, low, high, color=COLOURS[0], alpha=0.35, linewidth=0)
+    ax.plot(places, middle, color=COLOURS[0], marker="o", markersize=3, linewidth=1.4)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _write_step(ax: Axes, step: int) -> None:
+    ax.text(0.02, 0.97, f"step {step}", transform=ax.transAxes, va="top", fontsize=9)

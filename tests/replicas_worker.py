@@ -1,0 +1,139 @@
+"""One process of the trainings in `test_replicas.py`, which starts several of them.
+
+RANK=0 WORLD_SIZE=2 … python tests/replicas_worker.py TASK OUT
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import normlab as nl
+from normlab.replicas import Replicas, replicas
+from normlab.synchronized import synchronized_batch_norm
+
+RECIPE = nl.Recipe(
+    epochs=2, batch_size=32, lr=0.05, dtype="float64", augment=("shift:1", "rotate:5")
+)
+WISHES = {
+    "gn": {"norm": "gn", "l1": 1e-4},
+    "ln": {"norm": "ln"},
+    "bn": {"norm": "bn"},
+    "bn, synchronized": {"norm": "bn", "sync": True},
+    "gn, channel dropout": {"norm": "gn", "network": "mnist-eva6", "dropout": 0.1},
+}
+
+
+@functools.cache
+def few_digits() -> nl.Dataset:
+    """Images whose number no count of processes divides: the last batch of 32 has 5."""
+    return nl.load_dataset("digits").subset(train=69, test=41)
+
+
+def trained(name: str, directory: Path | None = None, **changes) -> nl.Run:
+    """The run of one of the `WISHES`, in as many processes as there are."""
+    wish = WISHES[name]
+    network = nl.build_network(
+        wish.get("network", "mnist-l1"), wish["norm"], dropout=wish.get("dropout", 0.05), seed=0
+    )
+    recipe = RECIPE.replace(l1=wish.get("l1", 0.0), **changes)
+    options = {"device": "cpu", "progress": False, "directory": directory}
+    return nl.fit(network, few_digits(), recipe, **options)
+
+
+def histories(out: Path) -> None:
+    """Trains all wishes; the first process keeps what came of them."""
+    for name, wish in WISHES.items():
+        with nl.data_parallel(sync_batch_norm=wish.get("sync", False), device="cpu") as here:
+            run = trained(name)
+            if here.is_first:
+                folder = out / name
+                folder.mkdir(parents=True)
+                weights = {k: v.clone() for k, v in run.network.state_dict().items()}
+                save_file(weights, folder / "weights.safetensors")
+                config = {"is": run.config["is"], "from": run.config["from"]}
+                (folder / "run.json").write_text(json.dumps(config | {"history": run.history}))
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+
+
+def batch_norm(out: Path) -> None:
+    """This process's rows of OUT/whole.safetensors through a synchronized layer, and back."""
+    whole = load_file(out / "whole.safetensors")
+    with nl.data_parallel(device="cpu") as here:
+        bounds = [0, 1, 7] if here.count == 2 else [0, 2, 2, 7]  # uneven, the second one empty
+        rows = slice(bounds[here.rank], bounds[here.rank + 1])
+        layer = nn.BatchNorm2d(3, dtype=torch.float64)
+        layer.load_state_dict({k[6:]: v for k, v in whole.items() if k.startswith("layer.")})
+        x = whole["x"][rows].clone().requires_grad_()
+        y = synchronized_batch_norm(layer, x)
+        (y * whole["factor"][rows]).sum().backward()
+        for weight in layer.parameters():
+            dist.all_reduce(weight.grad)
+        found = {"y": y.detach(), "x.grad": x.grad}
+        found |= {f"{k}.grad": v.grad for k, v in layer.named_parameters()}
+        save_file(found | dict(layer.state_dict()), out / f"{here.count}-{here.rank}.safetensors")
+
+
+def dies(out: Path) -> None:
+    """The last process is killed in the second epoch."""
+    with nl.data_parallel(device="cpu"):
+        if replicas().rank == 1:
+            _die_in_epoch(2)
+        trained("gn", out / "run", epochs=3)
+
+
+def _die_in_epoch(number: int) -> None:
+    from normlab.replica_engine import ReplicaEngine
+
+    launch = ReplicaEngine.launch
+
+    def die(engine, epoch: int) -> None:
+        if epoch + 1 == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        launch(engine, epoch)
+
+    ReplicaEngine.launch = die
+
+
+def resumes(out: Path) -> None:
+    """Goes on with what `dies` left."""
+    with nl.data_parallel(device="cpu"):
+        run = trained("gn", out / "run", epochs=3)
+    (out / f"resumed-{os.environ['RANK']}.json").write_text(json.dumps(run.history))
+
+
+def too_many(out: Path) -> None:
+    """A batch with fewer images than there are processes."""
+    with nl.data_parallel(device="cpu"):
+        trained("gn", batch_size=17)  # 69 images: the last batch has one
+
+
+def told(out: Path) -> None:
+    """What the first process makes, and an error in it, reach the others."""
+    from normlab.replicas import first_before_others, from_first
+
+    calls = []
+    with nl.data_parallel(device="cpu") as here:
+        value = from_first(lambda: calls.append(1) or {"rank": here.rank})
+        first_before_others(lambda: calls.append(2))
+        try:
+            from_first(lambda: 1 / 0)
+        except ZeroDivisionError as error:
+            calls.append(str(error))
+        saying = {"here": asdict(here), "value": value, "calls": calls}
+    (out / f"told-{here.rank}.json").write_text(json.dumps(saying))
+    assert replicas() == Replicas()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    TASKS = (histories, batch_norm, dies, resumes, too_many, told)
+    {task.__name__: task for task in TASKS}[sys.argv[1]](Path(sys.argv[2]))

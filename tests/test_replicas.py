@@ -1,0 +1,179 @@
+"""Trainings that several processes share, against one process with the whole batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import replicas_worker
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import normlab as nl
+
+WORKER = Path(__file__).with_name("replicas_worker.py")
+
+
+def free_port() -> int:
+    """A port with some free ones after it, for the groups that follow one another."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def start(task: str, out: Path, processes: int) -> list[subprocess.Popen]:
+    """The processes of one task, each of one thread, as torchrun would start them."""
+    common = os.environ | {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(WORKER), task, str(out)]
+    return [
+        subprocess.Popen(
+            command,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit status and last line of what each process said."""
+    ends = [process.communicate(timeout=240)[1] for process in processes]
+    lines = [text.strip().splitlines()[-1] if text.strip() else "" for text in ends]
+    return [(p.returncode, line) for p, line in zip(processes, lines, strict=True)]
+
+
+def run_together(task: str, out: Path, processes: int) -> None:
+    for status, said in finish(start(task, out, processes)):
+        assert status == 0, said
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory) -> Path:
+    """What two processes made of all the worker's wishes."""
+    out = tmp_path_factory.mktemp("two")
+    run_together("histories", out, 2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def in_one() -> dict[str, nl.Run]:
+    """The same in one process, as every training is."""
+    return {name: replicas_worker.trained(name) for name in replicas_worker.WISHES}
+
+
+def gap(in_two: Path, name: str, alone: nl.Run) -> float:
+    """The largest difference of weights and of history (relative) between two processes and one."""
+    history = json.loads((in_two / name / "run.json").read_text())["history"]
+    weights = load_file(in_two / name / "weights.safetensors")
+    gaps = [
+        abs(mine[key] - row[key]) / max(abs(row[key]), 1e-12)
+        for mine, row in zip(history, alone.history, strict=True)
+        for key in row.keys() - {"seconds"}
+    ]
+    state = alone.network.state_dict()
+    return max(*gaps, *((weights[k] - state[k]).abs().max().item() for k in state))
+
+
+@pytest.mark.parametrize("name", ["gn", "ln", "bn, synchronized", "gn, channel dropout"])
+def test_two_processes_compute_what_one_computes(name, in_two, in_one):
+    assert gap(in_two, name, in_one[name]) < 1e-9
+    config = json.loads((in_two / name / "run.json").read_text())
+    assert config["is"] == in_one[name].config["is"]
+    assert config["from"]["because"] == "shared by 2 processes"
+
+
+def test_batch_norm_of_each_process_is_another_training_and_says_so(in_two, in_one):
+    assert gap(in_two, "bn", in_one["bn"]) > 1e-4
+    config = json.loads((in_two / "bn" / "run.json").read_text())
+    assert config["is"] == in_one["bn"].config["is"] | {"batch_norm_apart_in": 2}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_synchronized_batch_norm_is_that_of_the_whole_batch(processes, tmp_path):
+    random = torch.Generator().manual_seed(0)
+    x, factor = torch.randn(2, 7, 3, 4, 5, dtype=torch.float64, generator=random) * 3 + 1
+    layer = nn.BatchNorm2d(3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2, generator=random)
+        layer.bias.uniform_(-1, 1, generator=random)
+    before = {f"layer.{k}": v.clone() for k, v in layer.state_dict().items()}
+    save_file(before | {"x": x, "factor": factor}, tmp_path / "whole.safetensors")
+    run_together("batch_norm", tmp_path, processes)
+
+    x.requires_grad_()
+    y = layer(x)
+    (y * factor).sum().backward()
+    parts = [load_file(tmp_path / f"{processes}-{rank}.safetensors") for rank in range(processes)]
+    for name, whole in (("y", y), ("x.grad", x.grad)):
+        torch.testing.assert_close(torch.cat([p[name] for p in parts]), whole, rtol=0, atol=1e-10)
+    wanted = {f"{k}.grad": v.grad for k, v in layer.named_parameters()} | layer.state_dict()
+    for part in parts:
+        for name, value in wanted.items():
+            torch.testing.assert_close(part[name], value, rtol=0, atol=1e-10)
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
+    (status, said), (killed, _) = finish(start("dies", tmp_path, 2))
+    assert (status, killed) == (1, -9)
+    assert "process 0 lost another of the 2" in said
+    kept = (tmp_path / "run" / "history.csv").read_text().splitlines()
+    assert len(kept) == 2  # a header and the first epoch
+    run_together("resumes", tmp_path, 3)  # with another number of processes
+    whole = replicas_worker.trained("gn", epochs=3)
+    for rank in range(3):
+        history = json.loads((tmp_path / f"resumed-{rank}.json").read_text())
+        for mine, row in zip(history, whole.history, strict=True):
+            assert mine["train_loss"] == pytest.approx(row["train_loss"], rel=1e-9)
+            assert mine["test_accuracy"] == pytest.approx(row["test_accuracy"], rel=1e-9)
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
+    for status, said in finish(start("too_many", tmp_path, 2)):
+        assert status == 1
+        assert "2 processes cannot share a batch of 1 images" in said
+
+
+def test_what_the_first_process_makes_reaches_the_others(tmp_path):
+    run_together("told", tmp_path, 2)
+    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["value"] for each in told] == [{"rank": 0}] * 2
+    assert [each["calls"] for each in told] == [[1, 2, "division by zero"], [2, "division by zero"]]
+    assert told[1]["here"] == {"rank": 1, "count": 2, "sync_batch_norm": False}
+
+
+def test_an_address_that_nobody_listens_at_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr("normlab.replicas.PATIENCE", timedelta(seconds=2))
+    with (
+        pytest.raises(RuntimeError, match="did not find each other"),
+        nl.data_parallel(device="cpu"),
+    ):
+        pass
+
+
+def test_the_command_works_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}", "-m", "normlab", "run", "mnist-l1"]
+    command += ["--dataset", "digits", "--epochs", "1", "--sync-batch-norm", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| BN + L1 |") == 1  # the first process alone speaks
+    assert (tmp_path / "report.md").is_file()
+    config = json.loads((tmp_path / "runs" / "gn" / "seed-0" / "config.json").read_text())
+    assert config["from"]["engine"] == "data-parallel"
