@@ -250,8 +250,8 @@ def _draw(ax: Axes, result: RateTest, label: str, place: int) -> None:
         result.smoothed,
         color=COLOURS[look],
         linestyle=LINES[place % len(LINES)],
-        marker=MARKERS[look],
-        markevery=marked,
+        marker=MARKERS[look] if marked else None,
+        markevery=marked or None,
         markersize=8,
         label=name,
     )

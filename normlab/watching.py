@@ -30,10 +30,8 @@ KINDS = {
 }
 
 PERCENTILES = (5, 25, 50, 75, 95)
-_SAMPLE = (
-    8192  # values from which the percentiles are estimated; all of them would have to be sorted
-)
-_SAMPLE_IMAGES = 16
+# How many values the percentiles are estimated from, of how many images: sorting all takes long.
+_SAMPLE, _SAMPLE_IMAGES = 8192, 16
 
 WATCHED = (
     *("mean", "std", *(f"percentile_{share}" for share in PERCENTILES), "dead"),

@@ -23,7 +23,7 @@ def test_a_declared_change_is_told_as_declared(tiny, tiny_assignment):
         tiny, tiny_assignment, penalised, nl.Variant("GN", "gn"), nl.Variant("LN", "ln")
     )
     assert (found.what, found.declared) == ("l1", True)
-    assert str(found) == "l1: declared: BN + L1 0.0001; GN 0.0; LN 0.0"
+    assert str(found) == "l1: declared: BN + L1 0.0001; GN 0; LN 0"
 
 
 def test_more_parameters_are_told_as_not_declared(tiny, tiny_assignment):

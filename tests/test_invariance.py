@@ -1,0 +1,105 @@
+"""Weights before a norm may be multiplied: against the formula and against plain autograd."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+
+NORMS = ("bn", "gn", "ln", "in")
+
+
+def block(norm: str, *, eps: float, relu: bool = False, bias: bool = False) -> nn.Sequential:
+    """Convolution, perhaps a ReLU, norm, in float64."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(2, 6, 3, bias=bias)
+    layer = nl.make_norm(norm, 6, groups=3)
+    if norm != "none":
+        layer.eps = eps
+    return nn.Sequential(convolution, *([nn.ReLU()] if relu else []), layer).double()
+
+
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(5, 2, 8, 8, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("factor", [10.0, 0.5])
+@pytest.mark.parametrize("norm", NORMS)
+def test_output_stays_and_the_gradient_shrinks_by_the_factor(norm, factor, relu):
+    found = nl.rescale_weights(block(norm, eps=1e-18, relu=relu), images(), factor=factor)
+    assert found.layer == "0"
+    assert found.factor == factor
+    assert found.output_change < 1e-9
+    assert found.gradient_ratio == pytest.approx(1 / factor, rel=1e-6)
+    assert found.gradient_cosine == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_plain_autograd_agrees(norm):
+    network = block(norm, eps=1e-5)
+    weighting = torch.randn(5, 6, 6, 6, dtype=torch.float64)
+    gradients = []
+    for scale in (1, 10):
+        weight = (scale * network[0].weight).detach().requires_grad_()
+        output = network[1](torch.conv2d(images(), weight))
+        gradients += torch.autograd.grad((output * weighting).sum(), weight)
+    by_hand = (gradients[1].norm() / gradients[0].norm()).item()
+    found = nl.rescale_weights(network, images())
+    # Another weighting of the outputs, so that they differ by what epsilon does.
+    assert found.gradient_ratio == pytest.approx(by_hand, rel=1e-3)
+    assert found.gradient_ratio == pytest.approx(0.1, rel=1e-2)
+    assert 0 < found.output_change < 1e-2
+
+
+def test_epsilon_lets_the_output_grow_as_the_docstring_says():
+    network = block("bn", eps=0.5)
+    with torch.no_grad():
+        network[0].weight[1:] = network[0].weight[0]  # one variance for all channels
+        variance = network[0](images())[:, 0].var(correction=0).item()
+    grown = math.sqrt((variance + 0.5) / (variance + 0.5 / 100))
+    assert nl.rescale_weights(network, images()).output_change == pytest.approx(grown - 1, rel=1e-9)
+
+
+def test_without_a_norm_the_output_grows_and_the_gradient_stays():
+    found = nl.rescale_weights(block("none", eps=0), images())
+    assert found.output_change == pytest.approx(9)
+    assert found.gradient_ratio == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("norm", "removed"), [("bn", True), ("in", True), ("gn", False)])
+def test_only_means_of_single_channels_remove_a_bias(norm, removed):
+    found = nl.rescale_weights(block(norm, eps=1e-18, bias=True), images())
+    assert (found.output_change < 1e-9) == removed
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_whole_network_with_dropout_is_tried_and_left_as_it_is(norm):
+    network = nl.build_network("mnist-l1", norm, dropout=0.3, seed=0).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    some = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(2))
+    state = torch.get_rng_state()
+    found = nl.rescale_weights(network, some, layer="1.0")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.layer == "1.0"
+    assert found.output_change < 0.05  # the same dropout, and epsilon
+    assert found.gradient_ratio == pytest.approx(0.1, rel=0.05)
+    assert not network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (nn.Linear(2, 2), {}, "Linear has no convolution, whose weights"),
+        (nn.Conv2d(2, 2, 1), {"layer": "3"}, "Conv2d has no layer '3' with a weight, whose"),
+        (nn.Conv2d(2, 2, 1), {"factor": 0}, "factor must be greater than 0, not 0"),
+    ],
+)
+def test_bad_input_gets_one_sentence(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        nl.rescale_weights(network, torch.zeros(2, 2, 4, 4), **options)
