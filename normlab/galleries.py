@@ -37,7 +37,7 @@ def plot_samples(
     classes = len(data.classes)
     picked = _sample(data, whole_number(per_class, "per_class"), seed)
     images = _augmented(data.train_images[picked], augment, seed)
-    size = (0.62 * per_class + 1.2, 0.62 * classes + 0.4)
+    size = (0.55 * per_class + 1.2, 0.55 * classes + 0.4)
     figure, axes = pyplot.subplots(
         classes, per_class, figsize=size, layout="constrained", squeeze=False
     )
