@@ -2,12 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
 
 from normlab.cli import main
 from normlab.pages import fill_pages, place_text, read_results
+
+ROOT = Path(__file__).parents[1]
 
 RESULTS = {
     "cifar10-add": {
@@ -167,3 +170,14 @@ def test_the_command_tells_stale_pages_and_fills_them(folder, capsys, monkeypatc
     assert main([*command, "--check"]) == 0
     assert "changed: nothing" in capsys.readouterr().out
     assert main(["report", "none.md"]) == 2
+
+
+def test_no_place_in_a_sentence_begins_a_line():
+    """Markdown would end the paragraph there: a line that begins with a comment is HTML."""
+    texts = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts[path.name] = "\n\n".join("".join(cell["source"]) for cell in cells)
+    for name, text in texts.items():
+        within = re.findall(r"(?<=\S)\n(<!-- normlab: .+? -->)", text)
+        assert not within, name
