@@ -184,10 +184,9 @@ def overview(results: Kept) -> str:
         "| difference |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, kept in results.items():
-        if name in ASSIGNMENTS:
-            where = f"`{name}` | {kept['data']['source']}"
-            lines += [_row(f"{where} | {v['variant']}", v) for v in kept["variants"]]
+    for name in (name for name in ASSIGNMENTS if name in results):
+        where = f"`{name}` | {results[name]['data']['source']}"
+        lines += [_row(f"{where} | {v['variant']}", v) for v in results[name]["variants"]]
     return "\n".join(lines)
 
 
