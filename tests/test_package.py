@@ -37,8 +37,11 @@ ORDER = (
     "devices",
     "replicas",
     "norms",
-    "diagrams",
     "sharing",
+    "diagrams",
+    "example",
+    "explorer",
+    "spreadsheet",
     "invariance",
     "penalties",
     "augment",
@@ -79,6 +82,8 @@ ORDER = (
 )
 # Imported by the functions that need them, so that the rest does not wait for them.
 ON_DEMAND = {"torchvision", "matplotlib", "pandas", "scipy", "sklearn", "torchsummary"}
+# Only one function needs each of these, and says so where it is missing.
+EXTRAS = {"ipywidgets": "notebooks", "openpyxl": "spreadsheet"}
 
 TOP_LEVEL = {
     *("notebooks", "normlab", "tests", "README.md", "setup.cfg", "pyproject.toml", "LICENSE"),
@@ -135,9 +140,17 @@ def test_the_requirements_are_what_is_imported():
     }  # in a notebook's kernel only; what torchvision reads images with
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    lines = config["options"]["install_requires"].splitlines()
-    declared = {Requirement(line).name for line in lines if line and not line.startswith("#")}
-    assert {{"sklearn": "scikit-learn"}.get(name, name) for name in imported} == declared
+    assert set(EXTRAS) <= imported
+    for package, extra in EXTRAS.items():
+        assert package in declared(config["options.extras_require"][extra])
+        assert package in declared(config["options.extras_require"]["test"])
+    names = {{"sklearn": "scikit-learn"}.get(name, name) for name in imported - set(EXTRAS)}
+    assert names == declared(config["options"]["install_requires"])
+
+
+def declared(requirements: str) -> set[str]:
+    lines = requirements.splitlines()
+    return {Requirement(line).name for line in lines if line and not line.startswith("#")}
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +169,12 @@ print(json.dumps(found))
 
 
 def test_importing_normlab_waits_for_nothing(loaded):
-    assert not {"torch", "numpy", "safetensors", *ON_DEMAND} & set(loaded["normlab"])
+    assert not {"torch", "numpy", "safetensors", *ON_DEMAND, *EXTRAS} & set(loaded["normlab"])
 
 
 @pytest.mark.parametrize("module", ORDER[:-1])
 def test_a_module_leaves_large_packages_to_those_who_need_them(module, loaded):
-    assert not ON_DEMAND & set(loaded[f"normlab.{module}"])
+    assert not {*ON_DEMAND, *EXTRAS} & set(loaded[f"normlab.{module}"])
 
 
 # --- public names -----------------------------------------------------------------------------

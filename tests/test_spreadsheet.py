@@ -1,0 +1,197 @@
+"""The spreadsheet's formulas, evaluated here, give what torch gives; also for other numbers."""
+
+import math
+import re
+import statistics
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+
+openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed")
+
+LAYERS = {
+    "BN": lambda: nn.BatchNorm2d(4),
+    "LN": lambda: nn.GroupNorm(1, 4),
+    "GN 1 group": lambda: nn.GroupNorm(1, 4),
+    "GN 2 groups": lambda: nn.GroupNorm(2, 4),
+    "GN 4 groups": lambda: nn.GroupNorm(4, 4),
+    "IN": lambda: nn.InstanceNorm2d(4, affine=True),
+}
+
+REFERENCE = re.compile(
+    r"(?:(?:'([^']+)'|(\w+))!)?\$?([A-Z]{1,2})\$?(\d+)(?::\$?([A-Z]{1,2})\$?(\d+))?(?![\w(])"
+)
+
+
+FUNCTIONS = {
+    "SUM": math.fsum,
+    "COUNT": len,
+    "AVERAGE": statistics.fmean,
+    "VARP": statistics.pvariance,
+    "VAR": statistics.variance,
+    "SQRT": math.sqrt,
+    "MOD": lambda number, divisor: number % divisor,
+    "ROUND": round,
+    "IF": lambda condition, yes, no: yes if condition else no,
+}
+
+
+class Evaluated:
+    """The values of a workbook's formulas, as a spreadsheet program would compute them."""
+
+    def __init__(self, book) -> None:
+        self.book = book
+
+    def value(self, sheet: str, cell: str) -> float | str:
+        content = self.book[sheet][cell].value
+        if not (isinstance(content, str) and content.startswith("=")):
+            return content
+        assert not re.search(r"[\^&<>%]", content), "the evaluator knows no such operator"
+        expression = REFERENCE.sub(lambda found: self.looked_up(found, sheet), content[1:])
+        expression = re.sub(r"(?<!=)=(?!=)", "==", expression)
+        around = {"__builtins__": {}, "value": self.value, "values": self.values}
+        return eval(expression, around | FUNCTIONS)
+
+    def looked_up(self, found: re.Match, sheet: str) -> str:
+        quoted, plain, letter, row, last_letter, last_row = found.groups()
+        sheet = quoted or plain or sheet
+        if last_letter:
+            return f"values({sheet!r}, '{letter}{row}:{last_letter}{last_row}')"
+        return f"value({sheet!r}, '{letter}{row}')"
+
+    def values(self, sheet: str, cells: str) -> list[float]:
+        return [
+            self.value(sheet, cell.coordinate) for row in self.book[sheet][cells] for cell in row
+        ]
+
+    def batch(self, sheet: str, cells: str) -> torch.Tensor:
+        """The 8×8 cells of a batch as (N, C, H, W)."""
+        numbers = torch.tensor(self.values(sheet, cells), dtype=torch.float64)
+        return numbers.view(4, 2, 4, 2).transpose(1, 2)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return nl.to_spreadsheet(tmp_path_factory.mktemp("sheet") / "by-hand.xlsx")
+
+
+@pytest.fixture
+def book(path):
+    return openpyxl.load_workbook(path)
+
+
+def test_the_sheets(book):
+    assert book.sheetnames == ["Batch", *LAYERS, "Counts"]
+    x = Evaluated(book).batch("Batch", "B6:I13")
+    assert torch.equal(x, nl.example_batch().double())
+
+
+def check_against_torch(book, x: torch.Tensor) -> None:
+    evaluated = Evaluated(book)
+    learned = [[evaluated.value("Batch", f"{c}{21 + row}") for row in range(4)] for c in "CD"]
+    for name, make in LAYERS.items():
+        layer = make().double()
+        with torch.no_grad():
+            for parameter, values in zip((layer.weight, layer.bias), learned, strict=True):
+                parameter.copy_(torch.tensor(values))
+            expected = layer(x)
+        torch.testing.assert_close(evaluated.batch(name, "B6:I13"), x)
+        torch.testing.assert_close(evaluated.batch(name, "L6:S13"), expected)
+        assert evaluated.value(name, "S22") == pytest.approx(float(expected[0, 0, 0, 0]))
+        if name == "BN":
+            for row in range(4):
+                mean, variance = (evaluated.value("BN", f"{c}{24 + row}") for c in "HI")
+                assert mean == pytest.approx(float(layer.running_mean[row]))
+                assert variance == pytest.approx(float(layer.running_var[row]))
+
+
+def test_all_values_are_those_of_torch(book):
+    check_against_torch(book, nl.example_batch().double())
+
+
+def test_they_follow_the_yellow_cells(book):
+    sheet = book["Batch"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((4, 4, 2, 2), dtype=torch.float64, generator=generator)
+    for row, numbers in enumerate(x.transpose(1, 2).reshape(8, 8).tolist(), start=6):
+        for letter, number in zip("BCDEFGHI", numbers, strict=True):
+            sheet[f"{letter}{row}"] = number
+    for channel in range(4):
+        sheet[f"C{21 + channel}"], sheet[f"D{21 + channel}"] = 0.5 + channel, channel - 1.5
+    check_against_torch(book, x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_mean_and_variance_has_a_row_and_a_colour(name, book):
+    evaluated = Evaluated(book)
+    shared = nl.shared_statistics(LAYERS[name](), (4, 4, 2, 2))
+    x, sheet = nl.example_batch().double(), book[name]
+    for number in range(int(shared.max()) + 1):
+        row, members = 17 + number, x[shared == number]
+        found = [evaluated.value(name, f"{letter}{row}") for letter in "DEFG"]
+        wanted = members.sum(), len(members), members.mean(), members.var(correction=0)
+        assert found == pytest.approx([float(number) for number in wanted])
+        assert evaluated.value(name, f"L{row}") == 0
+        assert evaluated.value(name, f"M{row}") == pytest.approx(1, abs=1e-4)
+        colour = sheet[f"A{row}"].fill.fgColor.rgb
+        for cells in ("B6:I13", "L6:S13"):
+            fills = [cell.fill.fgColor.rgb == colour for line in sheet[cells] for cell in line]
+            coloured = torch.tensor(fills).view(4, 2, 4, 2).transpose(1, 2)
+            assert torch.equal(coloured, shared == number)
+
+
+@pytest.mark.parametrize(
+    ("groups", "means", "learned"),
+    [(2, [6, 3, 3, 6, 18], [12, 12, 240, 12, 12]), (6, [6, 3, 3, 18, 18], [12, 12, 240, 12, 12])],
+)
+def test_the_counts_follow_the_sizes(groups, means, learned, book):
+    evaluated, sheet = Evaluated(book), book["Counts"]
+    for row, side in enumerate((3, 6, 5, 4, groups), start=4):
+        sheet[f"C{row}"] = side
+    assert [evaluated.value("Counts", f"D{row}") for row in range(11, 16)] == means
+    assert [evaluated.value("Counts", f"F{row}") for row in range(11, 16)] == learned
+    for row, count in zip(range(11, 16), means, strict=True):
+        assert evaluated.value("Counts", f"E{row}") * count == 3 * 6 * 5 * 4
+
+
+def test_groups_that_do_not_divide_get_a_sentence(book):
+    book["Counts"]["C8"] = 3
+    assert Evaluated(book).value("Counts", "D14") == "G must divide C"
+
+
+def test_no_formula_needs_a_function_that_old_programs_lack(book):
+    formulas = [
+        cell.value
+        for sheet in book
+        for row in sheet.iter_rows()
+        for cell in row
+        if isinstance(cell.value, str) and cell.value.startswith("=")
+    ]
+    assert len(formulas) > 6 * 128
+    used = {name for formula in formulas for name in re.findall(r"([A-Z.]+)\(", formula)}
+    assert used <= set(FUNCTIONS)
+
+
+def test_without_openpyxl_one_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ImportError, match="pip install openpyxl"):
+        nl.to_spreadsheet(tmp_path / "by-hand.xlsx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_name_must_say_what_it_is(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.xlsx, not 'by-hand\.csv'"):
+        nl.to_spreadsheet(tmp_path / "by-hand.csv")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, full_disk):
+    path = tmp_path / "by-hand.xlsx"
+    path.write_bytes(b"old")
+    with full_disk(), pytest.raises(OSError, match="cannot write"):
+        nl.to_spreadsheet(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
