@@ -13,7 +13,8 @@ from normlab.pages import fill_pages, read_results
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ASSIGNMENTS = {path: path.stem[3:].replace("_", "-") for path in NOTEBOOKS if path.name < "06"}
+OF_ASSIGNMENTS = [path for path in NOTEBOOKS if "01" <= path.name < "06"]
+ASSIGNMENTS = {path: path.stem[3:].replace("_", "-") for path in OF_ASSIGNMENTS}
 KEPT = read_results(ROOT / "notebooks" / "results")
 # Without kept results a notebook is stored without outputs: they could not come from a whole run.
 STORED = [path for path in NOTEBOOKS if ASSIGNMENTS.get(path, "digits") in KEPT]
