@@ -30,18 +30,25 @@ class Interval:
     Args:
         mean: of the table that was given.
         margin: half the width of the interval.
-        needed: seeds with which an experiment like this one would tell such a mean from 0 in 80 %
-            of cases; None where no number would, because so few images leave it open.
+        chance: what seeds and images contribute to it.
     """
 
     mean: float
     margin: float
-    needed: int | None
+    chance: Chance
 
     @property
     def excludes_zero(self) -> bool:
         """Whether 0 lies outside."""
         return abs(self.mean) > self.margin
+
+    @property
+    def needed(self) -> int | None:
+        """Seeds with which an experiment like this one would tell such a mean from 0.
+
+        That is in 80 % of cases; None where no number would, because so few images leave it open.
+        """
+        return self.chance.seeds_needed(self.mean)
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,10 @@ class Difference:
         found += f" over {self.seeds} seeds"
         if self.interval.excludes_zero:
             return f"{found}: distinguishable"
-        if self.interval.needed is None:
+        needed = self.interval.needed
+        if needed is None:
             return f"{found}: not distinguishable, by any number of seeds on these test images"
-        return f"{found}: not distinguishable; about {self.interval.needed:,} seeds would be needed"
+        return f"{found}: not distinguishable; about {needed:,} seeds would be needed"
 
 
 def compare(results: Results) -> list[Difference]:
@@ -118,13 +126,13 @@ def interval(table: np.ndarray) -> Interval:
     by_seed, by_image, mean = table.mean(1), table.mean(0), float(table.mean())
     cells = ((table - by_seed[:, None] - by_image + mean) ** 2).sum() / (seeds - 1) / (images - 1)
     of_images = max(by_image.var(ddof=1) - cells / seeds, 0.0) / images
-    chance = _Chance(float(by_seed.var(ddof=1)), float(of_images), cells / images, images)
+    chance = Chance(float(by_seed.var(ddof=1)), float(of_images), cells / images, images)
     margin = chance.error(seeds) * stats.t.ppf((1 + CONFIDENCE) / 2, chance.freedom(seeds))
-    return Interval(mean, float(margin), chance.seeds_needed(mean))
+    return Interval(mean, float(margin), chance)
 
 
 @dataclass(frozen=True)
-class _Chance:
+class Chance:
     """Variance of one seed's mean, and what the `images` add to it however many seeds there are.
 
     `of_cells` is the least that the first can be: the noise of single cells alone.

@@ -149,9 +149,12 @@ def _draw_cell(
     from matplotlib.patches import Rectangle
 
     x, y = _corner(place, shape)
-    ax.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8))
+    cell = Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
     text = text.replace("-0.00", "0.00").replace("-", "−")
-    ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10 if len(text) < 3 else 8)
+    size = 10 if len(text) < 3 else 8
+    number = ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=size)
+    for artist in (ax.add_patch(cell), number):
+        artist.set_in_layout(False)  # the axes hold it anyway; to measure hundreds takes seconds
 
 
 def _label_table(ax: Axes, shape: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from matplotlib import pyplot
 from torch import Tensor, nn
 
 import normlab as nl
@@ -27,6 +28,13 @@ def own_cache(monkeypatch, tmp_path_factory) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.delenv("NORMLAB_DATA", raising=False)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left():
+    """Closes what a test drew: a figure that stays open would be the next test's figure too."""
+    yield
+    pyplot.close("all")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import normlab as nl
-from normlab.comparison import interval, mcnemar
+from normlab.comparison import Chance, interval, mcnemar
 
 
 def simulated(rng: np.random.Generator, seeds: int) -> np.ndarray:
@@ -102,23 +102,27 @@ def test_one_seed_or_one_variant_is_nothing_to_compare(results):
         nl.compare(replace(results, runs={"GN": results["GN"]}))
 
 
-def difference(mean: float, margin: float, needed: int | None) -> nl.Difference:
-    return nl.Difference("GN", "LN", nl.Interval(mean, margin, needed), 3, 10_000, 0.5)
+def difference(mean: float, margin: float, *, images: float = 0.0) -> nl.Difference:
+    chance = Chance(of_a_seed=0.005**2, of_images=images, of_cells=0.0, images=10_000)
+    return nl.Difference("GN", "LN", nl.Interval(mean, margin, chance), 3, 10_000, 0.5)
 
 
 def test_a_difference_says_itself_in_a_sentence():
-    assert str(difference(0.004, 0.006, 14)) == (
-        "GN − LN = +0.40 ± 0.60 points over 3 seeds: not distinguishable; about 14 seeds would be "
+    effect = 0.004 / 0.005  # 15 pairs tell it from 0 in 80 % of cases
+    assert stats.nct.sf(stats.t.ppf(0.975, 14), 14, effect * math.sqrt(15)) > 0.8
+    assert str(difference(0.004, 0.006)) == (
+        "GN − LN = +0.40 ± 0.60 points over 3 seeds: not distinguishable; about 15 seeds would be "
         "needed"
     )
-    assert str(difference(-0.02, 0.006, 2)).endswith(
+    assert str(difference(-0.02, 0.006)).endswith(
         "-2.00 ± 0.60 points over 3 seeds: distinguishable"
     )
-    assert str(difference(0.0, 0.01, None)).endswith("by any number of seeds on these test images")
+    few_images = difference(0.001, 0.01, images=0.004**2)
+    assert str(few_images).endswith("by any number of seeds on these test images")
 
 
 def test_the_picture_shows_each_interval_in_points():
-    figure = nl.plot_compare([difference(0.004, 0.006, 14), difference(-0.02, 0.006, 2)])
+    figure = nl.plot_compare([difference(0.004, 0.006), difference(-0.02, 0.006)])
     ax = figure.axes[0]
     ends = [line.get_segments()[0][:, 0] for line in ax.collections]
     np.testing.assert_allclose(ends, [(-0.2, 1.0), (-2.6, -1.4)], atol=1e-9)
