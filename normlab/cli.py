@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import normlab
@@ -35,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="normlab", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"normlab {normlab.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_run, _add_report, _add_list, _add_summary, _add_data):
+    for add in (_add_run, _add_sweep, _add_report, _add_list, _add_summary, _add_data):
         command = add(commands)
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
@@ -52,12 +54,7 @@ def _add_run(commands) -> argparse.ArgumentParser:
     command.add_argument(
         "--as-submitted", action="store_true", help="train in the manner of the submission"
     )
-    command.add_argument("--dataset", help="another data set, or a folder of images")
-    command.add_argument("--data-root", type=Path, help="the folder that holds the data")
-    command.add_argument("--image-size", type=int, help="resize all images to this side")
-    command.add_argument("--epochs", type=int, help="passes over the training images (20)")
-    command.add_argument("--seeds", type=int, default=1, help="runs of each variant (1)")
-    command.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
+    _add_training(command)
     command.add_argument(
         "--engine", default="auto", help="auto for the fastest way, plain for the loop as taught"
     )
@@ -66,13 +63,47 @@ def _add_run(commands) -> argparse.ArgumentParser:
         action="store_true",
         help="under torchrun: statistics of batch normalization over all processes",
     )
-    command.add_argument("--out", type=Path, help="output folder (runs/ASSIGNMENT-DATASET)")
+    _add_out(command, "runs/ASSIGNMENT-DATASET")
+    command.set_defaults(check=_check_run, work=_run, after_interrupt=_how_to_resume)
+    return command
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", help="another data set, or a folder of images")
+    command.add_argument("--data-root", type=Path, help="the folder that holds the data")
+    command.add_argument("--image-size", type=int, help="resize all images to this side")
+    command.add_argument("--epochs", type=int, help="passes over the training images (20)")
+    command.add_argument("--seeds", type=int, default=1, help="runs of each variant (1)")
+    command.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
+
+
+def _add_out(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument("--out", type=Path, help=f"output folder ({default})")
     again = command.add_mutually_exclusive_group()
     again.add_argument(
         "--resume", action="store_true", help="go on with what --out holds (the default)"
     )
     again.add_argument("--fresh", action="store_true", help="train anew what --out holds")
-    command.set_defaults(check=_check_run, work=_run, after_interrupt=_how_to_resume)
+
+
+def _add_sweep(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "sweep",
+        help="train every combination of norms, batch sizes, rates and seeds",
+        description="Trains every combination of norms, batch sizes, learning rates and seeds, as "
+        "runs of their own, and writes a table and a figure that grow as they finish.",
+    )
+    command.add_argument("assignment", metavar="ASSIGNMENT", help="see `normlab list`")
+    command.add_argument("--norms", nargs="+", help="bn, ln, gn, … (the assignment's variants)")
+    command.add_argument("--batch-sizes", nargs="+", type=int, help="images a step (the recipe's)")
+    command.add_argument("--lr", nargs="+", type=float, help="learning rates (the recipe's)")
+    command.add_argument(
+        "--scaling", default="none", help="of the rate with the batch size: none, sqrt or linear"
+    )
+    _add_training(command)
+    command.add_argument("--dask", metavar="ADDRESS", help="train on the workers of this cluster")
+    _add_out(command, "runs/sweep-ASSIGNMENT-DATASET")
+    command.set_defaults(check=_check_sweep, work=_sweep, after_interrupt=_how_to_resume)
     return command
 
 
@@ -123,29 +154,39 @@ def _simple(command, work, check=lambda options: None) -> argparse.ArgumentParse
 def _check_run(options: argparse.Namespace):
     """The assignment, the name of its data and the output folder, or what is wrong with them."""
     from normlab.assignments import as_submitted, find_assignment
-    from normlab.checks import one_of, whole_number
-    from normlab.devices import pick_device
+    from normlab.checks import one_of
     from normlab.engines import ENGINES
-    from normlab.experiment import seed_numbers
-    from normlab.sources import DATASETS, check_dataset_name
 
     assignment = find_assignment(options.assignment or "mnist-l1")
     if options.as_submitted:
         assignment = as_submitted(assignment)
+    one_of(options.engine, ENGINES, "engine")
     # Without an assignment it must work anywhere at once, whatever data lies around.
     dataset = options.dataset or (assignment.dataset if options.assignment else "digits")
+    name = _check_training(options, assignment, dataset)
+    return assignment, dataset, options.out or Path("runs") / f"{assignment.name}-{name}"
+
+
+def _check_training(options: argparse.Namespace, assignment, dataset: str) -> str:
+    """The data set's name as part of a folder's, if all options of a training are in order."""
+    from normlab.checks import whole_number
+    from normlab.devices import pick_device
+    from normlab.plans import seed_numbers
+    from normlab.sources import DATASETS, check_dataset_name
+
     check_dataset_name(dataset)
     seed_numbers(options.seeds)
     if options.image_size is not None:
         whole_number(options.image_size, "--image-size")
     assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
     pick_device(options.device)
-    one_of(options.engine, ENGINES, "engine")
-    if options.data_root is not None and not options.data_root.is_dir():
-        raise FileNotFoundError(f"the data root {options.data_root} is not a folder")
-    name = dataset if dataset in DATASETS else Path(dataset).expanduser().resolve().name
-    out = options.out or Path("runs") / f"{assignment.name}-{name}"
-    return assignment, dataset, out
+    _check_root(options.data_root)
+    return dataset if dataset in DATASETS else Path(dataset).expanduser().resolve().name
+
+
+def _check_root(root: Path | None) -> None:
+    if root is not None and not root.is_dir():
+        raise FileNotFoundError(f"the data root {root} is not a folder")
 
 
 def _run(options: argparse.Namespace, plan) -> None:
@@ -200,6 +241,74 @@ def _how_to_resume(options: argparse.Namespace) -> str:
         return "nothing was trained yet"
     again = "the same command without --fresh" if options.fresh else "the same command"
     return f"what was finished is kept in {options.out}: {again} goes on from there"
+
+
+# --- sweep ------------------------------------------------------------------------------------
+
+
+def _check_sweep(options: argparse.Namespace):
+    """The assignment, a function that loads its images, and the output folder."""
+    from normlab.assignments import find_assignment
+    from normlab.sweeps import check_axes
+
+    assignment = find_assignment(options.assignment)
+    dataset = options.dataset or assignment.dataset
+    name = _check_training(options, assignment, dataset)
+    check_axes(assignment, options.norms, options.batch_sizes, options.lr, options.scaling)
+    load = partial(_load_images, assignment, dataset, options.data_root, options.image_size)
+    return assignment, load, options.out or Path("runs") / f"sweep-{assignment.name}-{name}"
+
+
+def _load_images(assignment, dataset: str, root: Path | None, side: int | None):
+    """Here, and on each worker of a cluster, whose data root may be missing."""
+    from normlab.experiment import load_assignment_data
+
+    _check_root(root)
+    return load_assignment_data(assignment, dataset, root, side=side)
+
+
+def _sweep(options: argparse.Namespace, plan) -> None:
+    from normlab.sweeps import TABLE, run_sweep, summary_table
+
+    assignment, load, options.out = plan
+    figure = options.out / "sweep.png"
+    table = run_sweep(
+        assignment,
+        norms=options.norms,
+        batch_sizes=options.batch_sizes,
+        lrs=options.lr,
+        scaling=options.scaling,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        data=load,
+        directory=options.out,
+        device=options.device,
+        fresh=options.fresh,
+        dask=options.dask,
+        after_each=_Redraw(figure),
+    )
+    _draw_sweep(table, figure)
+    print(f"\n{summary_table(table)}\n\n{TABLE}, {figure.name} and the runs are in {options.out}")
+
+
+class _Redraw:
+    """Draws the figure of a growing table, but not all the time."""
+
+    SECONDS = 20
+
+    def __init__(self, figure: Path) -> None:
+        self.figure, self.next = figure, time.monotonic()
+
+    def __call__(self, table) -> None:
+        if time.monotonic() >= self.next:
+            _draw_sweep(table, self.figure)
+            self.next = time.monotonic() + self.SECONDS
+
+
+def _draw_sweep(table, figure: Path) -> None:
+    from normlab.plots import plot_sweep, save_figure
+
+    save_figure(plot_sweep(table), figure)
 
 
 # --- report -----------------------------------------------------------------------------------

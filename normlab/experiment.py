@@ -3,27 +3,32 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import nn
 
-from normlab.assignments import Assignment, Variant, build_variant, find_assignment
-from normlab.checks import instance, one_of, whole_number
+from normlab.assignments import Assignment, find_assignment
+from normlab.checks import instance, one_of
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engines import ENGINES
-from normlab.fitting import Job, check_trainable, fit_together, is_done
+from normlab.fitting import fit_together
 from normlab.networks import NETWORKS
-from normlab.parallel import is_worthwhile, side_by_side
-from normlab.recipes import Recipe
+from normlab.parallel import side_by_side
+from normlab.plans import (
+    Plan,
+    are_worth_processes,
+    left_to_do,
+    plan_runs,
+    seed_numbers,
+    with_kept,
+)
 from normlab.replicas import from_first, replicas
 from normlab.runs import Run, RunFolder, remove_run
 from normlab.sources import load_dataset
-from normlab.summaries import multiply_adds
 
 
 @dataclass(repr=False)
@@ -133,16 +138,18 @@ def run_assignment(
     instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
         place = directory or stack.enter_context(TemporaryDirectory(prefix="normlab-"))
-        plans = _plan(assignment, numbers, epochs, Path(place))
+        plans = plan_runs(assignment, numbers, epochs, Path(place))
         if fresh:
             from_first(lambda: [remove_run(plan.directory) for plan in plans])
         if kept is not None and not fresh:
-            plans = _with_kept(plans, Path(place), Path(kept), data, device)
+            plans = with_kept(plans, Path(place), Path(kept), data, device)
         if progress and replicas().is_first:
             _say_what_is_there(plans)
         alone = replicas().count == 1
         if device.type == "cpu" and engine == "auto" and alone:
-            _run_side_by_side(plans, data, device, progress)
+            left = left_to_do(plans, data, device)
+            if left and are_worth_processes(plans, data):  # the loop below finds them finished
+                side_by_side(_train, left, data, progress=progress)
         groups = [plans] if device.type == "cuda" and alone else [[plan] for plan in plans]
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
         for group in groups:
@@ -154,102 +161,11 @@ def run_assignment(
     return Results(assignment, data, runs)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """One run of an assignment: a variant and a seed, and the folder for it."""
-
-    assignment: Assignment
-    variant: Variant
-    recipe: Recipe
-    directory: Path
-
-    @property
-    def label(self) -> str:
-        return f"{self.variant.label}, seed {self.recipe.seed}"
-
-    @property
-    def epochs(self) -> int:
-        return self.recipe.epochs
-
-    def job(self, data: Dataset) -> Job:
-        """The untrained network, ready for `fit_together`."""
-        network = build_variant(
-            self.assignment,
-            self.variant,
-            seed=self.recipe.seed,
-            classes=len(data.classes),
-            input_shape=data.input_shape,
-        )
-        instance(network, nn.Module, f"what build returns for {self.variant.norm!r}", "return it")
-        return Job(network, self.recipe, self.directory, self.label)
-
-
-def _plan(assignment: Assignment, seeds: list[int], epochs: int | None, place: Path) -> list[_Plan]:
-    """All runs; a first seed of everything before the second of anything."""
-    return [
-        _Plan(
-            assignment,
-            variant,
-            assignment.recipe_for(variant, seed=seed, epochs=epochs),
-            place / variant.folder / f"seed-{seed}",
-        )
-        for seed in seeds
-        for variant in assignment.variants
-    ]
-
-
-def _with_kept(
-    plans: list[_Plan], place: Path, kept: Path, data: Dataset, device: torch.device
-) -> list[_Plan]:
-    """The plans, those whose finished run lies in `kept` with its folder there for their own."""
-    there = [replace(plan, directory=kept / plan.directory.relative_to(place)) for plan in plans]
-    found = from_first(lambda: _are_done(there, data, device))
-    return [one if done else plan for one, plan, done in zip(there, plans, found, strict=True)]
-
-
-def _are_done(plans: list[_Plan], data: Dataset, device: torch.device) -> list[bool]:
-    found, problem = [], ""
-    for plan in plans:
-        try:
-            found.append(is_done(plan.job(data), data, device))
-        except ValueError as error:
-            found.append(False)
-            problem = problem or str(error)
-    if problem:
-        print(f"Not taken from the kept runs: {problem.partition(': choose another')[0]}")
-    return found
-
-
-def _say_what_is_there(plans: list[_Plan]) -> None:
+def _say_what_is_there(plans: list[Plan]) -> None:
     done = [plan for plan in plans if RunFolder(plan.directory).is_finished()]
     if done:
         print(f"{len(done)} of {len(plans)} runs are loaded, {len(plans) - len(done)} trained")
 
 
-def _run_side_by_side(
-    plans: list[_Plan], data: Dataset, device: torch.device, progress: bool
-) -> None:
-    """Trains the runs where that is quicker so; the loop that follows finds them finished."""
-    jobs = [plan.job(data) for plan in plans]
-    for job in jobs:  # before anything is trained
-        check_trainable(job.network, data)
-    done = [is_done(job, data, device) for job in jobs]
-    forward = multiply_adds(jobs[0].network, data.input_shape)
-    work = 3 * forward * len(data.train_images) * sum(plan.epochs for plan in plans)
-    left = [plan for plan, is_there in zip(plans, done, strict=True) if not is_there]
-    if left and is_worthwhile(plans, work):
-        side_by_side(_train, left, data, progress=progress)
-
-
-def _train(plan: _Plan, data: Dataset) -> None:
+def _train(plan: Plan, data: Dataset) -> None:
     fit_together([plan.job(data)], data, device="cpu", progress=False)
-
-
-def seed_numbers(seeds: int | Iterable[int]) -> list[int]:
-    """3 is [0, 1, 2]; a list is itself. Raises `ValueError` for none, twice the same or below 0."""
-    if isinstance(seeds, Iterable) and not isinstance(seeds, str):
-        numbers = [whole_number(seed, "each of seeds", least=0) for seed in seeds]
-        if not numbers or len(set(numbers)) < len(numbers):
-            raise ValueError(f"seeds must name at least one seed, each once, not {numbers}")
-        return numbers
-    return list(range(whole_number(seeds, "seeds")))

@@ -10,9 +10,10 @@ import os
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +38,13 @@ class Planned(Protocol):
     label: str
     directory: Path
     epochs: int
+
+
+AfterEach = Callable[[Planned, object], None]
+
+
+def nothing_more(job: Planned, result: object) -> None:
+    """What there is to do after a job if nobody waits for it."""
 
 
 def is_worthwhile(jobs: Sequence, multiply_adds: float) -> bool:
@@ -67,6 +75,7 @@ def side_by_side(
     data: Dataset,
     *,
     progress: bool = True,
+    after_each: AfterEach = nothing_more,
 ) -> None:
     """Calls `train(job, data)`, which fills the job's folder, in processes of one thread each.
 
@@ -75,33 +84,94 @@ def side_by_side(
 
     Raises `RuntimeError` that names the unfinished runs if a process is killed again.
     """
+    left = list(jobs)
+
+    def done(job: Planned, result: object) -> None:
+        left.remove(job)
+        after_each(job, result)
+
     with tempfile.TemporaryDirectory(prefix="normlab-") as folder:
         file = Path(folder) / "data.safetensors"
         data.save(file)
+        task = functools.partial(_train_alone, train, file)
         for _ in range(2):
-            left = [job for job in jobs if not RunFolder(job.directory).is_finished()]
             try:
                 with _Watch(left, show=progress):
-                    for some, workers in rounds(left):
+                    for some, workers in rounds(tuple(left)):
                         # For a single process joblib would take this one, and change it.
-                        pool = joblib.Parallel(n_jobs=max(workers, 2), backend="loky")
-                        pool(joblib.delayed(_train_alone)(train, job, file) for job in some)
+                        work_off(task, some, done, n_jobs=max(workers, 2), backend="loky")
                 return
-            except TerminatedWorkerError:
+            except WorkersLost:
                 continue
-    names = [job.label for job in jobs if not RunFolder(job.directory).is_finished()]
     raise RuntimeError(
-        f"processes were killed twice, for want of memory perhaps; not finished: {', '.join(names)}"
-        "; the same call goes on from their last epochs"
+        "processes were killed twice, for want of memory perhaps; not finished: "
+        f"{', '.join(job.label for job in left)}; the same call goes on from their last epochs"
     )
 
 
-def _train_alone(train: Callable[[Planned, Dataset], object], job: Planned, file: Path) -> None:
+def work_off(
+    task: Callable[[Planned], tuple[object, dict[str, bytes]]],
+    jobs: Sequence[Planned],
+    done: AfterEach,
+    **pool: object,
+) -> None:
+    """Has joblib's workers do the task for every job, and hears of each as it is finished.
+
+    Args:
+        task: returns a result, and the files of the job's folder if they must be brought here.
+        done: called here with the job and that result, once its files are in its folder.
+        pool: for `joblib.Parallel`.
+
+    Raises what a task raised, and `WorkersLost` if not all tasks came to an end.
+    """
+    parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **pool)
+    tasks = (joblib.delayed(_numbered)(number, task, job) for number, job in enumerate(jobs))
+    waited_for = set(range(len(jobs)))
+    with warnings.catch_warnings(), closing(parallel(tasks)) as finished:
+        # After an error it would count the tasks that nobody waits for any more.
+        warnings.filterwarnings("ignore", message=".*tasks.*", module="joblib")
+        try:
+            for number, outcome in finished:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                result, files = outcome
+                RunFolder(jobs[number].directory).receive(files)
+                waited_for.remove(number)
+                done(jobs[number], result)
+        except TerminatedWorkerError as error:
+            raise WorkersLost from error
+    if waited_for:  # joblib at times ends without the error that ended it
+        raise WorkersLost
+
+
+class WorkersLost(RuntimeError):
+    """Processes ended in the middle of their work."""
+
+
+def _numbered(number: int, task: Callable, job: Planned) -> tuple:
+    """An error comes home as a result: joblib, given one, may lose it."""
+    try:
+        return number, task(job)
+    except Exception as error:
+        error.add_note(f"in a worker:\n{traceback.format_exc()}")
+        return number, error
+
+
+def _train_alone(
+    train: Callable[[Planned, Dataset], object], file: Path, job: Planned
+) -> tuple[object, dict]:
     _end_with_parent()
+    return train_quietly(train, job, _open(file)), {}
+
+
+def train_quietly(
+    train: Callable[[Planned, Dataset], object], job: Planned, data: Dataset
+) -> object:
+    """`train(job, data)` in one thread; the parent repeats those warnings that matter."""
     torch.set_num_threads(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the parent repeats those that matter
-        train(job, _open(file))
+        warnings.simplefilter("ignore")
+        return train(job, data)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from normlab.runs import QUANTITIES, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from torch import Tensor
 
 Runs = Mapping[str, Run | Sequence[Run]]
@@ -195,6 +196,87 @@ def plot_loss_and_accuracy(results: Runs, *, training: bool = False) -> Figure:
         for ax, kind in zip(row, ("loss", "accuracy"), strict=True):
             plot_curves(runs, f"{part}_{kind}", ax=ax)
     return figure
+
+
+def plot_sweep(
+    table: DataFrame,
+    x: str | None = None,
+    quantity: str = "test_accuracy",
+    *,
+    ax: Axes | None = None,
+) -> Figure:
+    """A curve for each variant over the batch sizes or the rates of a sweep.
+
+    Points are means over seeds with bars of one standard deviation. Where the other of the two was
+    swept as well, each of its values has a curve of its own. A cross at the lower edge marks where
+    the loss of a run diverged.
+
+    Args:
+        table: as from `run_sweep`.
+        x: "batch_size" or "base_lr"; without it, whichever has more values.
+        quantity: "test_accuracy", "test_loss", "train_accuracy" or "train_loss".
+
+    Raises `ValueError` for an empty table or an unknown name.
+    """
+    if table.empty:
+        raise ValueError("there are no runs to plot")
+    axes = ("batch_size", "base_lr")
+    x = one_of(x, axes, "axis") if x else max(axes, key=lambda name: table[name].nunique())
+    one_of(quantity, [name for name in QUANTITIES if name in table], "quantity")
+    (other,) = set(axes) - {x}
+    ax = ax if ax is not None else _axes(6.8, 4.2)
+    by = ["variant", other] if len(table[other].unique()) > 1 else ["variant"]
+    for place, (names, rows) in enumerate(table.groupby(by, sort=False)):
+        label = names[0] if len(names) == 1 else f"{names[0]}, {_SWEPT[other]} {names[1]:g}"
+        _draw_swept(ax, rows, x, quantity, label, place)
+    _annotate_sweep(ax, table, x, quantity)
+    return ax.figure
+
+
+_SWEPT = {"batch_size": "batch size", "base_lr": "rate"}
+
+
+def _draw_swept(ax: Axes, rows: DataFrame, x: str, quantity: str, label: str, place: int) -> None:
+    """Means and standard deviations over seeds, and crosses where there is none to be had."""
+    scale = 100 if quantity.endswith("accuracy") else 1
+    points = rows.groupby(x)[quantity].agg(
+        mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
+    )
+    look = place % len(COLOURS)
+    ax.errorbar(
+        points.index,
+        points["mean"] * scale,
+        points["sd"].fillna(0) * scale,
+        color=COLOURS[look],
+        linestyle=LINES[look],
+        marker=MARKERS[look],
+        markersize=4,
+        capsize=2.5,
+        linewidth=1.5,
+        label=label,
+    )
+    diverged = points.index[points["mean"].isna()]
+    lower_edge = ax.get_xaxis_transform()
+    ax.plot(diverged, [0.02] * len(diverged), "x", color=COLOURS[look], transform=lower_edge)
+
+
+def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str) -> None:
+    from matplotlib.ticker import NullLocator
+
+    name, unit = _NAMES[quantity]
+    values = sorted(table[x].unique())
+    if len(values) > 1:
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel({"batch_size": "batch size (images)", "base_lr": "learning rate"}[x])
+    ax.set_ylabel(unit)
+    counts = table.groupby(["variant", "batch_size", "base_lr"])["seed"].count()
+    seeds = f"mean ± sd of {counts.max()} seeds" if counts.max() > 1 else "one seed"
+    ax.set_title(f"{name}, last epoch, {seeds}")
+    ax.grid(alpha=0.3, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
 
 
 def plot_confusion(

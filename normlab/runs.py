@@ -218,6 +218,17 @@ class RunFolder:
         """The epochs that are done, none if there is no run."""
         return self._read_history() if self._history.is_file() else []
 
+    def pack(self) -> dict[str, bytes]:
+        """The files of a finished run by their names, for `receive` elsewhere."""
+        if not self.is_finished():
+            return {}
+        return {file.name: file.read_bytes() for file in (*self._results(), self._config)}
+
+    def receive(self, files: Mapping[str, bytes]) -> None:
+        """Writes the files of a run that was finished elsewhere, last the one that says so."""
+        for name, content in files.items():
+            write_bytes(self.directory / name, content)
+
     def start(self, what: dict, origin: dict) -> None:
         """Writes down what the run is before its first epoch."""
         write_json(self._config, {"is": what, "from": origin})

@@ -131,6 +131,24 @@ def test_seeds_make_more_runs(again, capsys):
     assert " ± " in capsys.readouterr().out
 
 
+def test_sweep_writes_a_table_and_a_figure(tmp_path, capsys):
+    shades, out = make_folder(tmp_path / "shades"), tmp_path / "sweep"
+    command = ["sweep", "mnist-l1", "--dataset", str(shades), "--norms", "gn", "none"]
+    command += ["--batch-sizes", "4", "8", "--epochs", "1", "--device", "cpu", "--out", str(out)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1 of 4: GN, batch 4, seed 0: ")
+    assert said.count("\n| ") == 6  # a head, a line, four combinations
+    with open(out / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["batch_size"]) for row in rows] == [
+        (variant, size) for variant in ("GN", "none") for size in ("4", "8")
+    ]
+    assert Image.open(out / "sweep.png").width > 500
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("4 of 4 runs are loaded, 0 trained")
+
+
 @pytest.mark.parametrize("option", [[], ["--resume"]])
 def test_the_same_command_loads_what_is_finished(option, again, capsys):
     command, out = again
@@ -225,6 +243,10 @@ def test_version_is_the_package_s(capsys):
         (["run", "--device", "gpu"], "unknown device 'gpu'"),
         (["run", "--device", "cuda:99"], "device 'cuda:99'"),
         (["run", "--data-root", "nowhere"], "data root nowhere is not a folder"),
+        (["sweep", "mnist-l1", "--norms", "btn"], "unknown norm 'btn'"),
+        (["sweep", "mnist-l1", "--batch-sizes", "8", "0"], "batch_sizes must be at least 1, not 0"),
+        (["sweep", "mnist-l1", "--lr", "-1"], "each of lrs must be greater than 0"),
+        (["sweep", "mnist-l1", "--scaling", "lineal"], "did you mean 'linear'?"),
         (["summary", "mnist-l3"], "did you mean 'mnist-l1'?"),
         (["summary", "mnist-l1", "--norm", "ln-elementwis"], "mean 'ln-elementwise'?"),
         (["summary", "mnist-l1", "--norm", "gn", "--groups", "3"], "groups=3 does not divide 10"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import normlab as nl
-from normlab.experiment import load_assignment_data, seed_numbers
+from normlab.experiment import load_assignment_data
+from normlab.plans import seed_numbers
 
 FOLDERS = ["bn-l1", "gn", "ln"]
 

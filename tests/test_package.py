@@ -335,7 +335,7 @@ def needed_data(words: list[str]) -> str | None:
     """The data set that a command takes from elsewhere."""
     if words[0] == "data":
         return words[1] if words[1] != "digits" else None
-    if words[0] == "run" and len(words) > 1 and "--dataset" not in words:
+    if words[0] in ("run", "sweep") and len(words) > 1 and "--dataset" not in words:
         return nl.ASSIGNMENTS[words[1]].dataset if words[1] in nl.ASSIGNMENTS else None
     return None
 
@@ -357,7 +357,9 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
             pytest.skip(f"NORMLAB_DATA names a folder without {name}")
     if "FOLDER" in words:
         words[words.index("FOLDER")] = str(image_folder(tmp_path / "images"))
-    if words[0] == "run":
+    if "--dask" in words:
+        words = words[: words.index("--dask")]  # `test_cluster.py` has a scheduler
+    if words[0] in ("run", "sweep"):
         words += ["--epochs", "1", "--seeds", "1", "--device", "cpu"]  # the last one counts
         monkeypatch.setattr(normlab.experiment, "load_dataset", load_few)
     if words[0] == "report":

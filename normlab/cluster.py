@@ -1,0 +1,209 @@
+"""The workers of a Dask cluster, which Dask's own commands start, as the ones who train.
+
+A worker is sent what to train and how to come by the images, never the images; it trains in a
+cache folder of its own machine, and sends the finished run's files home.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+import joblib
+
+import normlab
+from normlab.cache import cache_folder
+from normlab.checks import warn
+from normlab.data import Dataset
+from normlab.parallel import AfterEach, WorkersLost, train_quietly, work_off
+from normlab.plans import Plan
+from normlab.runs import RunFolder, remove_run
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+SECONDS_TO_ANSWER = 10
+
+# The threads of one worker would share torch's random states: they train one after another.
+_one_at_a_time = threading.Lock()
+_images: dict[str, Dataset] = {}  # in a worker: its images by their fingerprint
+
+
+def on_cluster(
+    train: Callable[[Plan, Dataset], object],
+    plans: Sequence[Plan],
+    load: Callable[[], Dataset],
+    fingerprint: str,
+    address: str,
+    after_each: AfterEach,
+) -> None:
+    """Calls `train(plan, load())` on the workers of the cluster at `address`.
+
+    A plan whose worker dies is given to another one, which goes on from the last finished epoch if
+    it is on the same machine.
+
+    Args:
+        load: returns the images, on the worker; a partial of `load_dataset`, say.
+        fingerprint: of the images here; those of a worker must have it too.
+
+    Raises `ConnectionError` or `RuntimeError` of one sentence if the cluster does not answer, has
+    no workers, or has some that cannot do this.
+    """
+    task = partial(_train_away, train, load, fingerprint)
+    with _connected(address) as client:
+        _check_workers(client)
+        results: SimpleQueue = SimpleQueue()
+        threading.Thread(target=_work_off, args=(client, task, plans, results), daemon=True).start()
+        while (result := _next(results, client)) is not None:
+            if isinstance(result, Exception):
+                raise result
+            after_each(*result)
+
+
+def _work_off(client: Client, task: Callable, plans: Sequence[Plan], results: SimpleQueue) -> None:
+    """Puts what the workers return into `results`, at last None or the error that ended it.
+
+    In a thread of its own, because joblib waits forever for a task whose workers all died.
+    """
+    try:
+        with joblib.parallel_config(backend="dask", client=client) as config:
+            threads = config["backend"].effective_n_jobs
+            # With a single thread joblib would not use the cluster at all, but train here.
+            config["backend"].effective_n_jobs = lambda n_jobs: max(threads(n_jobs), 2)
+            # All at once, so that workers that join later find something to do.
+            done = partial(_put, results)
+            work_off(task, plans, done, n_jobs=-1, pre_dispatch="all")
+        results.put(None)
+    except Exception as error:
+        results.put(error)
+
+
+def _why_it_failed(error: Exception) -> Exception:
+    """What ended a task from outside; what it raises itself comes home as its result."""
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return WorkersLost(
+            "a run ended the process of every worker that tried it, for want of memory perhaps; "
+            "what was finished is kept"
+        )
+    return RuntimeError(f"the cluster cannot do a run: {error}")
+
+
+def _put(results: SimpleQueue, plan: Plan, result: object) -> None:
+    results.put((plan, result))
+
+
+def _next(results: SimpleQueue, client: Client) -> tuple | Exception | None:
+    """The next result; or the reason why there will be none."""
+    patience = SECONDS_TO_ANSWER
+    while patience:
+        try:
+            return results.get(timeout=1)
+        except Empty:
+            failed = [state for state in list(client.futures.values()) if state.status == "error"]
+            if failed:
+                return _why_it_failed(failed[0].exception)
+            patience = SECONDS_TO_ANSWER if client.status == "running" else patience - 1
+    return ConnectionError("the Dask scheduler went away; what was finished is kept")
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Client]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise RuntimeError(
+            "a cluster needs Dask: pip install 'normlab[cluster]', here and on its workers"
+        ) from error
+    try:
+        client = Client(address, timeout=SECONDS_TO_ANSWER, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"no Dask scheduler answers at {address} within {SECONDS_TO_ANSWER} seconds: start one "
+            "with `dask scheduler`, and give the address that it prints"
+        ) from error
+    with client:
+        yield client
+
+
+def _check_workers(client: Client) -> None:
+    """That there are workers, that everyone has this normlab; warns of threads that are idle."""
+    try:
+        client.wait_for_workers(1, timeout=SECONDS_TO_ANSWER)
+    except TimeoutError as error:
+        address = client.scheduler.address
+        raise RuntimeError(
+            f"the cluster at {address} has no workers: start some with `dask worker {address} "
+            "--nworkers 2 --nthreads 1`"
+        ) from error
+    versions = client.run(_version_asker())
+    idle = sum(client.nthreads().values()) - len(versions)
+    versions["the scheduler"] = client.run_on_scheduler(_version_asker())  # it reads the tasks too
+    other = {worker: has for worker, has in versions.items() if has != normlab.__version__}
+    if other:
+        names = ", ".join(f"{worker} has {has or 'none'}" for worker, has in other.items())
+        raise RuntimeError(
+            f"this is normlab {normlab.__version__}, but {names}: install the same version there"
+        )
+    if idle:
+        warn(f"{idle} threads will be idle: start workers with `--nworkers N --nthreads 1`")
+
+
+def _version_asker() -> Callable[[], str | None]:
+    """A function that says which normlab is installed where it is called.
+
+    It is sent as code rather than by its name, which a worker without normlab would not find.
+    """
+
+    def version() -> str | None:
+        try:
+            from normlab import __version__
+        except ImportError:
+            return None
+        return __version__
+
+    return version
+
+
+def _train_away(
+    train: Callable[[Plan, Dataset], object],
+    load: Callable[[], Dataset],
+    fingerprint: str,
+    plan: Plan,
+) -> tuple[object, dict[str, bytes]]:
+    """Trains on a worker; returns what `train` does, and the files of the finished run."""
+    with _one_at_a_time:
+        data = _images_here(load, fingerprint)
+        # The same for every worker on this machine, so that another one can go on here.
+        place = cache_folder() / "sweeps" / plan.digest(data)
+        result = train_quietly(train, replace(plan, directory=place), data)
+        files = RunFolder(place).pack()
+        remove_run(place)
+        return result, files
+
+
+def _images_here(load: Callable[[], Dataset], fingerprint: str) -> Dataset:
+    if fingerprint not in _images:
+        try:
+            data = load()
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"worker {_own_address()}: {error}") from error
+        if data.fingerprint != fingerprint:
+            raise RuntimeError(
+                f"worker {_own_address()} has other images of {data.name} than the client"
+            )
+        _images.clear()
+        _images[fingerprint] = data
+    return _images[fingerprint]
+
+
+def _own_address() -> str:
+    from distributed import get_worker
+
+    return get_worker().address

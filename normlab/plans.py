@@ -1,0 +1,121 @@
+"""What there is to train: a variant, a seed and a folder for each run, and in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from normlab.assignments import Assignment, Variant, build_variant
+from normlab.checks import instance, whole_number
+from normlab.data import Dataset
+from normlab.fitting import Job, check_trainable, is_done
+from normlab.parallel import is_worthwhile
+from normlab.recipes import Recipe
+from normlab.replicas import from_first
+from normlab.runs import identity
+from normlab.summaries import multiply_adds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of an assignment: a variant and a seed, and the folder for it."""
+
+    assignment: Assignment
+    variant: Variant
+    recipe: Recipe
+    directory: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.variant.label}, seed {self.recipe.seed}"
+
+    @property
+    def epochs(self) -> int:
+        return self.recipe.epochs
+
+    def job(self, data: Dataset) -> Job:
+        """The untrained network, ready for `fit_together`."""
+        network = build_variant(
+            self.assignment,
+            self.variant,
+            seed=self.recipe.seed,
+            classes=len(data.classes),
+            input_shape=data.input_shape,
+        )
+        instance(network, nn.Module, f"what build returns for {self.variant.norm!r}", "return it")
+        return Job(network, self.recipe, self.directory, self.label)
+
+    def digest(self, data: Dataset) -> str:
+        """Twelve hexadecimal digits that tell this run from any that computes something else."""
+        what = identity(self.job(data).network, data, self.recipe)
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def plan_runs(
+    assignment: Assignment, seeds: list[int], epochs: int | None, place: Path
+) -> list[Plan]:
+    """All runs; a first seed of everything before the second of anything."""
+    return [
+        Plan(
+            replace(assignment, variants=(variant,)),  # to be sent without the others
+            variant,
+            assignment.recipe_for(variant, seed=seed, epochs=epochs),
+            place / variant.folder / f"seed-{seed}",
+        )
+        for seed in seeds
+        for variant in assignment.variants
+    ]
+
+
+def with_kept(
+    plans: list[Plan], place: Path, kept: Path, data: Dataset, device: torch.device
+) -> list[Plan]:
+    """The plans, those whose finished run lies in `kept` with its folder there for their own."""
+    there = [replace(plan, directory=kept / plan.directory.relative_to(place)) for plan in plans]
+    found = from_first(lambda: _are_done(there, data, device))
+    return [one if done else plan for one, plan, done in zip(there, plans, found, strict=True)]
+
+
+def _are_done(plans: list[Plan], data: Dataset, device: torch.device) -> list[bool]:
+    found, problem = [], ""
+    for plan in plans:
+        try:
+            found.append(is_done(plan.job(data), data, device))
+        except ValueError as error:
+            found.append(False)
+            problem = problem or str(error)
+    if problem:
+        print(f"Not taken from the kept runs: {problem.partition(': choose another')[0]}")
+    return found
+
+
+def left_to_do(plans: list[Plan], data: Dataset, device: torch.device) -> list[Plan]:
+    """Those that are not finished; that all can be trained is checked before anything is."""
+    jobs = [plan.job(data) for plan in plans]
+    for job in jobs:
+        check_trainable(job.network, data)
+    done = [is_done(job, data, device) for job in jobs]
+    return [plan for plan, is_there in zip(plans, done, strict=True) if not is_there]
+
+
+def are_worth_processes(plans: list[Plan], data: Dataset) -> bool:
+    """Whether the plans, done or not, end sooner side by side in processes of one thread."""
+    forward = multiply_adds(plans[0].job(data).network, data.input_shape)
+    work = 3 * forward * len(data.train_images) * sum(plan.epochs for plan in plans)
+    return is_worthwhile(plans, work)
+
+
+def seed_numbers(seeds: int | Iterable[int]) -> list[int]:
+    """3 is [0, 1, 2]; a list is itself. Raises `ValueError` for none, twice the same or below 0."""
+    if isinstance(seeds, Iterable) and not isinstance(seeds, str):
+        numbers = [whole_number(seed, "each of seeds", least=0) for seed in seeds]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"seeds must name at least one seed, each once, not {numbers}")
+        return numbers
+    return list(range(whole_number(seeds, "seeds")))

@@ -1,0 +1,184 @@
+"""Sweeps: which runs they are made of, what their table holds, what is done is not done again."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import normlab as nl
+from normlab import sweeps
+from normlab.plans import plan_runs
+from normlab.runs import RunFolder, remove_run
+from normlab.seeding import seeded
+
+
+def sweep(assignment, data, **options):
+    return nl.run_sweep(assignment, data=data, device="cpu", **{"progress": False, **options})
+
+
+def test_a_sweep_is_the_product_of_its_axes(tiny_assignment, tiny):
+    options = {"norms": ["gn", "none"], "batch_sizes": [8, 32], "lrs": [0.1, 0.2], "seeds": 2}
+    table = sweep(tiny_assignment, tiny, epochs=1, **options)
+    assert list(table.columns) == list(sweeps.COLUMNS)
+    cells = set(table[["norm", "batch_size", "lr", "seed"]].itertuples(index=False, name=None))
+    assert len(table) == len(cells) == 16
+    assert len(set(table["run"])) == 16
+    assert set(table["variant"]) == {"GN", "none"}
+    assert table["test_accuracy"].between(0, 1).all()
+
+
+def test_a_run_of_a_sweep_is_that_of_fit(tiny_assignment, tiny, tiny_network):
+    table = sweep(tiny_assignment, tiny, norms=["ln"], batch_sizes=[8], lrs=[0.2], seeds=[3])
+    with seeded(3, "weights"):
+        network = type(tiny_network())("ln")
+    recipe = tiny_assignment.recipe.replace(batch_size=8, lr=0.2, seed=3)
+    run = nl.fit(network, tiny, recipe, device="cpu", progress=False)
+    for name in sweeps.MEASURED:
+        assert table[name][0] == run.last[name]
+    assert table["parameters"][0] == run.parameters
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 2), ("linear", 4)])
+def test_the_rate_follows_the_batch_size(tiny_assignment, tiny, scaling, factor):
+    sizes = [16, 64]  # the recipe's is 16
+    table = sweep(tiny_assignment, tiny, norms=["gn"], batch_sizes=sizes, scaling=scaling, epochs=1)
+    assert table["lr"].tolist() == pytest.approx([0.1, 0.1 * factor])
+    assert table["base_lr"].tolist() == [0.1, 0.1]
+
+
+def test_variants_of_the_assignment_keep_what_they_declare(tiny_assignment, tiny):
+    table = sweep(tiny_assignment, tiny, norms=["bn"], batch_sizes=[16], epochs=1)
+    own = nl.run_assignment(tiny_assignment, data=tiny, epochs=1, device="cpu", progress=False)
+    assert table["variant"].tolist() == ["BN + L1"]
+    assert table["train_loss"][0] == own["BN + L1"][0].last["train_loss"]
+
+
+def test_a_loss_that_diverges_is_a_row_and_the_others_go_on(tiny_assignment, tiny, capsys):
+    options = {"norms": ["gn", "ln"], "lrs": [1e30, 0.1], "epochs": 1}
+    table = sweep(tiny_assignment, tiny, progress=True, **options)
+    assert table["test_accuracy"].isna().tolist() == [True, False, True, False]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 of 4: GN, rate 1e+30, seed 0: the ")
+    assert "%" in lines[1]
+
+
+def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeypatch):
+    options = {"norms": ["gn", "ln"], "epochs": 1, "directory": tmp_path}
+    table = sweep(tiny_assignment, tiny, **options)
+    assert (tmp_path / "sweep.csv").read_text().count("\n") == 3
+    remove_run(tmp_path / "runs" / "ln" / "seed-0")
+    again = sweep(tiny_assignment, tiny, progress=True, **options)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "1 of 2 runs are loaded, 1 trained"
+    assert second.startswith("2 of 2: LN, seed 0: ")
+    assert again.drop(columns="seconds").equals(table.drop(columns="seconds"))
+    monkeypatch.setattr(sweeps, "fit_together", None)  # nothing is left to train
+    assert sweep(tiny_assignment, tiny, **options).equals(again)
+
+
+def test_rows_of_a_kept_table_are_taken_for_the_same_runs_alone(tiny_assignment, tiny, tmp_path):
+    options = {"norms": ["gn"], "batch_sizes": [8, 16], "epochs": 1}
+    first = sweep(tiny_assignment, tiny, directory=tmp_path, **options)
+    trained = []
+    options |= {"kept": tmp_path / "sweep.csv", "after_each": trained.append}
+    assert sweep(tiny_assignment, tiny, **options).equals(first)
+    assert trained == []
+    sweep(tiny_assignment, tiny.subset(train=80), **options)
+    assert len(trained) == 2
+
+
+def test_a_file_that_is_no_table_is_named(tiny_assignment, tiny, tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv is no table of a sweep"):
+        sweep(tiny_assignment, tiny, kept=tmp_path / "other.csv")
+
+
+def test_the_table_grows_as_runs_finish(tiny_assignment, tiny, tmp_path):
+    seen = []
+
+    def look(table):
+        seen.append((len(table), (tmp_path / "sweep.csv").read_text().count("\n") - 1))
+
+    options = {"norms": ["gn", "ln"], "seeds": 2, "epochs": 1}
+    sweep(tiny_assignment, tiny, directory=tmp_path, after_each=look, **options)
+    assert seen == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"norms": []}, "norms is empty: that is a sweep without runs"),
+        ({"batch_sizes": [8, 8]}, "batch_sizes names a value twice: 8, 8"),
+        ({"batch_sizes": [0]}, "each of batch_sizes must be at least 1"),
+        ({"lrs": [-0.1]}, "each of lrs must be greater than 0"),
+        ({"scaling": "liner"}, "did you mean 'linear'"),
+        ({"dask": "tcp://127.0.0.1:1"}, "give data as a function"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(tiny_assignment, tiny, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sweep(tiny_assignment, tiny, **options)
+
+
+def table_of(rows):
+    import pandas
+
+    names = ("variant", "batch_size", "base_lr", "seed", "test_accuracy")
+    return pandas.DataFrame(rows, columns=names)
+
+
+def test_the_plot_shows_means_and_spreads_of_seeds():
+    rows = [
+        ("GN", size, 0.1, seed, 0.9 + 0.01 * seed + size / 1000)
+        for size in (2, 8, 32)
+        for seed in range(3)
+    ]
+    ax = nl.plot_sweep(table_of(rows)).axes[0]
+    (container,) = ax.containers
+    line, _, (bars,) = container
+    assert line.get_xdata().tolist() == [2, 8, 32]
+    assert line.get_ydata() == pytest.approx([91.2, 91.8, 94.2])
+    lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+    assert lengths == pytest.approx([2, 2, 2])  # one standard deviation to both sides
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "8", "32"]
+    assert ax.get_title() == "Test accuracy, last epoch, mean ± sd of 3 seeds"
+
+
+def test_the_plot_marks_what_diverged_and_tells_rates_apart():
+    rows = [
+        (variant, size, rate, 0, math.nan if rate == 1 and size == 8 else 0.5)
+        for variant in ("BN", "GN")
+        for size in (2, 4, 8)
+        for rate in (0.1, 1)
+    ]
+    ax = nl.plot_sweep(table_of(rows)).axes[0]
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["BN, rate 0.1", "BN, rate 1", "GN, rate 0.1", "GN, rate 1"]
+    crosses = [line for line in ax.lines if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in crosses] == [[], [8], [], [8]]
+    with pytest.raises(ValueError, match="no runs to plot"):
+        nl.plot_sweep(table_of([]))
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 1e30)])
+def test_where_one_of_several_at_once_diverges_the_others_go_on(
+    rates, tiny_assignment, tiny, tmp_path
+):
+    assignment = replace(
+        tiny_assignment,
+        variants=tuple(
+            nl.Variant(f"GN {place}", "gn", changes={"lr": rate})
+            for place, rate in enumerate(rates)
+        ),
+    )
+    found = []
+    sweeps._train_here(
+        plan_runs(assignment, [0], 1, tmp_path),
+        tiny,
+        torch.device("cpu"),
+        lambda plan, problem: found.append((RunFolder(plan.directory).is_finished(), problem)),
+    )
+    assert [done for done, _ in found] == [rate < 1 for rate in rates]
+    assert [problem is None for _, problem in found] == [rate < 1 for rate in rates]
