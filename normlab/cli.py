@@ -255,7 +255,8 @@ def _check_sweep(options: argparse.Namespace):
     dataset = options.dataset or assignment.dataset
     name = _check_training(options, assignment, dataset)
     check_axes(assignment, options.norms, options.batch_sizes, options.lr, options.scaling)
-    load = partial(_load_images, assignment, dataset, options.data_root, options.image_size)
+    root = options.data_root and options.data_root.resolve()  # workers have folders of their own
+    load = partial(_load_images, assignment, dataset, root, options.image_size)
     return assignment, load, options.out or Path("runs") / f"sweep-{assignment.name}-{name}"
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -28,93 +31,77 @@ if TYPE_CHECKING:
     from distributed import Client
 
 SECONDS_TO_ANSWER = 10
+MOST_BYTES = 100_000  # of what is sent for a run
 
 # The threads of one worker would share torch's random states: they train one after another.
 _one_at_a_time = threading.Lock()
 _images: dict[str, Dataset] = {}  # in a worker: its images by their fingerprint
 
 
-def on_cluster(
-    train: Callable[[Plan, Dataset], object],
-    plans: Sequence[Plan],
-    load: Callable[[], Dataset],
-    fingerprint: str,
-    address: str,
-    after_each: AfterEach,
-) -> None:
-    """Calls `train(plan, load())` on the workers of the cluster at `address`.
+class Cluster:
+    """The Dask cluster at an address, checked: its workers can train what is sent to them.
 
-    A plan whose worker dies is given to another one, which goes on from the last finished epoch if
-    it is on the same machine.
-
-    Args:
-        load: returns the images, on the worker; a partial of `load_dataset`, say.
-        fingerprint: of the images here; those of a worker must have it too.
-
-    Raises `ConnectionError` or `RuntimeError` of one sentence if the cluster does not answer, has
-    no workers, or has some that cannot do this.
+    Raises `ConnectionError` or `RuntimeError` of one sentence if it does not answer, has no
+    workers, or has some that cannot.
     """
-    task = partial(_train_away, train, load, fingerprint)
-    with _connected(address) as client:
-        _check_workers(client)
+
+    def __init__(self, address: str) -> None:
+        self.client = _connect(address)
+        try:
+            _check_workers(self.client)
+        except BaseException:
+            self.client.close()
+            raise
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def train(
+        self,
+        train: Callable[[Plan, Dataset], object],
+        plans: Sequence[Plan],
+        load: Callable[[], Dataset],
+        data: Dataset,
+        after_each: AfterEach,
+    ) -> None:
+        """Calls `train(plan, load())` on the workers.
+
+        A plan whose worker dies is given to another one, which goes on from the last finished
+        epoch if it is on the same machine.
+
+        Args:
+            load: returns the images, on the worker; a partial of `load_dataset`, say.
+            data: the images here; those of a worker must be the same.
+
+        Raises `ValueError` if `load` holds the images instead of loading them, `ConnectionError`
+        or `RuntimeError` if the cluster fails.
+        """
+        import cloudpickle  # as Dask does
+
+        task = partial(_train_away, train, load, data.fingerprint, normlab.__version__)
+        size = len(cloudpickle.dumps((task, plans[0])))
+        if size > MOST_BYTES:
+            raise ValueError(
+                f"each run would be sent with {size:,} bytes: data must be a function that loads "
+                "the images, not one that holds them"
+            )
         results: SimpleQueue = SimpleQueue()
-        threading.Thread(target=_work_off, args=(client, task, plans, results), daemon=True).start()
-        while (result := _next(results, client)) is not None:
-            if isinstance(result, Exception):
+        arguments = (self.client, task, plans, results)
+        threading.Thread(target=_work_off, args=arguments, daemon=True).start()
+        while (result := _next(results, self.client)) is not None:
+            if isinstance(result, BaseException):
                 raise result
             after_each(*result)
+        self.client.run(_forget, [plan.digest(data) for plan in plans])
 
 
-def _work_off(client: Client, task: Callable, plans: Sequence[Plan], results: SimpleQueue) -> None:
-    """Puts what the workers return into `results`, at last None or the error that ended it.
-
-    In a thread of its own, because joblib waits forever for a task whose workers all died.
-    """
-    try:
-        with joblib.parallel_config(backend="dask", client=client) as config:
-            threads = config["backend"].effective_n_jobs
-            # With a single thread joblib would not use the cluster at all, but train here.
-            config["backend"].effective_n_jobs = lambda n_jobs: max(threads(n_jobs), 2)
-            # All at once, so that workers that join later find something to do.
-            done = partial(_put, results)
-            work_off(task, plans, done, n_jobs=-1, pre_dispatch="all")
-        results.put(None)
-    except Exception as error:
-        results.put(error)
+# --- the client -------------------------------------------------------------------------------
 
 
-def _why_it_failed(error: Exception) -> Exception:
-    """What ended a task from outside; what it raises itself comes home as its result."""
-    from distributed import KilledWorker
-
-    if isinstance(error, KilledWorker):
-        return WorkersLost(
-            "a run ended the process of every worker that tried it, for want of memory perhaps; "
-            "what was finished is kept"
-        )
-    return RuntimeError(f"the cluster cannot do a run: {error}")
-
-
-def _put(results: SimpleQueue, plan: Plan, result: object) -> None:
-    results.put((plan, result))
-
-
-def _next(results: SimpleQueue, client: Client) -> tuple | Exception | None:
-    """The next result; or the reason why there will be none."""
-    patience = SECONDS_TO_ANSWER
-    while patience:
-        try:
-            return results.get(timeout=1)
-        except Empty:
-            failed = [state for state in list(client.futures.values()) if state.status == "error"]
-            if failed:
-                return _why_it_failed(failed[0].exception)
-            patience = SECONDS_TO_ANSWER if client.status == "running" else patience - 1
-    return ConnectionError("the Dask scheduler went away; what was finished is kept")
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Client]:
+def _connect(address: str) -> Client:
     try:
         from distributed import Client
     except ImportError as error:
@@ -122,18 +109,16 @@ def _connected(address: str) -> Iterator[Client]:
             "a cluster needs Dask: pip install 'normlab[cluster]', here and on its workers"
         ) from error
     try:
-        client = Client(address, timeout=SECONDS_TO_ANSWER, set_as_default=False)
+        return Client(address, timeout=SECONDS_TO_ANSWER, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConnectionError(
             f"no Dask scheduler answers at {address} within {SECONDS_TO_ANSWER} seconds: start one "
             "with `dask scheduler`, and give the address that it prints"
         ) from error
-    with client:
-        yield client
 
 
 def _check_workers(client: Client) -> None:
-    """That there are workers, that everyone has this normlab; warns of threads that are idle."""
+    """That there are workers, that everyone has this normlab; warns of threads without use."""
     try:
         client.wait_for_workers(1, timeout=SECONDS_TO_ANSWER)
     except TimeoutError as error:
@@ -152,7 +137,10 @@ def _check_workers(client: Client) -> None:
             f"this is normlab {normlab.__version__}, but {names}: install the same version there"
         )
     if idle:
-        warn(f"{idle} threads will be idle: start workers with `--nworkers N --nthreads 1`")
+        warn(
+            f"{idle} threads will only wait, since a worker trains one run at a time: start "
+            "workers with `--nworkers N --nthreads 1`"
+        )
 
 
 def _version_asker() -> Callable[[], str | None]:
@@ -171,21 +159,119 @@ def _version_asker() -> Callable[[], str | None]:
     return version
 
 
+def _work_off(client: Client, task: Callable, plans: Sequence[Plan], results: SimpleQueue) -> None:
+    """Puts what the workers return into `results`, at last None or the error that ended it.
+
+    In a thread of its own, because joblib waits forever for a task whose workers all died.
+    """
+    try:
+        with joblib.parallel_config(backend="dask", client=client) as config:
+            threads = config["backend"].effective_n_jobs
+            # With a single thread joblib would not use the cluster at all, but train here.
+            config["backend"].effective_n_jobs = lambda n_jobs: max(threads(n_jobs), 2)
+            # All at once, so that workers that join later find something to do.
+            done = partial(_put, results)
+            work_off(task, plans, done, n_jobs=-1, pre_dispatch="all")
+        results.put(None)
+    except CancelledError:
+        results.put(_gone())
+    except Exception as error:
+        results.put(error)
+
+
+def _put(results: SimpleQueue, plan: Plan, result: object) -> None:
+    results.put((plan, result))
+
+
+def _next(results: SimpleQueue, client: Client) -> tuple | BaseException | None:
+    """The next result; or the reason why there will be none."""
+    patience = SECONDS_TO_ANSWER
+    while patience:
+        try:
+            return results.get(timeout=1)
+        except Empty:
+            states = list(client.futures.values())
+            failed = [state for state in states if state.status == "error"]
+            if failed:
+                return _why_it_failed(failed[0].exception)
+            # joblib soon forgets a task that failed so; then there is nothing left to wait for.
+            expected = any(state.status in ("pending", "lost") for state in states)
+            alive = client.status == "running" and expected
+            patience = SECONDS_TO_ANSWER if alive else patience - 1
+    return _lost() if client.status == "running" else _gone()
+
+
+def _why_it_failed(error: Exception) -> Exception:
+    """What ended a task from outside; what it raises itself comes home as its result."""
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return _lost()
+    return RuntimeError(f"the cluster cannot do a run: {error}")
+
+
+def _lost() -> WorkersLost:
+    return WorkersLost(
+        "a run ended the process of every worker that tried it, for want of memory perhaps; "
+        "what was finished is kept"
+    )
+
+
+def _gone() -> ConnectionError:
+    return ConnectionError("the Dask scheduler went away; what was finished is kept")
+
+
+# --- the workers ------------------------------------------------------------------------------
+
+
 def _train_away(
     train: Callable[[Plan, Dataset], object],
     load: Callable[[], Dataset],
     fingerprint: str,
+    version: str,
     plan: Plan,
 ) -> tuple[object, dict[str, bytes]]:
-    """Trains on a worker; returns what `train` does, and the files of the finished run."""
+    """Trains on a worker; returns what `train` does, and the files of the finished run.
+
+    They stay there until the client has them: what could not be delivered is not trained again.
+    """
+    if version != normlab.__version__:  # a worker that joined after the check
+        raise RuntimeError(
+            f"worker {_own_address()} has normlab {normlab.__version__}, the client {version}: "
+            "install the same version there"
+        )
     with _one_at_a_time:
         data = _images_here(load, fingerprint)
-        # The same for every worker on this machine, so that another one can go on here.
-        place = cache_folder() / "sweeps" / plan.digest(data)
-        result = train_quietly(train, replace(plan, directory=place), data)
-        files = RunFolder(place).pack()
-        remove_run(place)
-        return result, files
+        place = _place(plan.digest(data))
+        with _alone_in(place):
+            result = train_quietly(train, replace(plan, directory=place), data)
+            return result, RunFolder(place).pack()
+
+
+def _place(digest: str) -> Path:
+    """The same for every worker on a machine, so that another one can go on there."""
+    return cache_folder() / "sweeps" / digest
+
+
+@contextmanager
+def _alone_in(place: Path) -> Iterator[None]:
+    """Waits until no other process trains there, such as one that Dask took for dead."""
+    if find_spec("fcntl") is None:  # Windows
+        yield
+        return
+    import fcntl
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends
+        yield
+
+
+def _forget(digests: Sequence[str]) -> None:
+    """Removes from a worker's machine what the client has received."""
+    for digest in digests:
+        remove_run(_place(digest))
+        _place(digest).with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _images_here(load: Callable[[], Dataset], fingerprint: str) -> Dataset:

@@ -31,6 +31,8 @@ from normlab.summaries import count_parameters
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from normlab.cluster import Cluster
+
 COLUMNS = (
     "run",
     "variant",
@@ -110,6 +112,7 @@ def run_sweep(
     instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
         place = Path(directory or stack.enter_context(TemporaryDirectory(prefix="normlab-")))
+        cluster = stack.enter_context(_cluster(dask)) if dask else None  # before files change
         sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
         plans = plan_runs(sweep, seed_numbers(seeds), epochs, place / "runs")
         if fresh:
@@ -117,16 +120,19 @@ def run_sweep(
                 remove_run(plan.directory)
         file = place / TABLE if directory else None
         table = _Table(plans, cells, data, file, progress, after_each)
-        left = table.take_what_is_done(device, None if fresh else kept)
-        if dask is not None and left:
-            from normlab.cluster import on_cluster
-
-            attempt = partial(_attempt, device=wanted)
-            left.sort(key=lambda plan: plan.recipe.batch_size)  # small ones take longest
-            on_cluster(attempt, left, load, data.fingerprint, dask, table.add)
+        left = table.take_what_is_done(device, [] if fresh else [kept, file])
+        left.sort(key=lambda plan: plan.recipe.batch_size)  # small ones take longest
+        if cluster is not None and left:
+            cluster.train(partial(_attempt, device=wanted), left, load, data, table.add)
         elif left:
             _train_each(left, data, device, table.add)
         return table.frame()
+
+
+def _cluster(address: str) -> Cluster:
+    from normlab.cluster import Cluster
+
+    return Cluster(address)
 
 
 @dataclass(frozen=True)
@@ -234,15 +240,25 @@ class _Table:
         self.rows: dict[str, dict] = {}
         self.show, self.after_each = show, after_each
 
-    def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Plan]:
-        """Takes the rows of kept and of finished runs; returns the plans that are left."""
-        if kept is not None:
-            self.rows = _read_rows(Path(kept), set(self.digests.values()))
-        others = [plan for plan in self.plans if self.digests[plan.directory] not in self.rows]
+    def take_what_is_done(
+        self, device: torch.device, tables: Sequence[str | Path | None]
+    ) -> list[Plan]:
+        """Takes the rows of earlier tables and of finished runs; returns the plans left to do."""
+        measured: dict[str, dict] = {}
+        for file in tables:
+            if file is not None and (file != self.file or self.file.is_file()):
+                measured |= _read_rows(Path(file))
+        others = []
+        for plan in self.plans:
+            row = measured.get(self.digests[plan.directory])
+            if row is None:
+                others.append(plan)
+            else:
+                self._fill(plan, {name: row[name] for name in (*MEASURED, "seconds")})
         left = left_to_do(others, self.data, device)
         for plan in others:
             if plan not in left:
-                self._fill(plan, None)
+                self._fill(plan, _last(plan))
         if self.rows and self.show:
             print(f"{len(self.rows)} of {len(self.plans)} runs are loaded, {len(left)} trained")
         self._write()
@@ -250,7 +266,7 @@ class _Table:
 
     def add(self, plan: Plan, problem: object) -> None:
         """Takes the row of a run that has just ended, and says so."""
-        self._fill(plan, problem)
+        self._fill(plan, _last(plan) if problem is None else dict.fromkeys(MEASURED, math.nan))
         if self.show:
             row = self.rows[self.digests[plan.directory]]
             result = problem or f"{row['test_accuracy']:.2%} in {row['seconds']:.0f} s"
@@ -259,10 +275,8 @@ class _Table:
         if self.after_each is not None:
             self.after_each(self.frame())
 
-    def _fill(self, plan: Plan, problem: object) -> None:
+    def _fill(self, plan: Plan, measured: dict) -> None:
         recipe, cell = plan.recipe, self.cells[plan.variant.folder]
-        history = [] if problem else RunFolder(plan.directory).history_so_far()
-        last = history[-1] if history else {}
         digest = self.digests[plan.directory]
         values = {
             "run": digest,
@@ -271,8 +285,8 @@ class _Table:
             "base_lr": cell.base_lr,
             "parameters": count_parameters(plan.job(self.data).network),
             **{name: getattr(recipe, name) for name in ("batch_size", "lr", "seed", "epochs")},
-            **{name: last.get(name, math.nan) for name in MEASURED},
-            "seconds": sum(row["seconds"] for row in history) if history else math.nan,
+            "seconds": math.nan,
+            **measured,
         }
         self.rows[digest] = {name: values[name] for name in COLUMNS}
 
@@ -289,13 +303,22 @@ class _Table:
             write_text(self.file, self.frame().to_csv(index=False))
 
 
-def _read_rows(file: Path, wanted: set[str]) -> dict[str, dict]:
-    """The rows of a table that are among the wanted runs, by their digests."""
+def _last(plan: Plan) -> dict:
+    """What a finished run has measured in its last epoch, and its seconds in all."""
+    history = RunFolder(plan.directory).history_so_far()
+    if not history:
+        raise ValueError(f"{plan.directory} has lost its history.csv: delete it and run again")
+    last = {name: history[-1][name] for name in MEASURED}
+    return last | {"seconds": sum(row["seconds"] for row in history)}
+
+
+def _read_rows(file: Path) -> dict[str, dict]:
+    """The rows of a table by their runs' digests; those of runs that diverged are NaN."""
     import pandas
 
     try:
-        rows = pandas.read_csv(file, dtype={"run": str}).to_dict("records")
-        return {row["run"]: row for row in rows if row["run"] in wanted}
+        rows = pandas.read_csv(file, dtype={"run": str}, keep_default_na=False, na_values=[""])
+        return {row["run"]: row for row in rows[list(COLUMNS)].to_dict("records")}
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file} is no table of a sweep: {error}") from error
 

@@ -1,11 +1,11 @@
 """Sweeps on a Dask cluster: a scheduler and workers of this machine, started by Dask's commands."""
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,9 +21,13 @@ from normlab.runs import RunFolder
 from normlab.sweeps import _attempt
 
 distributed = pytest.importorskip("distributed", reason="Dask is not installed")
+cloudpickle = pytest.importorskip("cloudpickle", reason="Dask is not installed")
 
 RECIPE = nl.Recipe(epochs=1, batch_size=64, lr=0.1)
 ASSIGNMENT = replace(nl.ASSIGNMENTS["mnist-l1"], recipe=RECIPE, dataset="digits")
+
+
+FILES = {"config.json", "history.csv", "weights.safetensors", "predictions.safetensors"}
 
 
 def few_digits() -> nl.Dataset:
@@ -112,20 +116,22 @@ def test_a_cluster_gives_what_one_machine_gives(scheduler, workers, tmp_path):
 def test_a_killed_worker_loses_its_unfinished_epoch_alone(scheduler, workers, own_cache, tmp_path):
     processes = workers(3)
     before: dict[int, list[dict]] = {}
+    calls: list[int] = []
 
     def kill_one(table):
-        if not before:
-            processes[0].send_signal(signal.SIGKILL)
-            for folder in (own_cache / "normlab" / "sweeps").iterdir():
-                seed = read_json(folder / "config.json")["is"]["recipe"]["seed"]
-                before[seed] = RunFolder(folder).history_so_far()
+        calls.append(len(table))
+        if before:
+            return
+        folders = [RunFolder(folder) for folder in three_with_an_epoch(own_cache)]
+        processes[0].send_signal(signal.SIGKILL)  # its run is among them: seven runs keep all busy
+        for folder in folders:
+            seed = read_json(folder.directory / "config.json")["is"]["recipe"]["seed"]
+            before[seed] = folder.history_so_far()
 
-    seeds = 7  # so that none of the workers is idle after the first run
-    table = sweep(scheduler, tmp_path, seeds=seeds, epochs=12, after_each=kill_one)
+    table = sweep(scheduler, tmp_path, seeds=7, epochs=12, after_each=kill_one)
     assert processes[0].wait() == -signal.SIGKILL
-    assert sorted(table["seed"]) == list(range(seeds))  # each run, and none twice
+    assert calls == [1, 2, 3, 4, 5, 6, 7]  # each run comes home, and none twice
     assert table["test_accuracy"].notna().all()
-    assert sum(len(rows) for rows in before.values()) > 0
     for seed, rows in before.items():  # the seconds of an epoch that is done again would differ
         after = RunFolder(tmp_path / "runs" / "gn" / f"seed-{seed}").history_so_far()
         assert len(after) == 12
@@ -133,15 +139,58 @@ def test_a_killed_worker_loses_its_unfinished_epoch_alone(scheduler, workers, ow
     assert not list((own_cache / "normlab" / "sweeps").iterdir())
 
 
-def test_a_task_is_small():
+def three_with_an_epoch(cache: Path) -> list[Path]:
+    """The folders of unfinished runs, once there are three and each has an epoch."""
+    for _ in range(600):
+        folders = [file.parent for file in cache.glob("normlab/sweeps/*/checkpoint.safetensors")]
+        if len(folders) == 3:
+            return folders
+        time.sleep(0.1)
+    raise AssertionError("the workers do not train")
+
+
+def test_what_could_not_be_delivered_is_not_trained_again(own_cache, tmp_path):
     data = few_digits()
-    assignment = nl.ASSIGNMENTS["cifar10-skip"]
-    plans = plan_runs(assignment, list(range(70)), 20, Path("sweep"))
-    task = partial(
-        cluster._train_away, partial(_attempt, device=None), few_digits, data.fingerprint
-    )
-    sizes = [len(pickle.dumps((task, plan))) for plan in plans]
+    plan = plan_runs(ASSIGNMENT, [0], 1, tmp_path)[0]
+    attempt = partial(_attempt, device="cpu")
+    task = partial(cluster._train_away, attempt, few_digits, data.fingerprint, nl.__version__)
+    _, lost = task(plan)
+    _, again = task(plan)
+    assert again == lost  # the seconds of another training would differ
+    assert set(lost) == FILES
+    cluster._forget([plan.digest(data)])
+    assert not list((own_cache / "normlab" / "sweeps").iterdir())
+
+
+def test_a_task_is_small(scheduler, workers, tmp_path, monkeypatch):
+    workers(1)
+    sizes = []
+    work_off = cluster.work_off
+
+    def measured(task, plans, done, **pool):
+        sizes.extend(len(cloudpickle.dumps((task, plan))) for plan in plans)
+        work_off(task, plans, done, **pool)
+
+    monkeypatch.setattr(cluster, "work_off", measured)
+    sweep(scheduler, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])
+    assert len(sizes) == 40
     assert max(sizes) < 100_000
+    data = few_digits()
+    with pytest.raises(ValueError, match="a function that loads the images, not one that holds"):
+        sweep(scheduler, tmp_path / "held", data=lambda: data)
+
+
+def test_a_scheduler_that_ends_is_said(tmp_path):
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    options = ("--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+    worker = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--death-timeout", "1")
+    with (
+        started("scheduler", *options) as process,
+        started("worker", address, *worker),
+        pytest.raises(ConnectionError, match="the Dask scheduler went away"),
+    ):
+        sweep(address, tmp_path, seeds=4, after_each=lambda table: process.kill())
 
 
 def test_an_address_that_does_not_answer(tmp_path, monkeypatch):
@@ -198,8 +247,8 @@ def _deadly_images(client: int) -> nl.Dataset:
     return few_digits()
 
 
-def test_threads_that_will_be_idle_are_counted(scheduler, workers, tmp_path):
+def test_threads_that_only_wait_are_counted(scheduler, workers, tmp_path):
     workers(1, threads=3)
-    with pytest.warns(UserWarning, match="2 threads will be idle: start workers with"):
+    with pytest.warns(UserWarning, match="2 threads will only wait"):
         table = sweep(scheduler, tmp_path, seeds=3)
     assert table["test_accuracy"].notna().all()

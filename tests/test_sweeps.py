@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import normlab as nl
-from normlab import sweeps
+from normlab import cluster, sweeps
 from normlab.plans import plan_runs
 from normlab.runs import RunFolder, remove_run
 from normlab.seeding import seeded
@@ -68,6 +68,8 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     table = sweep(tiny_assignment, tiny, **options)
     assert (tmp_path / "sweep.csv").read_text().count("\n") == 3
     remove_run(tmp_path / "runs" / "ln" / "seed-0")
+    head, gn, _ = (tmp_path / "sweep.csv").read_text().splitlines()
+    (tmp_path / "sweep.csv").write_text(f"{head}\n{gn}\n")
     again = sweep(tiny_assignment, tiny, progress=True, **options)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "1 of 2 runs are loaded, 1 trained"
@@ -86,6 +88,33 @@ def test_rows_of_a_kept_table_are_taken_for_the_same_runs_alone(tiny_assignment,
     assert trained == []
     sweep(tiny_assignment, tiny.subset(train=80), **options)
     assert len(trained) == 2
+
+
+def test_a_run_that_diverged_is_not_tried_again(tiny_assignment, tiny, tmp_path):
+    options = {"norms": ["gn"], "lrs": [1e30], "epochs": 1, "directory": tmp_path}
+    first = sweep(tiny_assignment, tiny, **options)
+    trained = []
+    assert sweep(tiny_assignment, tiny, after_each=trained.append, **options).equals(first)
+    assert trained == []
+
+
+def test_kept_rows_get_the_labels_of_this_sweep(tiny_assignment, tiny, tmp_path):
+    options = {"norms": ["gn"], "batch_sizes": [32], "epochs": 1, "directory": tmp_path}
+    sweep(tiny_assignment, tiny, lrs=[0.1], scaling="linear", **options)  # trained at 0.2
+    trained = []
+    table = sweep(tiny_assignment, tiny, lrs=[0.2], after_each=trained.append, **options)
+    assert trained == []
+    assert table["base_lr"].tolist() == table["lr"].tolist() == [0.2]
+
+
+def test_a_cluster_that_does_not_answer_costs_nothing(tiny_assignment, tiny, tmp_path, monkeypatch):
+    options = {"norms": ["gn"], "epochs": 1, "directory": tmp_path}
+    sweep(tiny_assignment, tiny, **options)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(cluster, "SECONDS_TO_ANSWER", 1)
+    with pytest.raises(ConnectionError, match="no Dask scheduler answers"):
+        sweep(tiny_assignment, lambda: tiny, fresh=True, dask="tcp://127.0.0.1:1", **options)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
 def test_a_file_that_is_no_table_is_named(tiny_assignment, tiny, tmp_path):
