@@ -16,14 +16,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OF_ASSIGNMENTS = [path for path in NOTEBOOKS if "01" <= path.name < "06"]
 ASSIGNMENTS = {path: path.stem[3:].replace("_", "-") for path in OF_ASSIGNMENTS}
 KEPT = read_results(ROOT / "notebooks" / "results")
-# Without kept results a notebook is stored without outputs: they could not come from a whole run.
-STORED = [path for path in NOTEBOOKS if ASSIGNMENTS.get(path, "digits") in KEPT]
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-every_stored_notebook = pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-every_stored_assignment = pytest.mark.parametrize(
-    "path", [path for path in STORED if path in ASSIGNMENTS], ids=lambda path: path.stem
-)
+every_assignment = pytest.mark.parametrize("path", ASSIGNMENTS, ids=lambda path: path.stem)
 
 
 def code_cells(path: Path) -> list:
@@ -43,14 +38,10 @@ def python_of(source: str) -> ast.Module:
 
 def test_there_is_a_notebook_for_each_assignment():
     assert set(ASSIGNMENTS.values()) == set(nl.ASSIGNMENTS)
+    assert set(nl.ASSIGNMENTS) <= set(KEPT)  # their outputs come from whole runs
 
 
-@pytest.mark.parametrize("path", sorted(set(NOTEBOOKS) - set(STORED)), ids=lambda path: path.stem)
-def test_without_kept_results_nothing_is_stored(path):
-    assert not any(cell.outputs or cell.execution_count for cell in code_cells(path))
-
-
-@every_stored_notebook
+@every_notebook
 def test_it_is_valid_small_and_was_run_from_top_to_bottom(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -60,7 +51,7 @@ def test_it_is_valid_small_and_was_run_from_top_to_bottom(path):
     assert counts == list(range(1, len(counts) + 1))
 
 
-@every_stored_notebook
+@every_notebook
 def test_no_output_is_a_warning_an_error_or_speaks_of_a_machine(path):
     for cell in code_cells(path):
         for output in cell.outputs:
@@ -102,7 +93,7 @@ def test_the_badge_opens_this_notebook_of_the_repository_that_colab_clones(path)
     assert f'"https://github.com/{repository}"' in clone
 
 
-@every_stored_assignment
+@every_assignment
 def test_it_has_both_graphs_and_the_mistakes_of_each_variant(path):
     source = "\n".join(cell.source for cell in code_cells(path))
     assert '"test_loss"' in source
@@ -113,7 +104,7 @@ def test_it_has_both_graphs_and_the_mistakes_of_each_variant(path):
     assert len(figures) >= 5 + len(KEPT[ASSIGNMENTS[path]]["variants"])
 
 
-@every_stored_assignment
+@every_assignment
 def test_the_stored_run_is_that_of_the_kept_results(path):
     (table,) = [
         output["data"]["text/plain"]
