@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import normlab as nl
 from normlab import cluster
@@ -149,6 +150,15 @@ def three_with_an_epoch(cache: Path) -> list[Path]:
     raise AssertionError("the workers do not train")
 
 
+@pytest.fixture
+def threads_put_back():
+    """A worker sets its process to one thread; here that is the process of all tests."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("threads_put_back")
 def test_what_could_not_be_delivered_is_not_trained_again(own_cache, tmp_path):
     data = few_digits()
     plan = plan_runs(ASSIGNMENT, [0], 1, tmp_path)[0]
