@@ -79,10 +79,10 @@ class Cluster:
         Raises `ValueError` if `load` holds the images instead of loading them, `ConnectionError`
         or `RuntimeError` if the cluster fails.
         """
-        import cloudpickle  # as Dask does
+        from distributed.protocol import pickle
 
         task = partial(_train_away, train, load, data.fingerprint, normlab.__version__)
-        size = len(cloudpickle.dumps((task, plans[0])))
+        size = len(pickle.dumps((task, plans[0])))
         if size > MOST_BYTES:
             raise ValueError(
                 f"each run would be sent with {size:,} bytes: data must be a function that loads "

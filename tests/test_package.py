@@ -86,7 +86,7 @@ ORDER = (
 # Imported by the functions that need them, so that the rest does not wait for them.
 ON_DEMAND = {"torchvision", "matplotlib", "pandas", "scipy", "sklearn", "torchsummary"}
 # Only one function needs each of these, and says so where it is missing.
-EXTRAS = {"ipywidgets": "notebooks", "openpyxl": "spreadsheet"}
+EXTRAS = {"ipywidgets": "notebooks", "openpyxl": "spreadsheet", "distributed": "cluster"}
 
 TOP_LEVEL = {
     *("notebooks", "normlab", "tests", "README.md", "setup.cfg", "pyproject.toml", "LICENSE"),
