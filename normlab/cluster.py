@@ -6,6 +6,7 @@ cache folder of its own machine, and sends the finished run's files home.
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -25,7 +26,7 @@ from normlab.checks import warn
 from normlab.data import Dataset
 from normlab.parallel import AfterEach, WorkersLost, train_quietly, work_off
 from normlab.plans import Plan
-from normlab.runs import RunFolder, remove_run
+from normlab.runs import RunFolder
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -270,7 +271,7 @@ def _alone_in(place: Path) -> Iterator[None]:
 def _forget(digests: Sequence[str]) -> None:
     """Removes from a worker's machine what the client has received."""
     for digest in digests:
-        remove_run(_place(digest))
+        shutil.rmtree(_place(digest), ignore_errors=True)  # all its workers do this at once
         _place(digest).with_suffix(".lock").unlink(missing_ok=True)
 
 
