@@ -4,6 +4,7 @@
 `torch.distributed` carries the messages, with gloo between CPUs and NCCL between GPUs.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,10 +84,14 @@ def data_parallel(
         ) from error
     finally:
         _here = Replicas()
-        dist.destroy_process_group()
+        _part()
 
 
 def _join(device: str | None) -> None:
+    # torch imports this with the first DistributedDataParallel, and its functions then hold the
+    # group of that moment for good (`group=group.WORLD`): imported before, there is none to hold.
+    import torch.distributed.nn.functional  # noqa: F401
+
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -98,6 +103,12 @@ def _join(device: str | None) -> None:
             f"the processes of this training did not find each other at {where}: is the address "
             f"right, and the port free? ({' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def _part() -> None:
+    """Ends the group and its threads: one that outlives the interpreter aborts the process."""
+    gc.collect()  # a DistributedDataParallel is a cycle and holds the group
+    dist.destroy_process_group()
 
 
 def _is_of_the_connection(error: RuntimeError) -> bool:

@@ -45,7 +45,8 @@ def free_port() -> int:
 @contextmanager
 def started(*words: str):
     """A command of Dask's while the context lasts."""
-    command = [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]]
+    # -P: the installed package, not a folder of that name where the tests are started.
+    command = [sys.executable, "-P", "-m", "distributed.cli.dask_" + words[0], *words[1:]]
     # It must find the functions of this file by their names.
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
