@@ -1,6 +1,5 @@
 """Dropout whose mask is drawn by the word instead of one number for each element."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -8,6 +7,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from normlab.forwards import replaced_forward
 
 
 class Share(Protocol):
@@ -87,10 +88,5 @@ def quick_dropout(network: nn.Module, of: Share | None = None) -> Iterator[None]
             return channel_dropout(x, layer.p, of)
         return dropout(x, layer.p, of=of)
 
-    for layer in layers:
-        layer.forward = functools.partial(forward, layer)
-    try:
+    with replaced_forward(layers, forward):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward

@@ -5,13 +5,14 @@ over all processes divided by the number of values in all, the variance likewise
 differentiable, so that the gradient of one process's loss reaches the images of the others.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from normlab.forwards import replaced_forward
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -78,10 +79,5 @@ def synchronized(network: nn.Module) -> Iterator[None]:
             return nn.BatchNorm2d.forward(layer, x)
         return synchronized_batch_norm(layer, x)
 
-    for layer in layers:
-        layer.forward = functools.partial(forward, layer)
-    try:
+    with replaced_forward(layers, forward):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward

@@ -55,6 +55,7 @@ ORDER = (
     "optimizers",
     "watching",
     "recipes",
+    "forwards",
     "dropout",
     "synchronized",
     "allocator",
