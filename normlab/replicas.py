@@ -90,7 +90,7 @@ def data_parallel(
 def _join(device: str | None) -> None:
     # torch imports this with the first DistributedDataParallel, and its functions then hold the
     # group of that moment for good (`group=group.WORLD`): imported before, there is none to hold.
-    import torch.distributed.nn.functional  # noqa: F401
+    import torch.distributed.nn.functional
 
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
