@@ -21,6 +21,7 @@ from normlab.report import ACCURACY_FIGURE, LOSS_FIGURE, mistakes_file, percent
 _PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
 
 MISSING = "(not trained yet)"  # what stands for results of an assignment that has none
+ONE_SEED = "(one seed: no interval)"
 
 Kept = Mapping[str, dict]
 """What each `results.json` holds and the "folder" it lies in, by that folder's name."""
@@ -78,8 +79,9 @@ def place_text(what: str, results: Kept, *, beside: Path = Path()) -> str:
     """What belongs into a place of a page in the folder `beside`.
 
     "overview", "NAME / table", "NAME / figures", "NAME / VARIANT / QUANTITY" with one of
-    `QUANTITIES`, or "NAME / VARIANT / minus / VARIANT" in percentage points. An assignment without
-    results gets `MISSING`.
+    `QUANTITIES`, or in percentage points "NAME / VARIANT / minus / VARIANT", and with the interval
+    of `compare` "NAME / VARIANT / against / VARIANT". An assignment without results gets `MISSING`,
+    a single seed `ONE_SEED`.
     """
     parts = [part.strip() for part in what.split(" / ")]
     if parts[0] in ASSIGNMENTS and parts[0] not in results:
@@ -94,6 +96,8 @@ def place_text(what: str, results: Kept, *, beside: Path = Path()) -> str:
         case [name, first, "minus", second]:
             kept = _of(results, name)
             return _points(_mean(kept, first) - _mean(kept, second))
+        case [name, first, "against", second]:
+            return _against(_of(results, name), first, second)
         case [name, label, quantity]:
             read = QUANTITIES[one_of(quantity, QUANTITIES, "quantity")]
             return read(_variant(_of(results, name), label))
@@ -111,6 +115,17 @@ def _variant(kept: dict, label: str) -> dict:
 
 def _mean(kept: dict, label: str) -> float:
     return _variant(kept, label)["test_accuracy"]
+
+
+def _against(kept: dict, first: str, second: str) -> str:
+    """The difference with its interval; the results have each pair once, in one direction."""
+    pair = [_variant(kept, label)["variant"] for label in (first, second)]
+    for each in kept.get("differences", ()):  # there are none in reports of one seed
+        found = [each["first"], each["second"]]
+        if sorted(found) == sorted(pair):
+            mean = each["mean"] if found == pair else -each["mean"]
+            return f"{_points(mean)} ± {100 * each['margin']:.2f}"
+    return ONE_SEED
 
 
 def _points(difference: float) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from normlab.analysis import find_mistakes
 from normlab.assignments import Variant, folder_name
+from normlab.comparison import Difference, compare
 from normlab.experiment import Results
 from normlab.files import write_json, write_text
 from normlab.galleries import plot_mistakes
@@ -42,6 +43,26 @@ def results_as_dict(results: Results) -> dict:
             row | _variant_as_dict(results, variant)
             for variant, row in zip(results.assignment.variants, rows, strict=True)
         ],
+        "differences": [_difference_as_dict(each) for each in _differences(results)],
+    }
+
+
+def _differences(results: Results) -> list[Difference]:
+    """Those of all pairs; none where one seed says nothing of chance."""
+    if len(results.runs) < 2 or min(map(len, results.runs.values())) < 2:
+        return []
+    return compare(results)
+
+
+def _difference_as_dict(difference: Difference) -> dict:
+    return {
+        "first": difference.first,
+        "second": difference.second,
+        "mean": difference.interval.mean,
+        "margin": difference.interval.margin,
+        "seeds": difference.seeds,
+        "seeds_needed": difference.interval.needed,
+        "mcnemar": difference.mcnemar,
     }
 
 
@@ -95,6 +116,7 @@ def report_text(results: Results) -> str:
         f"torch {origin['torch']}, normlab {origin['normlab']}, {origin['date']}.",
         markdown_table(results),
         _caution(results),
+        *_differences_part(results),
         f"## Loss\n\n![Loss of all variants over the epochs]({LOSS_FIGURE})",
         f"## Accuracy\n\n![Accuracy of all variants over the epochs]({ACCURACY_FIGURE})",
         "## Misclassified images\n\nOf the first seed's final network, the mistakes it is surest "
@@ -106,6 +128,14 @@ def report_text(results: Results) -> str:
         "`ln-elementwise` has one for every element.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _differences_part(results: Results) -> list[str]:
+    lines = [f"- {each}" for each in _differences(results)]
+    if not lines:
+        return []
+    about = "With 95 % intervals that count other seeds and other test images:"
+    return ["## Which differences count", about, "\n".join(lines)]
 
 
 def _mistakes_part(results: Results, variant: Variant) -> str:

@@ -37,6 +37,7 @@ RESULTS = {
                 "runs": [{"test_loss": 0.8125}],
             },
         ],
+        "differences": [{"first": "LN", "second": "BN + L1", "mean": -0.04, "margin": 0.0123}],
     },
     "digits": {
         "data": {"source": "digits"},
@@ -74,6 +75,9 @@ PAGE = "BN: <!-- normlab: cifar10-add / BN + L1 / mean -->{}<!-- / -->, LN <!-- 
         ("cifar10-add / BN + L1 / rate", "0.02"),
         ("cifar10-add / BN + L1 / minus / LN", "+4.00"),
         ("cifar10-add / LN / minus / BN + L1", "−4.00"),
+        ("cifar10-add / LN / against / BN + L1", "−4.00 ± 1.23"),
+        ("cifar10-add / BN + L1 / against / LN", "+4.00 ± 1.23"),
+        ("digits / GN / against / GN", "(one seed: no interval)"),
         ("cifar10-skip / LN / mean", "(not trained yet)"),
     ],
 )

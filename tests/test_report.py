@@ -130,6 +130,20 @@ def test_page_and_tables_hold_the_numbers_of_the_runs(two_seeds):
         assert [run["seed"] for run in variant["runs"]] == [0, 1]
 
 
+def test_page_and_results_hold_the_differences_of_all_pairs(two_seeds):
+    results, folder = two_seeds
+    expected = nl.compare(results)
+    page = (folder / "report.md").read_text()
+    kept = read_json(folder)["differences"]
+    for difference, stored in zip(expected, kept, strict=True):
+        assert f"- {difference}\n" in page
+        names = ("mean", "margin")
+        assert [stored[name] for name in names] == [
+            getattr(difference.interval, name) for name in names
+        ]
+        assert (stored["first"], stored["seeds"]) == (difference.first, 2)
+
+
 def test_one_seed_has_no_spread_anywhere(one_seed):
     results, folder = one_seed
     for cells in read_table(folder, "| variant "):
@@ -137,6 +151,8 @@ def test_one_seed_has_no_spread_anywhere(one_seed):
         assert cells[3] == f"{100 * run.last['test_accuracy']:.2f}"
     assert [row["sd"] for row in read_csv(folder)] == ["", ""]
     assert [variant["sd"] for variant in read_json(folder)["variants"]] == [None, None]
+    assert read_json(folder)["differences"] == []
+    assert "Which differences count" not in (folder / "report.md").read_text()
 
 
 def test_the_recipes_tell_what_differs(two_seeds):
