@@ -269,7 +269,8 @@ def _load_images(assignment, dataset: str, root: Path | None, side: int | None):
 
 
 def _sweep(options: argparse.Namespace, plan) -> None:
-    from normlab.sweeps import TABLE, run_sweep, summary_table
+    from normlab.sweep_tables import TABLE, summary_table
+    from normlab.sweeps import run_sweep
 
     assignment, load, options.out = plan
     figure = options.out / "sweep.png"

@@ -79,6 +79,7 @@ ORDER = (
     "galleries",
     "report",
     "cluster",
+    "sweep_tables",
     "sweeps",
     "pages",
     "cli",

@@ -11,6 +11,7 @@ from normlab import cluster, sweeps
 from normlab.plans import plan_runs
 from normlab.runs import RunFolder, remove_run
 from normlab.seeding import seeded
+from normlab.sweep_tables import COLUMNS, MEASURED
 
 
 def sweep(assignment, data, **options):
@@ -20,7 +21,7 @@ def sweep(assignment, data, **options):
 def test_a_sweep_is_the_product_of_its_axes(tiny_assignment, tiny):
     options = {"norms": ["gn", "none"], "batch_sizes": [8, 32], "lrs": [0.1, 0.2], "seeds": 2}
     table = sweep(tiny_assignment, tiny, epochs=1, **options)
-    assert list(table.columns) == list(sweeps.COLUMNS)
+    assert list(table.columns) == list(COLUMNS)
     cells = set(table[["norm", "batch_size", "lr", "seed"]].itertuples(index=False, name=None))
     assert len(table) == len(cells) == 16
     assert len(set(table["run"])) == 16
@@ -34,7 +35,7 @@ def test_a_run_of_a_sweep_is_that_of_fit(tiny_assignment, tiny, tiny_network):
         network = type(tiny_network())("ln")
     recipe = tiny_assignment.recipe.replace(batch_size=8, lr=0.2, seed=3)
     run = nl.fit(network, tiny, recipe, device="cpu", progress=False)
-    for name in sweeps.MEASURED:
+    for name in MEASURED:
         assert table[name][0] == run.last[name]
     assert table["parameters"][0] == run.parameters
 

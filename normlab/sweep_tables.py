@@ -1,0 +1,167 @@
+"""The table of a sweep: a row for each run, in a file that grows as they finish."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from normlab.assignments import Variant
+from normlab.data import Dataset
+from normlab.files import write_text
+from normlab.plans import Plan, left_to_do
+from normlab.report import percent
+from normlab.runs import RunFolder
+from normlab.summaries import count_parameters
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+COLUMNS = (
+    "run",
+    "variant",
+    "norm",
+    "batch_size",
+    "base_lr",
+    "lr",
+    "seed",
+    "epochs",
+    "parameters",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "seconds",
+)
+MEASURED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+TABLE = "sweep.csv"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant of a sweep, the label of the assignment's own, and its rate before scaling."""
+
+    variant: Variant
+    label: str
+    base_lr: float
+
+
+class SweepTable:
+    """The rows of the runs that are done, in the order of the plans, and the file that has them."""
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        cells: Sequence[Cell],
+        data: Dataset,
+        file: Path | None,
+        show: bool,
+        after_each: Callable[[DataFrame], object] | None,
+    ) -> None:
+        """`show` prints a line for each run; the rest is as for `run_sweep`."""
+        self.plans, self.data, self.file = plans, data, file
+        self.cells = {cell.variant.folder: cell for cell in cells}
+        self.digests = {plan.directory: plan.digest(data) for plan in plans}
+        self.rows: dict[str, dict] = {}
+        self.show, self.after_each = show, after_each
+
+    def take_what_is_done(
+        self, device: torch.device, tables: Sequence[str | Path | None]
+    ) -> list[Plan]:
+        """Takes the rows of earlier tables and of finished runs; returns the plans left to do."""
+        measured: dict[str, dict] = {}
+        for file in tables:
+            if file is not None and (file != self.file or self.file.is_file()):
+                measured |= _read_rows(Path(file))
+        others = []
+        for plan in self.plans:
+            row = measured.get(self.digests[plan.directory])
+            if row is None:
+                others.append(plan)
+            else:
+                self._fill(plan, {name: row[name] for name in (*MEASURED, "seconds")})
+        left = left_to_do(others, self.data, device)
+        for plan in others:
+            if plan not in left:
+                self._fill(plan, _last(plan))
+        if self.rows and self.show:
+            print(f"{len(self.rows)} of {len(self.plans)} runs are loaded, {len(left)} trained")
+        self._write()
+        return left
+
+    def add(self, plan: Plan, problem: object) -> None:
+        """Takes the row of a run that has just ended, and says so."""
+        self._fill(plan, _last(plan) if problem is None else dict.fromkeys(MEASURED, math.nan))
+        if self.show:
+            row = self.rows[self.digests[plan.directory]]
+            result = problem or f"{row['test_accuracy']:.2%} in {row['seconds']:.0f} s"
+            print(f"{len(self.rows)} of {len(self.plans)}: {plan.label}: {result}", flush=True)
+        self._write()
+        if self.after_each is not None:
+            self.after_each(self.frame())
+
+    def _fill(self, plan: Plan, measured: dict) -> None:
+        recipe, cell = plan.recipe, self.cells[plan.variant.folder]
+        digest = self.digests[plan.directory]
+        values = {
+            "run": digest,
+            "variant": cell.label,
+            "norm": plan.variant.norm,
+            "base_lr": cell.base_lr,
+            "parameters": count_parameters(plan.job(self.data).network),
+            **{name: getattr(recipe, name) for name in ("batch_size", "lr", "seed", "epochs")},
+            "seconds": math.nan,
+            **measured,
+        }
+        self.rows[digest] = {name: values[name] for name in COLUMNS}
+
+    def frame(self) -> DataFrame:
+        """The rows so far, in the order of the plans."""
+        import pandas
+
+        digests = (self.digests[plan.directory] for plan in self.plans)
+        rows = [self.rows[digest] for digest in digests if digest in self.rows]
+        return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+    def _write(self) -> None:
+        if self.file is not None:
+            write_text(self.file, self.frame().to_csv(index=False))
+
+
+def _last(plan: Plan) -> dict:
+    """What a finished run has measured in its last epoch, and its seconds in all."""
+    history = RunFolder(plan.directory).history_so_far()
+    if not history:
+        raise ValueError(f"{plan.directory} has lost its history.csv: delete it and run again")
+    last = {name: history[-1][name] for name in MEASURED}
+    return last | {"seconds": sum(row["seconds"] for row in history)}
+
+
+def _read_rows(file: Path) -> dict[str, dict]:
+    """The rows of a table by their runs' digests; those of runs that diverged are NaN."""
+    import pandas
+
+    try:
+        rows = pandas.read_csv(file, dtype={"run": str}, keep_default_na=False, na_values=[""])
+        return {row["run"]: row for row in rows[list(COLUMNS)].to_dict("records")}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is no table of a sweep: {error}") from error
+
+
+def summary_table(table: DataFrame) -> str:
+    """A Markdown table: mean ± standard deviation over seeds for each combination."""
+    lines = [
+        "| variant | batch size | rate | seeds | test accuracy, last epoch (%) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for names, rows in table.groupby(["variant", "batch_size", "lr"], sort=False):
+        accuracy = rows["test_accuracy"]
+        row = {"test_accuracy": accuracy.mean(skipna=False), "sd": accuracy.std(skipna=False)}
+        result = "diverged" if math.isnan(row["test_accuracy"]) else percent(row)
+        cells = (names[0], f"{names[1]}", f"{names[2]:g}", f"{len(rows)}", result)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
