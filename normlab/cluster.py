@@ -29,7 +29,7 @@ from normlab.plans import Plan
 from normlab.runs import RunFolder
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Worker
 
 SECONDS_TO_ANSWER = 10
 MOST_BYTES = 100_000  # of what is sent for a run
@@ -59,6 +59,10 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
+
+    def check_images(self, load: Callable[[], Dataset], data: Dataset) -> None:
+        """Raises `RuntimeError` that names a worker whose `load()` does not give these images."""
+        self.client.run(_load_there, load, data.fingerprint)
 
     def train(
         self,
@@ -107,7 +111,7 @@ def _connect(address: str) -> Client:
         from distributed import Client
     except ImportError as error:
         raise RuntimeError(
-            "a cluster needs Dask: pip install 'normlab[cluster]', here and on its workers"
+            "a cluster needs Dask: pip install dask distributed, here and on its workers"
         ) from error
     try:
         return Client(address, timeout=SECONDS_TO_ANSWER, set_as_default=False)
@@ -242,7 +246,7 @@ def _train_away(
             "install the same version there"
         )
     with _one_at_a_time:
-        data = _images_here(load, fingerprint)
+        data = _images_here(load, fingerprint, _own_address())
         place = _place(plan.digest(data))
         with _alone_in(place):
             result = train_quietly(train, replace(plan, directory=place), data)
@@ -275,16 +279,18 @@ def _forget(digests: Sequence[str]) -> None:
         _place(digest).with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _images_here(load: Callable[[], Dataset], fingerprint: str) -> Dataset:
+def _load_there(load: Callable[[], Dataset], fingerprint: str, dask_worker: Worker) -> None:
+    _images_here(load, fingerprint, dask_worker.address)
+
+
+def _images_here(load: Callable[[], Dataset], fingerprint: str, address: str) -> Dataset:
     if fingerprint not in _images:
         try:
             data = load()
         except (OSError, ValueError) as error:
-            raise RuntimeError(f"worker {_own_address()}: {error}") from error
+            raise RuntimeError(f"worker {address}: {error}") from error
         if data.fingerprint != fingerprint:
-            raise RuntimeError(
-                f"worker {_own_address()} has other images of {data.name} than the client"
-            )
+            raise RuntimeError(f"worker {address} has other images of {data.name} than the client")
         _images.clear()
         _images[fingerprint] = data
     return _images[fingerprint]

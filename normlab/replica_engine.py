@@ -48,7 +48,7 @@ class ReplicaEngine(CpuEngine):
     def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
         super().__init__(network, recipe, train, test)
         here = replicas()
-        _check_shares(train, test, here)
+        check_shares(len(train.images), train.batch_size, len(test.images))
         self.share = train.own = Share(here)
         test.own = Share(here)
         if here.sync_batch_norm and self.device.type == "cuda":
@@ -64,7 +64,8 @@ class ReplicaEngine(CpuEngine):
             # 1×1 filters are of both layouts, and DDP takes the other one than autograd.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
             # Made anew for every epoch: DDP keeps to the layout that the weights have by now.
-            self.model = DistributedDataParallel(self.network)
+            # Its buffers need not be sent at every step: `test` sends them when they are used.
+            self.model = DistributedDataParallel(self.network, broadcast_buffers=False)
             yield
 
     def train(self, counted: Counted) -> EpochResult:
@@ -76,12 +77,14 @@ class ReplicaEngine(CpuEngine):
         return _combined(super().test())
 
 
-def _check_shares(train: Batches, test: Batches, here: Replicas) -> None:
-    sizes = [size for _, size in batch_sizes(len(train.images), train.batch_size)]
-    if min(*sizes, len(test.images)) < here.count:
+def check_shares(training: int, batch_size: int, test: int) -> None:
+    """Raises `ValueError` if a batch of so many training images has fewer than processes."""
+    count = replicas().count
+    fewest = min(*(size for _, size in batch_sizes(training, batch_size)), test)
+    if fewest < count:
         raise ValueError(
-            f"{here.count} processes cannot share a batch of {min(*sizes, len(test.images))} "
-            "images: use fewer processes, or another batch_size"
+            f"{count} processes cannot share a batch of {fewest} images: use fewer processes, or "
+            "another batch_size"
         )
 
 

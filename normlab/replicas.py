@@ -92,7 +92,8 @@ def _join(device: str | None) -> None:
     # group of that moment for good (`group=group.WORLD`): imported before, there is none to hold.
     import torch.distributed.nn.functional
 
-    cuda = device != "cpu" and torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    cuda = device != "cpu" and torch.cuda.device_count() >= here  # of this machine's processes
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:

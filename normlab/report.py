@@ -1,6 +1,7 @@
 """What `normlab run` leaves behind: figures, tables, and a page that shows them."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from normlab.analysis import find_mistakes
@@ -10,6 +11,7 @@ from normlab.experiment import Results
 from normlab.files import write_json, write_text
 from normlab.galleries import plot_mistakes
 from normlab.plots import plot_curves, save_figure
+from normlab.runs import Run
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 
@@ -174,16 +176,27 @@ def _caution(results: Results) -> str:
 def _recipe_table(results: Results) -> str:
     """The fields of all recipes: shared ones once, declared differences for each variant."""
     recipes = {
-        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict()
+        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict() | _apart(runs[0])
         for label, runs in results.runs.items()
     }
     hidden = ("seed", "layers", "code")  # digests tell a reader nothing
-    fields = [field for field in next(iter(recipes.values())) if field not in hidden]
+    fields = [field for field in _all_fields(recipes.values()) if field not in hidden]
     lines = ["| | " + " | ".join(recipes) + " |", "| --- |" + " --- |" * len(recipes)]
     for field in fields:
-        cells = [_cell(recipe[field]) for recipe in recipes.values()]
+        cells = [_cell(recipe.get(field, "–")) for recipe in recipes.values()]
         lines.append(f"| {field} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _all_fields(recipes: Iterable[dict]) -> list[str]:
+    """Those of any recipe, in their order."""
+    return list(dict.fromkeys(field for recipe in recipes for field in recipe))
+
+
+def _apart(run: Run) -> dict:
+    """Among how many processes BN took its statistics apart, where it did."""
+    name = "batch_norm_apart_in"
+    return {name: f"{run.config['is'][name]} processes"} if name in run.config["is"] else {}
 
 
 def _cell(value: object) -> str:

@@ -95,6 +95,8 @@ def run_sweep(
         sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
         plans = plan_runs(sweep, seed_numbers(seeds), epochs, place / "runs")
         if fresh:
+            if cluster is not None:
+                cluster.check_images(load, data)  # before anything is removed
             for plan in plans:
                 remove_run(plan.directory)
         file = place / TABLE if directory else None

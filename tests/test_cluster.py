@@ -232,6 +232,14 @@ def test_images_that_only_the_client_has(scheduler, workers, tmp_path):
     data = partial(_images_of_the_client, os.getpid(), "missing")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: there is no data root here"):
         sweep(scheduler, tmp_path / "sweep", data=data)
+    kept = nl.run_sweep(
+        ASSIGNMENT, norms=["gn"], data=few_digits, directory=tmp_path / "sweep", progress=False,
+        device="cpu",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: there is no data root here"):
+        sweep(scheduler, tmp_path / "sweep", data=data, fresh=True)
+    again = sweep(scheduler, tmp_path / "sweep")  # a new training would take other seconds
+    assert again.equals(kept)
     data = partial(_images_of_the_client, os.getpid(), "other")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+ has other images of digits"):
         sweep(scheduler, tmp_path / "sweep", data=data)

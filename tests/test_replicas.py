@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
+from normlab.replicas import Replicas
 
 WORKER = Path(__file__).with_name("replicas_worker.py")
 
@@ -152,6 +153,33 @@ def test_what_the_first_process_makes_reaches_the_others(tmp_path):
     assert [each["value"] for each in told] == [{"rank": 0}] * 2
     assert [each["calls"] for each in told] == [[1, 2, "division by zero"], [2, "division by zero"]]
     assert told[1]["here"] == {"rank": 1, "count": 2, "sync_batch_norm": False}
+
+
+def test_nothing_is_removed_where_a_batch_cannot_be_shared(
+    tiny_assignment, tiny, tmp_path, monkeypatch
+):
+    options = {"data": tiny, "directory": tmp_path, "device": "cpu", "progress": False}
+    nl.run_assignment(tiny_assignment, **options)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr("normlab.replicas._here", Replicas(0, 200))
+    with pytest.raises(ValueError, match="200 processes cannot share a batch"):
+        nl.run_assignment(tiny_assignment, fresh=True, **options)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with (
+            pytest.raises(RuntimeError, match=r"and the port free\? .*EADDRINUSE"),
+            nl.data_parallel(device="cpu"),
+        ):
+            pass
 
 
 def test_an_address_that_nobody_listens_at_is_one_sentence(tmp_path, monkeypatch):
