@@ -63,6 +63,8 @@ class ReplicaEngine(CpuEngine):
         with super().around(), same, warnings.catch_warnings():
             # 1×1 filters are of both layouts, and DDP takes the other one than autograd.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
+            # The name is on its way out, but there is no other in all versions of torch.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             # Made anew for every epoch: DDP keeps to the layout that the weights have by now.
             # Its buffers need not be sent at every step: `test` sends them when they are used.
             self.model = DistributedDataParallel(self.network, broadcast_buffers=False)

@@ -6,10 +6,11 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import CodeType
 
 import torch
 from safetensors import SafetensorError
@@ -142,12 +143,25 @@ def _describe(network: nn.Module) -> dict:
 
 
 def _code(kind: type) -> str:
-    """The source of a class, or the compiled code of its forward where there is no source."""
+    """The source of a class; of its methods where it has no file, as in a notebook."""
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):
-        code = kind.forward.__code__
-        return f"{kind.__qualname__} {code.co_code.hex()} {code.co_consts} {code.co_names}"
+        methods = filter(inspect.isfunction, vars(kind).values())
+        return "".join([kind.__qualname__, *map(_code_of_function, methods)])
+
+
+def _code_of_function(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        return _compiled(function.__code__)
+
+
+def _compiled(code: CodeType) -> str:
+    """What the code does, without the file and the addresses that its text would name."""
+    constants = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_name} {code.co_code.hex()} {constants} {code.co_names}"
 
 
 def provenance(data: Dataset, device: torch.device) -> dict:

@@ -2,15 +2,17 @@
 
 import csv
 import json
+import linecache
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import normlab as nl
-from normlab.runs import COLUMNS, remove_run
+from normlab.runs import COLUMNS, _describe, remove_run
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1, augment=("flip",))
 FILES = {"config.json", "history.csv", "predictions.safetensors", "weights.safetensors"}
@@ -364,3 +366,27 @@ def test_the_removal_of_a_run_spares_what_is_not_part_of_it(run, folder):
     (folder / "notes.txt").write_text("mine")
     remove_run(folder)
     assert everything_in(folder) == {"notes.txt": b"mine"}
+
+
+IN_A_NOTEBOOK = """
+class Halved(nn.Module):
+    def forward(self, x):
+        return torch.cat([part / {} for part in x.split(1)])
+"""
+
+
+def defined_in_a_cell(number: int, divisor: int, *, with_source: bool) -> dict:
+    """How a network is described whose class a notebook's cell defines, as IPython compiles it."""
+    source, file = IN_A_NOTEBOOK.format(divisor), f"/tmp/ipykernel_{number}/{number}.py"
+    if with_source:
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    names = {"nn": nn, "torch": torch, "__name__": "__main__"}
+    exec(compile(source, file, "exec"), names)
+    return _describe(nn.Sequential(nn.Linear(2, 2), names["Halved"]()))
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_a_network_of_a_notebook_is_the_same_when_the_notebook_is_run_again(with_source):
+    first = defined_in_a_cell(1, 2, with_source=with_source)
+    assert defined_in_a_cell(2, 2, with_source=with_source) == first
+    assert defined_in_a_cell(3, 4, with_source=with_source) != first
