@@ -246,7 +246,7 @@ def _train_away(
             "install the same version there"
         )
     with _one_at_a_time:
-        data = _images_here(load, fingerprint, _own_address())
+        data = _images_here(load, fingerprint, _own_address)
         place = _place(plan.digest(data))
         with _alone_in(place):
             result = train_quietly(train, replace(plan, directory=place), data)
@@ -280,17 +280,22 @@ def _forget(digests: Sequence[str]) -> None:
 
 
 def _load_there(load: Callable[[], Dataset], fingerprint: str, dask_worker: Worker) -> None:
-    _images_here(load, fingerprint, dask_worker.address)
+    _images_here(load, fingerprint, lambda: dask_worker.address)
 
 
-def _images_here(load: Callable[[], Dataset], fingerprint: str, address: str) -> Dataset:
+def _images_here(
+    load: Callable[[], Dataset], fingerprint: str, address: Callable[[], str]
+) -> Dataset:
+    """This worker's images, loaded once; an error names the worker by its address."""
     if fingerprint not in _images:
         try:
             data = load()
         except (OSError, ValueError) as error:
-            raise RuntimeError(f"worker {address}: {error}") from error
+            raise RuntimeError(f"worker {address()}: {error}") from error
         if data.fingerprint != fingerprint:
-            raise RuntimeError(f"worker {address} has other images of {data.name} than the client")
+            raise RuntimeError(
+                f"worker {address()} has other images of {data.name} than the client"
+            )
         _images.clear()
         _images[fingerprint] = data
     return _images[fingerprint]

@@ -242,7 +242,7 @@ def test_images_that_only_the_client_has(scheduler, workers, tmp_path):
     assert again.equals(kept)
     data = partial(_images_of_the_client, os.getpid(), "other")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+ has other images of digits"):
-        sweep(scheduler, tmp_path / "sweep", data=data)
+        sweep(scheduler, tmp_path / "other", data=data)
 
 
 def _images_of_the_client(client: int, elsewhere: str) -> nl.Dataset:
