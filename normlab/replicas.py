@@ -6,6 +6,8 @@
 
 import gc
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +17,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from normlab.checks import one_of
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=5)  # for the slowest thing that others wait for: decoding images
+_GOES_ON = "the same command goes on after the last epoch that was kept"
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,14 @@ class Replicas:
         rank: which of them this is, from 0 on; the first one writes and prints.
         count: how many there are.
         sync_batch_norm: whether batch normalization takes its statistics over all of them.
+        device: the kind that they train on, "cpu" or "cuda"; None where one process is free to
+            pick.
     """
 
     rank: int = 0
     count: int = 1
     sync_batch_norm: bool = False
+    device: str | None = None
 
     @property
     def is_first(self) -> bool:
@@ -63,41 +71,79 @@ def data_parallel(
         device: "cpu" or "cuda"; without it, CUDA where there is a GPU for each process.
 
     Raises `RuntimeError` of one sentence when the processes do not find each other, or when one
-    of them ends or does not answer.
+    of them ends or does not answer; `ValueError` for another device, and for fewer GPUs than
+    processes. Told to end by `torchrun`, the process does so with one sentence.
     """
     global _here
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield _here
         return
-    _join(device)
-    _here = Replicas(dist.get_rank(), count, sync_batch_norm)
+    device = _device_for_all(device)
+    with _told_to_end():
+        _join(device)
+        _here = Replicas(dist.get_rank(), count, sync_batch_norm, device)
+        try:
+            yield _here
+        except RuntimeError as error:
+            if not _is_of_the_connection(error):
+                raise
+            raise RuntimeError(
+                f"process {_here.rank} lost another of the {count}, which ended or did not answer "
+                f"for {PATIENCE.seconds // 60} minutes; {_GOES_ON}"
+            ) from error
+        finally:
+            _here = Replicas()
+            _part()
+
+
+def _device_for_all(device: str | None) -> str:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    gpus = torch.cuda.device_count()  # this machine's, as are the processes counted
+    if device is None:
+        return "cuda" if gpus >= here else "cpu"
+    one_of(device, ("cpu", "cuda"), "device of several processes")
+    if device == "cuda" and gpus < here:
+        raise ValueError(
+            f"each of the {here} processes on this machine needs a GPU of its own, and torch sees "
+            f"{gpus}: start fewer, or take the cpu"
+        )
+    return device
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Turns SIGTERM, by which torchrun ends the processes that are left, into one sentence.
+
+    It comes a tenth of a second after another process died: often before that is noticed here.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python has it there alone
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(
+            f"process {os.environ['RANK']} was told to end, as torchrun tells the others when one "
+            f"ends; {_GOES_ON}"
+        )
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        yield _here
-    except RuntimeError as error:
-        if not _is_of_the_connection(error):
-            raise
-        raise RuntimeError(
-            f"process {_here.rank} lost another of the {count}, which ended or did not answer for "
-            f"{PATIENCE.seconds // 60} minutes; the same command goes on after the last epoch "
-            "that was kept"
-        ) from error
+        yield
     finally:
-        _here = Replicas()
-        _part()
+        signal.signal(signal.SIGTERM, before)
 
 
-def _join(device: str | None) -> None:
+def _join(device: str) -> None:
     # torch imports this with the first DistributedDataParallel, and its functions then hold the
     # group of that moment for good (`group=group.WORLD`): imported before, there is none to hold.
     import torch.distributed.nn.functional
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    cuda = device != "cpu" and torch.cuda.device_count() >= here  # of this machine's processes
-    if cuda:
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RuntimeError(
@@ -151,7 +197,7 @@ def summed(*values: float) -> list[float]:
     if _here.count == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
+    if _here.device == "cuda":
         total = total.cuda()
     dist.all_reduce(total)
     return total.tolist()

@@ -8,7 +8,10 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
+import normlab.replicas
 from normlab.replicas import Replicas, replicas
 from normlab.synchronized import synchronized_batch_norm
 
@@ -73,34 +77,59 @@ def batch_norm(out: Path) -> None:
         layer = nn.BatchNorm2d(3, dtype=torch.float64)
         layer.load_state_dict({k[6:]: v for k, v in whole.items() if k.startswith("layer.")})
         x = whole["x"][rows].clone().requires_grad_()
-        y = synchronized_batch_norm(layer, x)
-        (y * whole["factor"][rows]).sum().backward()
+        with _counted() as exchanged:
+            y = synchronized_batch_norm(layer, x)
+            (y * whole["factor"][rows]).sum().backward()
         for weight in layer.parameters():
             dist.all_reduce(weight.grad)
         found = {"y": y.detach(), "x.grad": x.grad}
         found |= {f"{k}.grad": v.grad for k, v in layer.named_parameters()}
+        found["exchanged"] = torch.tensor(exchanged)
         save_file(found | dict(layer.state_dict()), out / f"{here.count}-{here.rank}.safetensors")
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """How many numbers each sum over the processes takes from this one."""
+    counts, all_reduce = [], dist.all_reduce
+
+    def counted(x: torch.Tensor) -> None:
+        counts.append(x.numel())
+        all_reduce(x)
+
+    dist.all_reduce = counted
+    yield counts
+    dist.all_reduce = all_reduce
 
 
 def dies(out: Path) -> None:
     """The last process is killed in the second epoch."""
     with nl.data_parallel(device="cpu"):
         if replicas().rank == 1:
-            _die_in_epoch(2)
+            _signal_in_epoch(2, signal.SIGKILL)
         trained("gn", out / "run", epochs=3)
 
 
-def _die_in_epoch(number: int) -> None:
+def hangs(out: Path) -> None:
+    """The last process stands still in the second epoch; the others wait three seconds for it."""
+    normlab.replicas.PATIENCE = timedelta(seconds=3)
+    with nl.data_parallel(device="cpu"):
+        if replicas().rank == 1:
+            _signal_in_epoch(2, signal.SIGSTOP)
+        trained("gn", out / "run", epochs=3)
+
+
+def _signal_in_epoch(number: int, what: signal.Signals) -> None:
     from normlab.replica_engine import ReplicaEngine
 
     launch = ReplicaEngine.launch
 
-    def die(engine, epoch: int) -> None:
+    def signalled(engine, epoch: int) -> None:
         if epoch + 1 == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), what)
         launch(engine, epoch)
 
-    ReplicaEngine.launch = die
+    ReplicaEngine.launch = signalled
 
 
 def resumes(out: Path) -> None:
@@ -142,5 +171,5 @@ def told(out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    TASKS = (histories, batch_norm, dies, resumes, too_many, told)
+    TASKS = (histories, batch_norm, dies, hangs, resumes, too_many, told)
     {task.__name__: task for task in TASKS}[sys.argv[1]](Path(sys.argv[2]))

@@ -5,9 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import replicas_worker
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
+from normlab.devices import pick_device
 from normlab.replicas import Replicas
 
 WORKER = Path(__file__).with_name("replicas_worker.py")
@@ -122,6 +125,8 @@ def test_synchronized_batch_norm_is_that_of_the_whole_batch(processes, tmp_path)
     for part in parts:
         for name, value in wanted.items():
             torch.testing.assert_close(part[name], value, rtol=0, atol=1e-10)
+        # What notebook 8 counts the bytes of: the sums and a count, the squares; and both back.
+        assert part["exchanged"].tolist() == [3 + 1, 3, 3, 3 + 1]
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
@@ -141,6 +146,44 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
             assert mine["test_accuracy"] == pytest.approx(row["test_accuracy"], rel=1e-9)
 
 
+def test_a_process_that_hangs_is_waited_for_only_so_long(tmp_path):
+    waiting, hanging = start("hangs", tmp_path, 2)
+    (status, said), *_ = finish([waiting])
+    hanging.kill()
+    hanging.communicate(timeout=60)
+    assert status == 1
+    assert "process 0 lost another of the 2, which ended or did not answer" in said
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_dies_under_torchrun_ends_the_other_with_a_sentence(dead, tmp_path):
+    command = torchrun("--epochs", "50", "--device", "cpu", "--out", str(tmp_path))
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    history = tmp_path / "runs" / "bn-l1" / "seed-0" / "history.csv"
+    try:
+        wait_until(lambda: history.is_file() and len(history.read_text().splitlines()) > 1)
+        [child] = [p for p in psutil.Process(started.pid).children() if rank_of(p) == dead]
+        child.kill()
+        said = started.communicate(timeout=60)[1]
+    finally:
+        started.kill()
+    assert started.returncode == 1
+    assert f"process {1 - dead} " in said
+    assert "the same command goes on after the last epoch that was kept" in said
+    assert len(history.read_text().splitlines()) > 1
+
+
+def rank_of(process: psutil.Process) -> int:
+    return int(process.environ().get("RANK", "-1"))
+
+
+def wait_until(true, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not so after {seconds} seconds"
+        time.sleep(0.05)
+
+
 def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
     for status, said in finish(start("too_many", tmp_path, 2)):
         assert status == 1
@@ -152,7 +195,8 @@ def test_what_the_first_process_makes_reaches_the_others(tmp_path):
     told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
     assert [each["value"] for each in told] == [{"rank": 0}] * 2
     assert [each["calls"] for each in told] == [[1, 2, "division by zero"], [2, "division by zero"]]
-    assert told[1]["here"] == {"rank": 1, "count": 2, "sync_batch_norm": False}
+    here = {"rank": 1, "count": 2, "sync_batch_norm": False, "device": "cpu"}
+    assert told[1]["here"] == here
 
 
 def test_nothing_is_removed_where_a_batch_cannot_be_shared(
@@ -165,6 +209,28 @@ def test_nothing_is_removed_where_a_batch_cannot_be_shared(
     with pytest.raises(ValueError, match="200 processes cannot share a batch"):
         nl.run_assignment(tiny_assignment, fresh=True, **options)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("cuda", "each of the 2 processes on this machine needs a GPU of its own"),
+        ("mps", "'mps'"),
+    ],
+)
+def test_a_device_that_the_processes_cannot_share_is_refused(device, says, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match=says), nl.data_parallel(device=device):
+        pass
+
+
+def test_processes_that_share_a_training_use_the_device_they_joined_for(monkeypatch):
+    monkeypatch.setattr("normlab.devices.available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr("normlab.replicas._here", Replicas(0, 2, device="cpu"))
+    assert pick_device() == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="were joined for cpu"):
+        pick_device("cuda")
 
 
 def test_a_port_in_use_is_one_sentence(monkeypatch):
@@ -195,13 +261,16 @@ def test_an_address_that_nobody_listens_at_is_one_sentence(tmp_path, monkeypatch
         pass
 
 
-def test_the_command_works_under_torchrun(tmp_path):
+def torchrun(*options: str) -> list[str]:
+    """`normlab run` on the digits in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += [f"--master_port={free_port()}", "-m", "normlab", "run", "mnist-l1"]
-    command += ["--dataset", "digits", "--epochs", "1", "--sync-batch-norm", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    return [*command, "--dataset", "digits", *options]
+
+
+def test_the_command_works_under_torchrun(tmp_path):
+    options = ("--epochs", "1", "--sync-batch-norm", "--out", str(tmp_path))
+    done = subprocess.run(torchrun(*options), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| BN + L1 |") == 1  # the first process alone speaks
     assert (tmp_path / "report.md").is_file()
