@@ -70,7 +70,8 @@ def draw_cube(ax: Axes, kind: NormKind, shape: tuple[int, int, int], groups: int
     ax.text(channels + 0.6, images / 2, -0.6, "N", ha="center", va="center")
     ax.text(-0.3, -0.3, height / 2, "H, W", ha="right", va="center")
     title = kind.title.split(",")[0].capitalize()
-    ax.set_title(f"{title}, {groups} groups" if "C/G" in kind.averaged else title, fontsize=10)
+    grouped = f", {groups} group{'s' * (groups > 1)}" if "C/G" in kind.averaged else ""
+    ax.set_title(title + grouped, fontsize=10)
 
 
 def _first_mean(kind: NormKind, shape: tuple[int, int, int], groups: int) -> tuple[slice, ...]:
