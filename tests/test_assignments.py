@@ -166,7 +166,11 @@ def test_the_submission_is_trained_in_its_own_manner(name):
     shipped = nl.ASSIGNMENTS[name]
     theirs = nl.as_submitted(shipped)
     assert theirs.name == f"{name}-as-submitted"
-    assert [v.label for v in theirs.variants] == [v.label for v in shipped.variants if v.reported]
+    labels = [v.label for v in shipped.variants if v.reported]
+    if name == "mnist-eva6":  # its penalty was another one, and is left out
+        labels[0] = "BN"
+    assert [v.label for v in theirs.variants] == labels
+    assert any("l1" in v.changes for v in theirs.variants) == (name == "mnist-l1")
     recipe = theirs.recipe
     assert (recipe.optimizer, recipe.lr, recipe.schedule) == ("sgd", 0.01, "constant")
     assert recipe.batch_size == (32 if name == "cifar10-add" else 128)
