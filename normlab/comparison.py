@@ -78,19 +78,40 @@ class Difference:
             return f"{found}: distinguishable"
         needed = self.interval.needed
         if needed is None:
-            return f"{found}: not distinguishable, by any number of seeds on these test images"
-        return f"{found}: not distinguishable; about {needed:,} seeds would be needed"
+            return (
+                f"{found}: not distinguishable, and if it is no larger than it looks, by no number "
+                f"of seeds on these {self.images:,} test images"
+            )
+        return (
+            f"{found}: not distinguishable; if it is as large as it looks, about {needed:,} seeds "
+            "would tell"
+        )
 
 
 def compare(results: Results) -> list[Difference]:
     """The differences between all pairs of variants, each with its 95 % interval.
 
     Runs are paired by their seeds, which gave them the same initial weights and order of images.
-    Raises `ValueError` for fewer than two variants or two seeds.
+    Each interval stands by itself: of many pairs some exclude 0 by chance.
+
+    Raises `ValueError` for fewer than two variants or two seeds, and for variants that were not
+    tested on the same images.
     """
     if len(results.runs) < 2:
         raise ValueError("a comparison takes at least two variants")
+    _check_images(results)
     return [_difference(results, *pair) for pair in combinations(results.runs, 2)]
+
+
+def _check_images(results: Results) -> None:
+    """Raises `ValueError` if a variant was not tested on the images of the results."""
+    for label, runs in results.runs.items():
+        for run in runs:
+            if run.config["is"]["data"]["fingerprint"] != results.data.fingerprint:
+                raise ValueError(
+                    f"{label}, seed {run.recipe.seed}, was trained and tested on other images than "
+                    f"those of {results.data.source}: there is no common test set to compare on"
+                )
 
 
 def _difference(results: Results, first: str, second: str) -> Difference:
@@ -117,18 +138,17 @@ def interval(table: np.ndarray) -> Interval:
     means, and that of the images, whose variance is estimated from the two-way layout without
     replication (what the images differ by beyond the noise of single cells). Satterthwaite's
     formula gives the degrees of freedom of their sum, so that Student's t holds for few seeds.
+    Seeds that lie close by chance do not make it narrower than the noise of single cells allows,
+    which is known from many images.
 
     Source: Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
     """
-    from scipy import stats
-
     seeds, images = table.shape
     by_seed, by_image, mean = table.mean(1), table.mean(0), float(table.mean())
     cells = ((table - by_seed[:, None] - by_image + mean) ** 2).sum() / (seeds - 1) / (images - 1)
     of_images = max(by_image.var(ddof=1) - cells / seeds, 0.0) / images
     chance = Chance(float(by_seed.var(ddof=1)), float(of_images), cells / images, images)
-    margin = chance.error(seeds) * stats.t.ppf((1 + CONFIDENCE) / 2, chance.freedom(seeds))
-    return Interval(mean, float(margin), chance)
+    return Interval(mean, chance.margin(seeds), chance)
 
 
 @dataclass(frozen=True)
@@ -143,31 +163,42 @@ class Chance:
     of_cells: float
     images: int
 
-    def error(self, seeds: int) -> float:
-        """Standard error of the mean over so many seeds."""
-        return math.sqrt(self.of_a_seed / seeds + self.of_images)
+    def margin(self, seeds: int) -> float:
+        """Half the width of the 95 % interval of the mean over so many seeds."""
+        from scipy import stats
+
+        beyond = (1 + CONFIDENCE) / 2
+        error = math.sqrt(self.of_a_seed / seeds + self.of_images)
+        least = math.sqrt(self.of_cells / seeds + self.of_images)
+        return float(
+            max(stats.t.ppf(beyond, self.freedom(seeds)) * error, stats.norm.ppf(beyond) * least)
+        )
 
     def freedom(self, seeds: int) -> float:
-        """Satterthwaite's degrees of freedom of that error's square.
+        """Satterthwaite's degrees of freedom of the error's square.
 
-        A few seeds that lie close by chance must not hand all weight to the many images, so here
-        their variance counts as no less than it can be.
+        A few seeds that lie close by chance must not hand all weight to the many images.
         """
-        of_seeds = max(self.of_a_seed, self.of_cells) / seeds
+        of_seeds = self._of_seeds(seeds)
         squares = of_seeds**2 / (seeds - 1) + self.of_images**2 / (self.images - 1)
         return (of_seeds + self.of_images) ** 2 / squares if squares else seeds - 1.0
+
+    def _of_seeds(self, seeds: int) -> float:
+        """What so many seeds add to the variance of the mean: no less than it can be."""
+        return max(self.of_a_seed, self.of_cells) / seeds
 
     def power(self, mean: float, seeds: int) -> float:
         """How probable it is that the interval over so many seeds excludes 0."""
         from scipy import stats
 
         freedom = self.freedom(seeds)
+        error = math.sqrt(self._of_seeds(seeds) + self.of_images)
         limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-        return float(stats.nct.sf(limit, freedom, abs(mean) / self.error(seeds)))
+        return float(stats.nct.sf(limit, freedom, abs(mean) / error))
 
     def seeds_needed(self, mean: float) -> int | None:
         """The fewest seeds of enough power, up to `MOST_SEEDS`."""
-        if not mean or not self.error(1):
+        if not mean or not self._of_seeds(1) + self.of_images:
             return None
         enough = partial(self._is_enough, mean)
         place = bisect_left(range(2, MOST_SEEDS + 1), True, key=enough)

@@ -20,7 +20,7 @@ class Finding:
     Args:
         what: "parameters", "l1", "images seen", ….
         values: it, by label, for the variants concerned.
-        declared: whether every variant that differs from the first declares it.
+        declared: whether all variants that do not name it among their `changes` agree.
         limit: what the assignment allows, where that is passed.
     """
 
@@ -40,8 +40,8 @@ def check_fair(results: Results) -> list[Finding]:
     """What differs between the variants beside their norm, and limits that are passed.
 
     Looked at are the networks and their numbers of parameters, all fields of the recipes, the
-    epochs that were trained and the images seen, the seeds, and the initial weights of the
-    filters. An empty list says that the norm is all there is between them.
+    epochs that were trained, which images were seen and how many, the seeds, and the initial
+    weights of the filters. An empty list says that the norm is all there is between them.
     """
     return [*_differences(results), *_limits(results)]
 
@@ -68,6 +68,7 @@ def _facts(results: Results, variant: Variant) -> dict[str, object]:
         **recipe,
         "epochs": epochs,
         "images seen": epochs * about["data"]["train_images"],
+        "images": about["data"]["fingerprint"][:8],
         "seeds": sorted(run.recipe.seed for run in runs),
         "initial filters": _digest_of_filters(results, variant),
     }
@@ -91,7 +92,7 @@ def _digest_of_filters(results: Results, variant: Variant) -> str:
 
 
 def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) -> bool:
-    """Whether all who have not what most have say so."""
+    """Whether all who do not say that they change it have the same."""
     if what == "skip":
         return True
     if what == "parameters":  # skips have parameters: only without them must all have as many
@@ -99,10 +100,8 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
         for variant in variants:
             kinds[variant.skip].add(values[variant.label])
         return all(len(counts) == 1 for counts in kinds.values())
-    texts = [str(value) for value in values.values()]
-    usual = max(texts, key=texts.count)
     name = "epochs" if what == "images seen" else what
-    return all(name in v.changes for v in variants if str(values[v.label]) != usual)
+    return len({str(values[v.label]) for v in variants if name not in v.changes}) <= 1
 
 
 def _limits(results: Results) -> Iterator[Finding]:

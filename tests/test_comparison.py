@@ -11,19 +11,26 @@ import normlab as nl
 from normlab.comparison import Chance, interval, mcnemar
 
 
-def simulated(rng: np.random.Generator, seeds: int) -> np.ndarray:
-    """A table of two arms of networks on 1,000 images, as CIFAR-10 gives them.
+def simulated(
+    rng: np.random.Generator,
+    seeds: int,
+    *,
+    ease: tuple[float, float] = (1.5, 1.5),
+    suits: float = 0.5,
+    luck: float = 0.05,
+) -> np.ndarray:
+    """A table of two arms of networks on 1,000 images; by default as CIFAR-10 gives them.
 
     About 80 % are right, two seeds of one variant disagree on an image in eight, and each variant
     has images of its own that suit it.
     """
     images = 1000
-    ease = rng.normal(1.5, 1.5, images)
+    easy = rng.normal(*ease, images)
     arms = []
     for _ in range(2):
-        suits = rng.normal(0, 0.5, images)
-        luck = rng.normal(0, 0.05, (seeds, 1))
-        arms.append(ease + suits + luck + rng.normal(0, 0.7, (seeds, images)) > 0)
+        suited = easy + rng.normal(0, suits, images)
+        lucky = rng.normal(0, luck, (seeds, 1))
+        arms.append(suited + lucky + rng.normal(0, 0.7, (seeds, images)) > 0)
     return arms[0].astype(float) - arms[1]
 
 
@@ -32,6 +39,26 @@ def test_without_a_difference_few_intervals_exclude_zero(seeds):
     rng = np.random.default_rng(seeds)
     excluded = [interval(simulated(rng, seeds)).excludes_zero for _ in range(2000)]
     assert 0.03 <= np.mean(excluded) <= 0.07
+
+
+@pytest.mark.parametrize(
+    "world",
+    [{"ease": (5.5, 2.1)}, {"luck": 0.0}, {"suits": 0.0}, {"suits": 0.0, "luck": 0.0}],
+    ids=["almost all right", "seeds alike", "images alike", "nothing but noise"],
+)
+def test_in_other_worlds_no_more_exclude_zero(world):
+    rng = np.random.default_rng(0)
+    excluded = [interval(simulated(rng, 3, **world)).excludes_zero for _ in range(1000)]
+    assert np.mean(excluded) <= 0.06  # the 5 % that are promised, and chance
+
+
+def test_seeds_that_agree_by_chance_leave_the_noise_of_their_images():
+    rng = np.random.default_rng(0)
+    table = np.zeros((3, 10_000))
+    for row in table:  # each seed has the same mean, 0, from images of its own
+        row[rng.permutation(10_000)[:300]] = np.repeat([1, -1], 150)
+    error = math.sqrt(300 / 10_000 / 10_000 / 3)
+    assert interval(table).margin == pytest.approx(1.96 * error, rel=0.05)
 
 
 def test_where_the_seeds_decide_it_is_student_s_t():
@@ -102,6 +129,15 @@ def test_one_seed_or_one_variant_is_nothing_to_compare(results):
         nl.compare(replace(results, runs={"GN": results["GN"]}))
 
 
+def test_variants_tested_on_other_images_are_nothing_to_compare(results, tiny, tiny_assignment):
+    other = nl.run_assignment(
+        tiny_assignment, data=tiny.subset(test=20), epochs=1, seeds=2, progress=False
+    )
+    mixed = replace(results, runs=results.runs | {"GN": other["GN"]})
+    with pytest.raises(ValueError, match="GN, seed 0, was trained and tested on other images"):
+        nl.compare(mixed)
+
+
 def difference(mean: float, margin: float, *, images: float = 0.0) -> nl.Difference:
     chance = Chance(of_a_seed=0.005**2, of_images=images, of_cells=0.0, images=10_000)
     return nl.Difference("GN", "LN", nl.Interval(mean, margin, chance), 3, 10_000, 0.5)
@@ -111,14 +147,14 @@ def test_a_difference_says_itself_in_a_sentence():
     effect = 0.004 / 0.005  # 15 pairs tell it from 0 in 80 % of cases
     assert stats.nct.sf(stats.t.ppf(0.975, 14), 14, effect * math.sqrt(15)) > 0.8
     assert str(difference(0.004, 0.006)) == (
-        "GN − LN = +0.40 ± 0.60 points over 3 seeds: not distinguishable; about 15 seeds would be "
-        "needed"
+        "GN − LN = +0.40 ± 0.60 points over 3 seeds: not distinguishable; if it is as large as it "
+        "looks, about 15 seeds would tell"
     )
     assert str(difference(-0.02, 0.006)).endswith(
         "-2.00 ± 0.60 points over 3 seeds: distinguishable"
     )
     few_images = difference(0.001, 0.01, images=0.004**2)
-    assert str(few_images).endswith("by any number of seeds on these test images")
+    assert str(few_images).endswith("by no number of seeds on these 10,000 test images")
 
 
 def test_the_picture_shows_each_interval_in_points():

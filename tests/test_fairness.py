@@ -26,6 +26,25 @@ def test_a_declared_change_is_told_as_declared(tiny, tiny_assignment):
     assert str(found) == "l1: declared: BN + L1 0.0001; GN 0; LN 0"
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_variants_the_one_that_changes_it_declares_it(tiny, tiny_assignment, order):
+    pair = (nl.Variant("BN + L1", "bn", changes={"l1": 1e-4}), nl.Variant("GN", "gn"))
+    (found,) = outcome(tiny, tiny_assignment, *(pair[place] for place in order))
+    assert (found.what, found.declared) == ("l1", True)
+
+
+def test_other_images_are_seen(tiny, tiny_assignment):
+    variants = (nl.Variant("BN", "bn"), nl.Variant("GN", "gn"))
+    assignment = replace(tiny_assignment, variants=variants)
+    results = nl.run_assignment(assignment, data=tiny, epochs=1, progress=False)
+    inverted = replace(tiny, train_images=255 - tiny.train_images)
+    results.runs["GN"] = nl.run_assignment(
+        assignment, data=inverted, epochs=1, progress=False
+    ).runs["GN"]
+    (found,) = nl.check_fair(results)
+    assert (found.what, found.declared) == ("images", False)
+
+
 def test_more_parameters_are_told_as_not_declared(tiny, tiny_assignment):
     plain, large = nl.Variant("LN", "ln"), nl.Variant("LN element-wise", "ln-elementwise")
     (found,) = outcome(tiny, tiny_assignment, plain, large)
