@@ -18,8 +18,8 @@ from normlab.engines import ENGINES, make_engine
 from normlab.graphs import can_overlap
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
-from normlab.replicas import from_first, replicas
-from normlab.runs import Run, RunFolder, identity, provenance, weights_digest
+from normlab.replicas import from_first, gathered, replicas
+from normlab.runs import Run, RunFolder, differences, identity, provenance, weights_digest
 from normlab.seeding import seeded
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
@@ -127,10 +127,12 @@ class _Training:
         self.network, self.recipe, self.data = job.network, job.recipe, data
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
-        kept = job.directory is not None and replicas().is_first  # the others touch no file
-        self.folder = RunFolder(job.directory) if kept else None
+        self.kept = job.directory is not None
+        writes = self.kept and replicas().is_first  # the others touch no file
+        self.folder = RunFolder(job.directory) if writes else None
         check_trainable(job.network, data)
         _move(job.network, device, job.recipe)
+        _check_agreement(job, data)
         self.loaded = from_first(lambda: is_done(job, data, device))
         if not self.loaded:
             self._prepare(device, engine)
@@ -205,7 +207,7 @@ class _Training:
         return history, self.network.state_dict(), self.engine.optimizer.state_dict()
 
     def _put_back(self, initial: dict[str, torch.Tensor]) -> None:
-        if self.folder is not None:
+        if self.kept:
             self.network.load_state_dict(initial)
 
     @property
@@ -286,6 +288,19 @@ class _Training:
                 f"{self.label}: after {CHANCE_EPOCHS} epochs the training accuracy is "
                 f"{accuracy:.1%}, no better than always guessing one class: try another learning "
                 f"rate than {self.recipe.lr:g}, less L1, or check the labels"
+            )
+
+
+def _check_agreement(job: Job, data: Dataset) -> None:
+    """Raises `ValueError` in all processes of a training if they do not train the same."""
+    if replicas().count == 1:
+        return
+    first, *others = gathered(identity(job.network, data, job.recipe))
+    for rank, other in enumerate(others, 1):
+        if differing := differences(first, other):
+            raise ValueError(
+                f"process {rank} (here) would train something else than process 0 (there): "
+                f"{'; '.join(differing)}: start all with the same command and the same images"
             )
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from normlab.data import Batches
 from normlab.engine import Counted, CpuEngine, batch_sizes
 from normlab.recipes import Recipe
 from normlab.replicas import Replicas, replicas, summed
-from normlab.synchronized import synchronized
+from normlab.synchronized import synchronized, synchronized_by_torch
 from normlab.training import EpochResult
 
 
@@ -51,16 +51,12 @@ class ReplicaEngine(CpuEngine):
         check_shares(len(train.images), train.batch_size, len(test.images))
         self.share = train.own = Share(here)
         test.own = Share(here)
-        if here.sync_batch_norm and self.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        self.synchronize = here.sync_batch_norm and self.device.type == "cpu"
         mean_loss = self.loss
         self.loss = lambda logits, labels: mean_loss(logits, labels) * self.share.weight
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        same = synchronized(self.network) if self.synchronize else nullcontext()
-        with super().around(), same, warnings.catch_warnings():
+        with super().around(), self._statistics(), warnings.catch_warnings():
             # 1×1 filters are of both layouts, and DDP takes the other one than autograd.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
             # The name is on its way out, but there is no other in all versions of torch.
@@ -70,8 +66,22 @@ class ReplicaEngine(CpuEngine):
             self.model = DistributedDataParallel(self.network, broadcast_buffers=False)
             yield
 
+    def _statistics(self) -> AbstractContextManager[None]:
+        """Makes batch normalization take the statistics of all processes, where that is asked."""
+        if not replicas().sync_batch_norm:
+            return nullcontext()
+        return (synchronized_by_torch if self.device.type == "cuda" else synchronized)(self.network)
+
     def train(self, counted: Counted) -> EpochResult:
-        return _combined(super().train(counted))
+        try:
+            return _combined(super().train(counted))
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            raise ValueError(
+                f"some parameters of {type(self.network).__name__} have no part in its output, "
+                "which several processes cannot train: remove those layers, or use one process"
+            ) from error
 
     def test(self) -> EpochResult:
         for buffer in self.network.buffers():  # those of the first process are what is kept

@@ -63,7 +63,8 @@ def data_parallel(
     """Inside the block every training is shared by the processes that `torchrun` started.
 
     Each process holds its share of every batch. Started without `torchrun`, or by it as the only
-    process, nothing changes.
+    process, nothing changes. Dropout by `nn.Dropout` and `nn.Dropout2d` is drawn for the whole
+    batch; any other randomness of a network is the same in every share.
 
     Args:
         sync_batch_norm: whether batch normalization takes its statistics over the whole batch
@@ -124,8 +125,8 @@ def _told_to_end() -> Iterator[None]:
     def end(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)
         raise SystemExit(
-            f"process {os.environ['RANK']} was told to end, as torchrun tells the others when one "
-            f"ends; {_GOES_ON}"
+            f"normlab: process {os.environ['RANK']} was told to end, as torchrun tells the others "
+            "when one ends; what was kept is kept, and the same command takes it up"
         )
 
     before = signal.signal(signal.SIGTERM, end)
@@ -180,6 +181,15 @@ def from_first(make: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def gathered(what: T) -> list[T]:
+    """What each process says, in the order of their ranks."""
+    if _here.count == 1:
+        return [what]
+    told: list = [None] * _here.count
+    dist.all_gather_object(told, what)
+    return told
 
 
 def first_before_others(make: Callable[[], T]) -> T:

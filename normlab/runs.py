@@ -209,11 +209,11 @@ class RunFolder:
         here = dict(config["is"])
         if what["initial_weights"] == config.get("final_weights"):
             here["initial_weights"] = what["initial_weights"]  # the run's own network, trained
-        differences = _differences(here, what)
+        differing = differences(here, what)
         finished = "final_weights" in config
-        if differences and (finished or self._checkpoint.is_file()):
+        if differing and (finished or self._checkpoint.is_file()):
             raise ValueError(
-                f"{self.directory} holds a run that is something else ({'; '.join(differences)}): "
+                f"{self.directory} holds a run that is something else ({'; '.join(differing)}): "
                 "choose another directory, or delete this one (--fresh on the command line)"
             )
         return finished
@@ -377,13 +377,13 @@ def _unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     }
 
 
-def _differences(here: dict, wanted: dict, where: str = "") -> list[str]:
+def differences(here: dict, wanted: dict, where: str = "") -> list[str]:
     """What differs between two nested dicts, one phrase each."""
     found = []
     for key in sorted(here.keys() | wanted.keys()):
         one, other = here.get(key), wanted.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            found += _differences(one, other, f"{where}{key}.")
+            found += differences(one, other, f"{where}{key}.")
         elif one != other and ("digest" in key or len(str(one)) > 60):
             found.append(f"{where}{key} differs")
         elif one != other:

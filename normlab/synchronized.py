@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from normlab.forwards import replaced_forward
 
+BatchNorm = nn.modules.batchnorm._BatchNorm  # of any number of dimensions
+
 
 class _SumOverProcesses(torch.autograd.Function):
     """y = Σ x over processes. Each x is in every process's y, so its gradient is their sum too."""
@@ -36,30 +38,32 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return _SumOverProcesses.apply(x)
 
 
-def synchronized_batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """What `layer` gives in training for this process's share x (N, C, H, W) of a batch.
+def synchronized_batch_norm(layer: BatchNorm, x: Tensor) -> Tensor:
+    """What `layer` gives in training for this process's share x (N, C, ...) of a batch.
 
     Shares may be of different sizes, even empty. The layer's running statistics move as they
     would in one process with the whole batch.
 
     Source: Ioffe & Szegedy, "Batch Normalization", 2015, over the whole batch.
     """
-    channels = x.shape[1]
-    own = x.new_tensor([x.numel() // channels])
-    sums = sum_over_processes(torch.cat([x.sum(dim=(0, 2, 3)), own]))
+    layer._check_input_dim(x)
+    others = [axis for axis in range(x.dim()) if axis != 1]
+    by_channel = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    own = x.new_tensor([x.numel() // x.shape[1]])
+    sums = sum_over_processes(torch.cat([x.sum(others), own]))
     count = sums[-1].detach()
     mean = sums[:-1] / count  # (C,)
-    centred = x - mean.view(1, -1, 1, 1)
-    variance = sum_over_processes((centred**2).sum(dim=(0, 2, 3))) / count  # (C,)
+    centred = x - mean.view(by_channel)
+    variance = sum_over_processes((centred**2).sum(others)) / count  # (C,)
     _move_running_statistics(layer, mean.detach(), variance.detach() * count / (count - 1))
-    y = centred / torch.sqrt(variance + layer.eps).view(1, -1, 1, 1)
+    y = centred / torch.sqrt(variance + layer.eps).view(by_channel)
     if layer.affine:
-        y = y * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+        y = y * layer.weight.view(by_channel) + layer.bias.view(by_channel)
     return y
 
 
 @torch.no_grad()
-def _move_running_statistics(layer: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
+def _move_running_statistics(layer: BatchNorm, mean: Tensor, unbiased: Tensor) -> None:
     if not layer.track_running_stats:
         return
     layer.num_batches_tracked.add_(1)
@@ -71,13 +75,39 @@ def _move_running_statistics(layer: nn.BatchNorm2d, mean: Tensor, unbiased: Tens
 
 @contextmanager
 def synchronized(network: nn.Module) -> Iterator[None]:
-    """Inside the block the network's batch normalizations take the whole batch in training."""
-    layers = [layer for layer in network.modules() if type(layer) is nn.BatchNorm2d]
+    """Inside the block the network's batch normalizations take the whole batch in training.
 
-    def forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        if not layer.training:
-            return nn.BatchNorm2d.forward(layer, x)
-        return synchronized_batch_norm(layer, x)
+    Raises `ValueError` for one with a forward of its own, which cannot be replaced.
+    """
+    layers = _batch_norms(network)
 
-    with replaced_forward(layers, forward):
+    def forward(layer: BatchNorm, x: Tensor) -> Tensor:
+        if layer.training or layer.running_mean is None:
+            return synchronized_batch_norm(layer, x)
+        return BatchNorm.forward(layer, x)
+
+    with replaced_forward(list(layers.values()), forward):
         yield
+
+
+@contextmanager
+def synchronized_by_torch(network: nn.Module) -> Iterator[None]:
+    """The same by torch's `SyncBatchNorm`, whose layers take the place of the network's own."""
+    layers = _batch_norms(network)
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    try:
+        yield
+    finally:  # they have shared their weights and statistics
+        for name, layer in layers.items():
+            network.set_submodule(name, layer)
+
+
+def _batch_norms(network: nn.Module) -> dict[str, BatchNorm]:
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, BatchNorm)}
+    for layer in layers.values():
+        if type(layer).forward is not BatchNorm.forward:
+            raise ValueError(
+                f"{type(layer).__name__} has a forward of its own, so its statistics cannot be "
+                "synchronised over processes"
+            )
+    return layers

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,12 +27,16 @@ from normlab.synchronized import synchronized_batch_norm
 RECIPE = nl.Recipe(
     epochs=2, batch_size=32, lr=0.05, dtype="float64", augment=("shift:1", "rotate:5")
 )
+MUON = {"optimizer": "muon", "weight_decay": 0.01, "centred": True}  # as the assignments train
 WISHES = {
-    "gn": {"norm": "gn", "l1": 1e-4},
+    "gn": {"norm": "gn", "recipe": {"l1": 1e-4}},
     "ln": {"norm": "ln"},
     "bn": {"norm": "bn"},
     "bn, synchronized": {"norm": "bn", "sync": True},
+    "bn of one dimension, synchronized": {"build": lambda: vectors(), "sync": True},
     "gn, channel dropout": {"norm": "gn", "network": "mnist-eva6", "dropout": 0.1},
+    "gn, all digits": {"norm": "gn", "recipe": MUON, "all": True},
+    "bn, synchronized, all digits": {"norm": "bn", "recipe": MUON, "sync": True, "all": True},
 }
 
 
@@ -42,20 +46,34 @@ def few_digits() -> nl.Dataset:
     return nl.load_dataset("digits").subset(train=69, test=41)
 
 
+def vectors() -> nn.Module:
+    """A network whose batch normalization is of vectors, not of images."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(784, 16), nn.BatchNorm1d(16, momentum=None), nn.ReLU(), nn.Linear(16, 10))
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def build(wish: dict) -> nn.Module:
+    if "build" in wish:
+        return wish["build"]()
+    name, dropout = wish.get("network", "mnist-l1"), wish.get("dropout", 0.05)
+    return nl.build_network(name, wish["norm"], dropout=dropout, seed=0)
+
+
 def trained(name: str, directory: Path | None = None, **changes) -> nl.Run:
     """The run of one of the `WISHES`, in as many processes as there are."""
     wish = WISHES[name]
-    network = nl.build_network(
-        wish.get("network", "mnist-l1"), wish["norm"], dropout=wish.get("dropout", 0.05), seed=0
-    )
-    recipe = RECIPE.replace(l1=wish.get("l1", 0.0), **changes)
+    recipe = RECIPE.replace(**wish.get("recipe", {}), **changes)
+    # All digits are 1,437: the last batch of 32 has 29.
+    data = nl.load_dataset("digits") if wish.get("all") else few_digits()
     options = {"device": "cpu", "progress": False, "directory": directory}
-    return nl.fit(network, few_digits(), recipe, **options)
+    return nl.fit(build(wish), data, recipe, **options)
 
 
 def histories(out: Path) -> None:
     """Trains all wishes; the first process keeps what came of them."""
-    for name, wish in WISHES.items():
+    for (name, wish), port in zip(WISHES.items(), os.environ["PORTS"].split(), strict=False):
+        os.environ["MASTER_PORT"] = port
         with nl.data_parallel(sync_batch_norm=wish.get("sync", False), device="cpu") as here:
             run = trained(name)
             if here.is_first:
@@ -65,7 +83,6 @@ def histories(out: Path) -> None:
                 save_file(weights, folder / "weights.safetensors")
                 config = {"is": run.config["is"], "from": run.config["from"]}
                 (folder / "run.json").write_text(json.dumps(config | {"history": run.history}))
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
 def batch_norm(out: Path) -> None:
@@ -152,6 +169,24 @@ def too_many(out: Path) -> None:
         trained("gn", batch_size=17)  # 69 images: the last batch has one
 
 
+def disagree(out: Path) -> None:
+    """The second process has other images and another number of epochs."""
+    with nl.data_parallel(device="cpu") as here:
+        data = few_digits()
+        if here.rank == 1:
+            data = replace(data, train_images=255 - data.train_images)
+        recipe = RECIPE.replace(epochs=2 + here.rank)
+        nl.fit(build(WISHES["gn"]), data, recipe, device="cpu", progress=False)
+
+
+def idle(out: Path) -> None:
+    """A network with a layer that its output does not depend on."""
+    network = vectors()
+    network[0].unused = nn.Linear(3, 3)
+    with nl.data_parallel(device="cpu"):
+        nl.fit(network, few_digits(), RECIPE, device="cpu", progress=False)
+
+
 def told(out: Path) -> None:
     """What the first process makes, and an error in it, reach the others."""
     from normlab.replicas import first_before_others, from_first
@@ -171,5 +206,5 @@ def told(out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    TASKS = (histories, batch_norm, dies, hangs, resumes, too_many, told)
+    TASKS = (histories, batch_norm, dies, hangs, resumes, too_many, disagree, idle, told)
     {task.__name__: task for task in TASKS}[sys.argv[1]](Path(sys.argv[2]))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,23 +20,29 @@ from torch import nn
 import normlab as nl
 from normlab.devices import pick_device
 from normlab.replicas import Replicas
+from normlab.runs import RunFolder, identity
+from normlab.synchronized import synchronized, synchronized_by_torch
 
 WORKER = Path(__file__).with_name("replicas_worker.py")
 
 
-def free_port() -> int:
-    """A port with some free ones after it, for the groups that follow one another."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """As many different ones."""
+    with ExitStack() as stack:
+        places = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for place in places:
+            place.bind(("127.0.0.1", 0))
+        return [place.getsockname()[1] for place in places]
 
 
 def start(task: str, out: Path, processes: int) -> list[subprocess.Popen]:
     """The processes of one task, each of one thread, as torchrun would start them."""
+    ports = list(map(str, free_ports(len(replicas_worker.WISHES))))
     common = os.environ | {
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": ports[0],
+        "PORTS": " ".join(ports),  # for groups that follow one another
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(WORKER), task, str(out)]
@@ -89,7 +96,7 @@ def gap(in_two: Path, name: str, alone: nl.Run) -> float:
     return max(*gaps, *((weights[k] - state[k]).abs().max().item() for k in state))
 
 
-@pytest.mark.parametrize("name", ["gn", "ln", "bn, synchronized", "gn, channel dropout"])
+@pytest.mark.parametrize("name", [name for name in replicas_worker.WISHES if name != "bn"])
 def test_two_processes_compute_what_one_computes(name, in_two, in_one):
     assert gap(in_two, name, in_one[name]) < 1e-9
     config = json.loads((in_two / name / "run.json").read_text())
@@ -169,7 +176,7 @@ def test_a_process_that_dies_under_torchrun_ends_the_other_with_a_sentence(dead,
         started.kill()
     assert started.returncode == 1
     assert f"process {1 - dead} " in said
-    assert "the same command goes on after the last epoch that was kept" in said
+    assert "the same command" in said
     assert len(history.read_text().splitlines()) > 1
 
 
@@ -188,6 +195,57 @@ def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
     for status, said in finish(start("too_many", tmp_path, 2)):
         assert status == 1
         assert "2 processes cannot share a batch of 1 images" in said
+
+
+def test_processes_that_would_train_different_things_are_refused(tmp_path):
+    for status, said in finish(start("disagree", tmp_path, 2)):
+        assert status == 1
+        assert "process 1 (here) would train something else than process 0 (there)" in said
+        assert "data.fingerprint differs; recipe.epochs is 2 there and 3 here" in said
+
+
+def test_a_layer_without_a_part_in_the_output_is_one_sentence(tmp_path):
+    for status, said in finish(start("idle", tmp_path, 2)):
+        assert status == 1
+        assert "some parameters of Sequential have no part in its output" in said
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("same", [synchronized, synchronized_by_torch])
+def test_a_batch_norm_with_a_forward_of_its_own_is_refused(same):
+    with (
+        pytest.raises(ValueError, match="OwnBatchNorm has a forward of its own"),
+        same(nn.Sequential(nn.Conv2d(1, 2, 3), OwnBatchNorm(2))),
+    ):
+        pass
+
+
+def test_torch_s_synchronised_layers_leave_the_network_s_own_behind():
+    network = nl.build_network("mnist-l1", "bn", seed=0)
+    layers = dict(network.named_modules())
+    weights = list(network.parameters())
+    with synchronized_by_torch(network):
+        inside = [type(layer) for layer in network.modules()]
+        assert nn.SyncBatchNorm in inside
+        assert nn.BatchNorm2d not in inside
+        assert all(a is b for a, b in zip(network.parameters(), weights, strict=True))
+    assert dict(network.named_modules()) == layers
+
+
+def test_a_run_whose_batch_norm_was_taken_apart_is_not_taken_for_the_whole(tmp_path, monkeypatch):
+    replicas_worker.trained("bn", tmp_path)
+    monkeypatch.setattr("normlab.replicas._here", Replicas(0, 2))
+    what = identity(replicas_worker.build(replicas_worker.WISHES["bn"]), *digits_and_recipe())
+    with pytest.raises(ValueError, match="batch_norm_apart_in is None there and 2 here"):
+        RunFolder(tmp_path).open(what)
+
+
+def digits_and_recipe() -> tuple[nl.Dataset, nl.Recipe]:
+    return replicas_worker.few_digits(), replicas_worker.RECIPE
 
 
 def test_what_the_first_process_makes_reaches_the_others(tmp_path):
@@ -252,7 +310,7 @@ def test_an_address_that_nobody_listens_at_is_one_sentence(tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
     monkeypatch.setattr("normlab.replicas.PATIENCE", timedelta(seconds=2))
     with (
         pytest.raises(RuntimeError, match="did not find each other"),
@@ -264,7 +322,7 @@ def test_an_address_that_nobody_listens_at_is_one_sentence(tmp_path, monkeypatch
 def torchrun(*options: str) -> list[str]:
     """`normlab run` on the digits in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", "-m", "normlab", "run", "mnist-l1"]
+    command += [f"--master_port={free_ports(1)[0]}", "-m", "normlab", "run", "mnist-l1"]
     return [*command, "--dataset", "digits", *options]
 
 
