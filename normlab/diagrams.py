@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from normlab.checks import whole_number
 from normlab.norms import NORMS, NormKind, norm_name
 from normlab.sharing import shared_statistics
 
@@ -40,9 +41,12 @@ def plot_norm_axes(
         groups: of "gn"; must divide C.
 
     After figure 2 of Wu & He, "Group Normalization", 2018.
+    Raises `ValueError` for sizes below 1 and groups that do not divide C.
     """
     from matplotlib import pyplot
 
+    for name, size in zip(("N", "C", "H·W", "groups"), (*shape, groups), strict=True):
+        whole_number(size, name)
     if shape[1] % groups:
         raise ValueError(f"groups={groups} does not divide {shape[1]} channels")
     size = (2.9 * len(kinds), 2.9)

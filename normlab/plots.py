@@ -6,6 +6,7 @@ figure. None calls `show`: a notebook shows its figures by itself, a script save
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from normlab.runs import QUANTITIES, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
     from torch import Tensor
 
 Runs = Mapping[str, Run | Sequence[Run]]
@@ -246,7 +247,7 @@ def _draw_swept(ax: Axes, rows: DataFrame, x: str, quantity: str, label: str, pl
     ax.errorbar(
         points.index,
         points["mean"] * scale,
-        points["sd"].fillna(0) * scale,
+        _bars(points["mean"] * scale, points["sd"].fillna(0) * scale, quantity),
         color=COLOURS[look],
         linestyle=LINES[look],
         marker=MARKERS[look],
@@ -256,8 +257,14 @@ def _draw_swept(ax: Axes, rows: DataFrame, x: str, quantity: str, label: str, pl
         label=label,
     )
     diverged = points.index[points["mean"].isna()]
-    lower_edge = ax.get_xaxis_transform()
-    ax.plot(diverged, [0.02] * len(diverged), "x", color=COLOURS[look], transform=lower_edge)
+    edge = [0.02 + 0.035 * place] * len(diverged)  # one above the other, so that each is seen
+    ax.plot(diverged, edge, "x", color=COLOURS[look], transform=ax.get_xaxis_transform())
+
+
+def _bars(mean: Series, sd: Series, quantity: str) -> list[Series]:
+    """How far the bars reach down and up: not where no accuracy and no loss can lie."""
+    highest = 100 if quantity.endswith("accuracy") else math.inf
+    return [sd.clip(upper=mean), sd.clip(upper=highest - mean)]
 
 
 def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str) -> None:
@@ -269,7 +276,9 @@ def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str) -> None:
         ax.set_xscale("log", base=2)
     ax.set_xticks(values, [f"{value:g}" for value in values])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel({"batch_size": "batch size (images)", "base_lr": "learning rate"}[x])
+    named = {"batch_size": "batch size (images)", "base_lr": "learning rate"}[x]
+    diverged = " (cross: a run diverged)" if table[quantity].isna().any() else ""
+    ax.set_xlabel(named + diverged)
     ax.set_ylabel(unit)
     counts = table.groupby(["variant", "batch_size", "base_lr"])["seed"].count()
     seeds = f"mean ± sd of {counts.max()} seeds" if counts.max() > 1 else "one seed"

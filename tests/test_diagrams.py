@@ -36,6 +36,15 @@ def test_groups_must_divide_the_channels():
         nl.plot_norm_axes(groups=4)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"shape": (0, 4, 4)}, "N must be at least 1"), ({"groups": 0}, "groups must be at least 1")],
+)
+def test_a_cube_of_nothing_is_one_sentence(options, says):
+    with pytest.raises(ValueError, match=says):
+        nl.plot_norm_axes(**options)
+
+
 # --- the coloured table -----------------------------------------------------------------------
 
 
