@@ -1,7 +1,6 @@
 """The command `normlab`: reading arguments and printing; the work is done elsewhere."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -252,11 +251,6 @@ def _check_sweep(options: argparse.Namespace):
     from normlab.assignments import find_assignment
     from normlab.sweeps import check_axes
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "torchrun shares one training among processes, a sweep shares its runs: start it "
-            "without torchrun"
-        )
     assignment = find_assignment(options.assignment)
     dataset = options.dataset or assignment.dataset
     name = _check_training(options, assignment, dataset)
