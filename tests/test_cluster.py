@@ -45,28 +45,56 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(*words: str):
-    """A command of Dask's while the context lasts."""
+def started(*words: str, cache: Path | None = None):
+    """A command of Dask's while the context lasts, with this cache folder or the test's."""
     # -P: the installed package, not a folder of that name where the tests are started.
     command = [sys.executable, "-P", "-m", "distributed.cli.dask_" + words[0], *words[1:]]
     # It must find the functions of this file by their names.
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **quiet) as process:
+    env = os.environ | {"PYTHONPATH": paths}
+    env |= {} if cache is None else {"XDG_CACHE_HOME": str(cache)}
+    with subprocess.Popen(command, env=env, **quiet) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
+@contextmanager
+def a_scheduler():
+    """The address of a scheduler, and its process."""
+    port = free_port()
+    options = ("--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+    with started("scheduler", *options) as process:
+        yield f"tcp://127.0.0.1:{port}", process
+
+
 @pytest.fixture(scope="module")
 def scheduler():
     """The address of a scheduler without workers."""
-    port = free_port()
-    address = f"tcp://127.0.0.1:{port}"
-    options = ("--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
-    with started("scheduler", *options):
+    with a_scheduler() as (address, _):
         yield address
+
+
+@pytest.fixture(scope="module")
+def lasting_cluster(tmp_path_factory):
+    """The address of a scheduler with one worker, and that worker's cache folder.
+
+    For all tests that do the worker no harm: its first run takes seconds of imports.
+    """
+    cache, place = (tmp_path_factory.mktemp(name) for name in ("worker-cache", "worker"))
+    options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(place))
+    with a_scheduler() as (address, _), started("worker", address, *options, cache=cache):
+        yield address, cache
+
+
+@pytest.fixture
+def one_worker(lasting_cluster, own_cache, monkeypatch) -> str:
+    """The address of the lasting cluster, whose cache folder is that of the test."""
+    address, cache = lasting_cluster
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return address
 
 
 @pytest.fixture
@@ -193,23 +221,21 @@ def test_a_run_that_is_just_trained_is_not_forgotten():
     assert not place.exists()
 
 
-def test_fresh_and_an_interruption_leave_nothing_at_the_workers(scheduler, workers, tmp_path):
-    workers(1)
-
+def test_fresh_and_an_interruption_leave_nothing_at_the_workers(one_worker, tmp_path):
     def interrupt(table):
         if len(table) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(scheduler, tmp_path, seeds=2, after_each=interrupt)
+        sweep(one_worker, tmp_path, seeds=2, after_each=interrupt)
     assert {file.name for file in kept_by_workers()} > FILES  # fetched, but for whom to say so
-    first = sweep(scheduler, tmp_path, seeds=2, after_each=lambda table: pytest.fail("trained"))
+    first = sweep(one_worker, tmp_path, seeds=2, after_each=lambda table: pytest.fail("trained"))
     assert kept_by_workers() == []
     for plan in plan_runs(ASSIGNMENT, [0, 1], None, tmp_path / "runs"):
         if plan.variant.norm == "gn":  # as if those had been interrupted before they came home
             shutil.copytree(plan.directory, cluster._place(plan.digest(few_digits())))
     assert kept_by_workers() != []
-    again = sweep(scheduler, tmp_path, seeds=2, fresh=True)
+    again = sweep(one_worker, tmp_path, seeds=2, fresh=True)
     assert (again["seconds"] != first["seconds"]).all()
     assert again["train_loss"].equals(first["train_loss"])
     assert kept_by_workers() == []
@@ -217,19 +243,25 @@ def test_fresh_and_an_interruption_leave_nothing_at_the_workers(scheduler, worke
 
 def test_that_no_workers_are_left_is_said(scheduler, workers, tmp_path, monkeypatch):
     processes, said = workers(1), []
+    train = cluster.Cluster.train
+
+    def kill_and_train(*arguments):
+        processes[0].kill()
+        train(*arguments)
 
     def start_another(message):
         said.append(message)
         workers(1)
 
+    monkeypatch.setattr(cluster.Cluster, "train", kill_and_train)
     monkeypatch.setattr(cluster, "warn", start_another)
-    table = sweep(
-        scheduler, tmp_path, seeds=2, epochs=3, after_each=lambda table: processes[0].kill()
-    )
+    table = sweep(scheduler, tmp_path)
     assert table["test_accuracy"].notna().all()
     assert len(said) == 1
-    assert "no workers are left" in said[0]
-    assert scheduler in said[0]
+    assert (
+        f"no workers are left, this waits for one: start it with `dask worker {scheduler}"
+        in said[0]
+    )
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -246,11 +278,10 @@ def make_folder(place: Path) -> Path:
     return place
 
 
-def test_the_command_has_the_workers_train(scheduler, workers, tmp_path, monkeypatch, capsys):
-    workers(1)
+def test_the_command_has_the_workers_train(one_worker, tmp_path, monkeypatch, capsys):
     make_folder(tmp_path / "shades")
     monkeypatch.chdir(tmp_path)  # not where the worker was started
-    options = ["--norms", "gn", "--epochs", "1", "--dask", scheduler]
+    options = ["--norms", "gn", "--epochs", "1", "--dask", one_worker]
     assert main(["sweep", "mnist-l1", "--dataset", "shades", "--out", "out", *options]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("1 of 1: GN, seed 0: ")
@@ -261,8 +292,7 @@ def test_the_command_has_the_workers_train(scheduler, workers, tmp_path, monkeyp
     assert kept_by_workers() == []
 
 
-def test_a_data_root_that_only_the_client_has(scheduler, workers, tmp_path, monkeypatch, capsys):
-    workers(1)
+def test_a_data_root_that_only_the_client_has(one_worker, tmp_path, monkeypatch, capsys):
     root = tmp_path / "root"
     root.mkdir()
     check = cluster.Cluster.check_size
@@ -273,35 +303,31 @@ def test_a_data_root_that_only_the_client_has(scheduler, workers, tmp_path, monk
 
     monkeypatch.setattr(cluster.Cluster, "check_size", hidden)
     options = ["--dataset", "digits", "--data-root", str(root), "--norms", "gn", "--epochs", "1"]
-    command = ["sweep", "mnist-l1", *options, "--dask", scheduler, "--out", str(tmp_path / "out")]
+    command = ["sweep", "mnist-l1", *options, "--dask", one_worker, "--out", str(tmp_path / "out")]
     assert main(command) == 1
     said = capsys.readouterr().err
     assert re.match(rf"normlab: worker tcp://127\S+: the data root {root} is not a folder\n$", said)
 
 
-def test_a_task_is_small(scheduler, workers, tmp_path, monkeypatch):
-    workers(1)
+def test_a_task_is_small(one_worker, tmp_path, monkeypatch):
     sizes = []
 
     def measured(task, plans, done, **pool):
         sizes.extend(len(cloudpickle.dumps((task, plan))) for plan in plans)
 
     monkeypatch.setattr(cluster, "work_off", measured)
-    sweep(scheduler, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])
+    sweep(one_worker, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])
     assert len(sizes) == 40
     assert max(sizes) < 100_000
     data = few_digits()
     with pytest.raises(ValueError, match="a function that loads the images, not one that holds"):
-        sweep(scheduler, tmp_path / "held", data=lambda: data)
+        sweep(one_worker, tmp_path / "held", data=lambda: data)
 
 
 def test_a_scheduler_that_ends_is_said(tmp_path):
-    port = free_port()
-    address = f"tcp://127.0.0.1:{port}"
-    options = ("--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
     worker = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--death-timeout", "1")
     with (
-        started("scheduler", *options) as process,
+        a_scheduler() as (address, process),
         started("worker", address, *worker),
         pytest.raises(ConnectionError, match="the Dask scheduler went away"),
     ):
@@ -323,30 +349,28 @@ def test_a_cluster_without_workers(scheduler, tmp_path, monkeypatch):
         sweep(scheduler, tmp_path)
 
 
-def test_a_worker_of_another_version_is_named(scheduler, workers, tmp_path, monkeypatch):
-    workers(1)
+def test_a_worker_of_another_version_is_named(one_worker, tmp_path, monkeypatch):
     monkeypatch.setattr(nl, "__version__", "99.0")
     sentence = r"this is normlab 99\.0, but tcp://127\.0\.0\.1:\d+ has (?!99)\d"
     with pytest.raises(RuntimeError, match=sentence):
-        sweep(scheduler, tmp_path)
+        sweep(one_worker, tmp_path)
 
 
-def test_images_that_only_the_client_has(scheduler, workers, tmp_path):
-    workers(1)
+def test_images_that_only_the_client_has(one_worker, tmp_path):
     data = partial(_images_of_the_client, os.getpid(), "missing")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: there is no data root here"):
-        sweep(scheduler, tmp_path / "sweep", data=data)
+        sweep(one_worker, tmp_path / "sweep", data=data)
     kept = nl.run_sweep(
         ASSIGNMENT, norms=["gn"], data=few_digits, directory=tmp_path / "sweep", progress=False,
         device="cpu",
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: there is no data root here"):
-        sweep(scheduler, tmp_path / "sweep", data=data, fresh=True)
-    again = sweep(scheduler, tmp_path / "sweep")  # a new training would take other seconds
+        sweep(one_worker, tmp_path / "sweep", data=data, fresh=True)
+    again = sweep(one_worker, tmp_path / "sweep")  # a new training would take other seconds
     assert again.equals(kept)
     data = partial(_images_of_the_client, os.getpid(), "other")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+ has other images of digits"):
-        sweep(scheduler, tmp_path / "other", data=data)
+        sweep(one_worker, tmp_path / "other", data=data)
 
 
 def _images_of_the_client(client: int, elsewhere: str) -> nl.Dataset:
