@@ -144,7 +144,7 @@ def test_fresh_removes_nothing_before_all_is_checked(tiny_assignment, tiny, tiny
     assert files_in(tmp_path) == before
 
 
-def test_rows_of_another_sweep_stay_in_the_file(tiny_assignment, tiny, tmp_path, capsys):
+def test_rows_of_another_sweep_stay_in_the_file(tiny_assignment, tiny, tmp_path):
     options = {"epochs": 1, "directory": tmp_path}
     diverged = sweep(tiny_assignment, tiny, norms=["gn"], lrs=[1e30], **options)
     others = sweep(tiny_assignment, tiny, norms=["ln", "none"], seeds=2, **options)
@@ -222,12 +222,19 @@ def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
     data = nl.load_dataset("digits").subset(train=64, test=16)
     assignment = replace(nl.ASSIGNMENTS["mnist-l1"], recipe=nl.Recipe(epochs=1, batch_size=32))
     options = {"norms": ["gn", "ln"], "lrs": [0.05, 1e30]}
-    seen = []
+    seen, portions, in_processes = [], [], sweeps.side_by_side
+
+    def noted(train, plans, *others, **more):
+        portions.append(len(plans))
+        in_processes(train, plans, *others, **more)
+
+    monkeypatch.setattr(sweeps, "side_by_side", noted)
     apart = sweep(assignment, data, directory=tmp_path, after_each=seen.append, **options)
     assert [len(table) for table in seen] == [1, 2, 3, 4]
     assert apart["test_accuracy"].isna().tolist() == [False, True, False, True]
     monkeypatch.setattr(parallel, "WORTHWHILE", math.inf)
     here = sweep(assignment, data, **options)
+    assert portions == [4]
     exact = ["run", "variant", "lr", "parameters"]
     assert apart[exact].equals(here[exact])
     losses = here["train_loss"].to_numpy()  # perhaps of several threads, which round otherwise
