@@ -1,7 +1,6 @@
 """The command `normlab`: reading arguments and printing; the work is done elsewhere."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -250,23 +249,21 @@ def _how_to_resume(options: argparse.Namespace) -> str:
 def _check_sweep(options: argparse.Namespace):
     """The assignment, a function that loads its images, and the output folder."""
     from normlab.assignments import find_assignment
+    from normlab.sources import DATASETS
     from normlab.sweeps import check_axes
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "torchrun shares one training among processes, a sweep shares its runs: start it "
-            "without torchrun"
-        )
     assignment = find_assignment(options.assignment)
     dataset = options.dataset or assignment.dataset
     name = _check_training(options, assignment, dataset)
     check_axes(assignment, options.norms, options.batch_sizes, options.lr, options.scaling)
-    root = options.data_root and options.data_root.resolve()  # workers have folders of their own
+    # Workers are started elsewhere, where a relative path leads to something else.
+    root = options.data_root and options.data_root.resolve()
+    dataset = dataset if dataset in DATASETS else Path(dataset).expanduser().resolve()
     load = partial(_load_images, assignment, dataset, root, options.image_size)
     return assignment, load, options.out or Path("runs") / f"sweep-{assignment.name}-{name}"
 
 
-def _load_images(assignment, dataset: str, root: Path | None, side: int | None):
+def _load_images(assignment, dataset: str | Path, root: Path | None, side: int | None):
     """Here, and on each worker of a cluster, whose data root may be missing."""
     from normlab.experiment import load_assignment_data
 

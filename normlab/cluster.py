@@ -6,9 +6,10 @@ cache folder of its own machine, and sends the finished run's files home.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import joblib
 
@@ -37,6 +38,7 @@ MOST_BYTES = 100_000  # of what is sent for a run
 # The threads of one worker would share torch's random states: they train one after another.
 _one_at_a_time = threading.Lock()
 _images: dict[str, Dataset] = {}  # in a worker: its images by their fingerprint
+_loading = threading.Lock()  # of what changes them
 
 
 class Cluster:
@@ -60,9 +62,27 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.client.close()
 
+    def check_size(self, load: Callable[[], Dataset], plan: Plan) -> None:
+        """Raises `ValueError` if `load`, sent with each run, holds the images."""
+        from distributed.protocol import pickle
+
+        size = len(pickle.dumps((load, plan)))
+        if size > MOST_BYTES:
+            raise ValueError(
+                f"each run would be sent with {size:,} bytes: data must be a function that loads "
+                "the images, not one that holds them"
+            )
+
     def check_images(self, load: Callable[[], Dataset], data: Dataset) -> None:
         """Raises `RuntimeError` that names a worker whose `load()` does not give these images."""
         self.client.run(_load_there, load, data.fingerprint)
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Removes what the workers' machines have of the runs with these digests.
+
+        A run that is just being trained, for another client, stays.
+        """
+        self.client.run(_forget, list(digests), on_error="ignore")  # a worker may just be dying
 
     def train(
         self,
@@ -81,18 +101,9 @@ class Cluster:
             load: returns the images, on the worker; a partial of `load_dataset`, say.
             data: the images here; those of a worker must be the same.
 
-        Raises `ValueError` if `load` holds the images instead of loading them, `ConnectionError`
-        or `RuntimeError` if the cluster fails.
+        Raises `ConnectionError` or `RuntimeError` if the cluster fails.
         """
-        from distributed.protocol import pickle
-
         task = partial(_train_away, train, load, data.fingerprint, normlab.__version__)
-        size = len(pickle.dumps((task, plans[0])))
-        if size > MOST_BYTES:
-            raise ValueError(
-                f"each run would be sent with {size:,} bytes: data must be a function that loads "
-                "the images, not one that holds them"
-            )
         results: SimpleQueue = SimpleQueue()
         arguments = (self.client, task, plans, results)
         threading.Thread(target=_work_off, args=arguments, daemon=True).start()
@@ -100,7 +111,6 @@ class Cluster:
             if isinstance(result, BaseException):
                 raise result
             after_each(*result)
-        self.client.run(_forget, [plan.digest(data) for plan in plans])
 
 
 # --- the client -------------------------------------------------------------------------------
@@ -189,8 +199,8 @@ def _put(results: SimpleQueue, plan: Plan, result: object) -> None:
 
 
 def _next(results: SimpleQueue, client: Client) -> tuple | BaseException | None:
-    """The next result; or the reason why there will be none."""
-    patience = SECONDS_TO_ANSWER
+    """The next result; or the reason why there will be none. Warns if no worker is left."""
+    patience, said = SECONDS_TO_ANSWER, False
     while patience:
         try:
             return results.get(timeout=1)
@@ -203,6 +213,13 @@ def _next(results: SimpleQueue, client: Client) -> tuple | BaseException | None:
             expected = any(state.status in ("pending", "lost") for state in states)
             alive = client.status == "running" and expected
             patience = SECONDS_TO_ANSWER if alive else patience - 1
+            if alive and not said and not client.scheduler_info()["workers"]:
+                said = True
+                address = client.scheduler.address
+                warn(
+                    "no workers are left, this waits for one: start it with `dask worker "
+                    f"{address} --nthreads 1`"
+                )
     return _lost() if client.status == "running" else _gone()
 
 
@@ -238,7 +255,7 @@ def _train_away(
 ) -> tuple[object, dict[str, bytes]]:
     """Trains on a worker; returns what `train` does, and the files of the finished run.
 
-    They stay there until the client has them: what could not be delivered is not trained again.
+    They stay there until the client has all: what could not be delivered is not trained again.
     """
     if version != normlab.__version__:  # a worker that joined after the check
         raise RuntimeError(
@@ -254,51 +271,68 @@ def _train_away(
 
 
 def _place(digest: str) -> Path:
-    """The same for every worker on a machine, so that another one can go on there."""
-    return cache_folder() / "sweeps" / digest
+    """The same for every worker on a machine, so that another one can go on there.
+
+    But not for another version of normlab, which may compute something else.
+    """
+    return cache_folder() / "sweeps" / normlab.__version__ / digest
 
 
 @contextmanager
-def _alone_in(place: Path) -> Iterator[None]:
-    """Waits until no other process trains there, such as one that Dask took for dead."""
-    if find_spec("fcntl") is None:  # Windows
-        yield
-        return
-    import fcntl
+def _alone_in(place: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Yields whether no other process trains there, such as one that Dask took for dead.
 
+    With `wait` not before that is so. The lock's file stays: another process may wait for it.
+    """
+    if find_spec("fcntl") is None:  # Windows
+        yield True
+        return
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends
-        yield
+        yield _take(lock, wait)
+
+
+def _take(lock: IO, wait: bool) -> bool:
+    """Whether it has the lock, which the system takes back when the file or the process ends."""
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _forget(digests: Sequence[str]) -> None:
-    """Removes from a worker's machine what the client has received."""
-    for digest in digests:
-        shutil.rmtree(_place(digest), ignore_errors=True)  # all its workers do this at once
-        _place(digest).with_suffix(".lock").unlink(missing_ok=True)
+    """Removes runs from a worker's machine, but for one that is just being trained there."""
+    for place in filter(Path.is_dir, map(_place, digests)):
+        with _alone_in(place, wait=False) as alone:
+            if alone:
+                shutil.rmtree(place, ignore_errors=True)
 
 
-def _load_there(load: Callable[[], Dataset], fingerprint: str, dask_worker: Worker) -> None:
-    _images_here(load, fingerprint, lambda: dask_worker.address)
+async def _load_there(load: Callable[[], Dataset], fingerprint: str, dask_worker: Worker) -> None:
+    """In a thread: the worker must go on telling the scheduler that it lives."""
+    await asyncio.to_thread(_images_here, load, fingerprint, lambda: dask_worker.address)
 
 
 def _images_here(
     load: Callable[[], Dataset], fingerprint: str, address: Callable[[], str]
 ) -> Dataset:
     """This worker's images, loaded once; an error names the worker by its address."""
-    if fingerprint not in _images:
-        try:
-            data = load()
-        except (OSError, ValueError) as error:
-            raise RuntimeError(f"worker {address()}: {error}") from error
-        if data.fingerprint != fingerprint:
-            raise RuntimeError(
-                f"worker {address()} has other images of {data.name} than the client"
-            )
-        _images.clear()
-        _images[fingerprint] = data
-    return _images[fingerprint]
+    with _loading:
+        if fingerprint not in _images:
+            try:
+                data = load()
+            except (OSError, ValueError) as error:
+                raise RuntimeError(f"worker {address()}: {error}") from error
+            if data.fingerprint != fingerprint:
+                raise RuntimeError(
+                    f"worker {address()} has other images of {data.name} than the client"
+                )
+            _images.clear()
+            _images[fingerprint] = data
+        return _images[fingerprint]
 
 
 def _own_address() -> str:

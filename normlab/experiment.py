@@ -21,12 +21,12 @@ from normlab.parallel import side_by_side
 from normlab.plans import (
     Plan,
     are_worth_processes,
+    check_plans,
     left_to_do,
     plan_runs,
     seed_numbers,
     with_kept,
 )
-from normlab.replica_engine import check_shares
 from normlab.replicas import from_first, replicas
 from normlab.runs import Run, RunFolder, remove_run
 from normlab.sources import load_dataset
@@ -140,8 +140,7 @@ def run_assignment(
     with ExitStack() as stack:
         place = directory or stack.enter_context(TemporaryDirectory(prefix="normlab-"))
         plans = plan_runs(assignment, numbers, epochs, Path(place))
-        for plan in plans:  # before anything is removed
-            check_shares(len(data.train_images), plan.recipe.batch_size, len(data.test_images))
+        check_plans(plans, data, device)
         if fresh:
             from_first(lambda: [remove_run(plan.directory) for plan in plans])
         if kept is not None and not fresh:

@@ -17,6 +17,7 @@ from normlab.data import Dataset
 from normlab.fitting import Job, check_trainable, is_done
 from normlab.parallel import is_worthwhile
 from normlab.recipes import Recipe
+from normlab.replica_engine import check_shares
 from normlab.replicas import from_first
 from normlab.runs import identity
 from normlab.summaries import multiply_adds
@@ -95,13 +96,21 @@ def _are_done(plans: list[Plan], data: Dataset, device: torch.device) -> list[bo
     return found
 
 
-def left_to_do(plans: list[Plan], data: Dataset, device: torch.device) -> list[Plan]:
-    """Those that are not finished; that all can be trained is checked before anything is."""
-    jobs = [plan.job(data) for plan in plans]
-    for job in jobs:
+def check_plans(plans: list[Plan], data: Dataset, device: torch.device) -> None:
+    """Raises an error of one sentence unless every run can be trained; touches no file.
+
+    To be called before the first run is trained, and before any is removed.
+    """
+    for plan in plans:
+        check_shares(len(data.train_images), plan.recipe.batch_size, len(data.test_images))
+        job = replace(plan.job(data), directory=None)
         check_trainable(job.network, data)
-    done = [is_done(job, data, device) for job in jobs]
-    return [plan for plan, is_there in zip(plans, done, strict=True) if not is_there]
+        is_done(job, data, device)  # without a folder: whether the device has the recipe's dtype
+
+
+def left_to_do(plans: list[Plan], data: Dataset, device: torch.device) -> list[Plan]:
+    """Those that are not finished. Raises `ValueError` if a folder holds another run."""
+    return [plan for plan in plans if not is_done(plan.job(data), data, device)]
 
 
 def are_worth_processes(plans: list[Plan], data: Dataset) -> bool:

@@ -15,7 +15,7 @@ from normlab.data import Dataset
 from normlab.files import write_text
 from normlab.plans import Plan, left_to_do
 from normlab.report import percent
-from normlab.runs import RunFolder
+from normlab.runs import RunFolder, remove_run
 from normlab.summaries import count_parameters
 
 if TYPE_CHECKING:
@@ -62,21 +62,29 @@ class SweepTable:
         show: bool,
         after_each: Callable[[DataFrame], object] | None,
     ) -> None:
-        """`show` prints a line for each run; the rest is as for `run_sweep`."""
+        """`show` prints a line for each run; the rest is as for `run_sweep`.
+
+        `file` may hold rows of other sweeps, which stay in it.
+        """
         self.plans, self.data, self.file = plans, data, file
         self.cells = {cell.variant.folder: cell for cell in cells}
         self.digests = {plan.directory: plan.digest(data) for plan in plans}
         self.rows: dict[str, dict] = {}
         self.show, self.after_each = show, after_each
 
-    def take_what_is_done(
-        self, device: torch.device, tables: Sequence[str | Path | None]
-    ) -> list[Plan]:
-        """Takes the rows of earlier tables and of finished runs; returns the plans left to do."""
-        measured: dict[str, dict] = {}
-        for file in tables:
-            if file is not None and (file != self.file or self.file.is_file()):
-                measured |= _read_rows(Path(file))
+    def start_anew(self) -> None:
+        """Removes this sweep's rows from the file, and its runs; those of other sweeps stay.
+
+        Raises `ValueError` if the file is no table of a sweep; then nothing is removed.
+        """
+        self._write()  # first: a row whose run is gone would pass for done
+        for plan in self.plans:
+            remove_run(plan.directory)
+
+    def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Plan]:
+        """Takes the rows of `kept`, of the file and of finished runs; returns the plans left."""
+        measured = {} if kept is None else _read_rows(Path(kept))
+        measured |= self._rows_in_file()
         others = []
         for plan in self.plans:
             row = measured.get(self.digests[plan.directory])
@@ -121,15 +129,31 @@ class SweepTable:
 
     def frame(self) -> DataFrame:
         """The rows so far, in the order of the plans."""
-        import pandas
+        return _frame(self._own_rows())
 
+    def _own_rows(self) -> list[dict]:
         digests = (self.digests[plan.directory] for plan in self.plans)
-        rows = [self.rows[digest] for digest in digests if digest in self.rows]
-        return pandas.DataFrame(rows, columns=list(COLUMNS))
+        return [self.rows[digest] for digest in digests if digest in self.rows]
 
     def _write(self) -> None:
-        if self.file is not None:
-            write_text(self.file, self.frame().to_csv(index=False))
+        """This sweep's rows, then those of others: of a run that diverged, the row is all there is.
+
+        The file is read each time, since another sweep may be writing to it as well.
+        """
+        if self.file is None:
+            return
+        own = set(self.digests.values())
+        others = [row for digest, row in self._rows_in_file().items() if digest not in own]
+        write_text(self.file, _frame([*self._own_rows(), *others]).to_csv(index=False))
+
+    def _rows_in_file(self) -> dict[str, dict]:
+        return _read_rows(self.file) if self.file is not None and self.file.is_file() else {}
+
+
+def _frame(rows: Sequence[dict]) -> DataFrame:
+    import pandas
+
+    return pandas.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _last(plan: Plan) -> dict:
@@ -146,10 +170,20 @@ def _read_rows(file: Path) -> dict[str, dict]:
     import pandas
 
     try:
-        rows = pandas.read_csv(file, dtype={"run": str}, keep_default_na=False, na_values=[""])
+        rows = pandas.read_csv(
+            file,
+            dtype=dict.fromkeys(("run", "variant", "norm"), str),
+            converters=dict.fromkeys(("base_lr", "lr", "seconds", *MEASURED), _exactly),
+            keep_default_na=False,  # a norm may be called none
+        )
         return {row["run"]: row for row in rows[list(COLUMNS)].to_dict("records")}
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file} is no table of a sweep: {error}") from error
+
+
+def _exactly(text: str) -> float:
+    """The number that was written, to the last bit, as pandas by itself does not promise."""
+    return float(text or "nan")
 
 
 def summary_table(table: DataFrame) -> str:

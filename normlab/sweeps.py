@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,8 +22,7 @@ from normlab.experiment import load_assignment_data
 from normlab.fitting import fit_together
 from normlab.norms import norm_name
 from normlab.parallel import AfterEach, side_by_side
-from normlab.plans import Plan, are_worth_processes, plan_runs, seed_numbers
-from normlab.runs import remove_run
+from normlab.plans import Plan, are_worth_processes, check_plans, plan_runs, seed_numbers
 from normlab.sweep_tables import TABLE, Cell, SweepTable
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def run_sweep(
         epochs: other than the recipe's, and the same for all: so all see as many images.
         data: the images, or a function that returns them; without it, the assignment's.
         directory: where to keep the runs and `sweep.csv`, which grows as they finish. Runs found
-            there are not trained again; interrupted ones go on.
+            there are not trained again; interrupted ones go on. Other sweeps may be kept there too.
         device, progress: as for `fit`; there is a line for each run.
-        fresh: trains anew what `directory` holds already.
+        fresh: trains anew those of this sweep's runs that `directory` holds already.
         kept: a `sweep.csv` whose rows are taken for the same network, recipe and images.
         dask: address of a Dask scheduler whose workers train; `data` must then be a function,
             which they call, or left out.
@@ -80,7 +80,8 @@ def run_sweep(
     """
     assignment = find_assignment(name)
     wanted, device = device, pick_device(device)  # a worker picks its own
-    load = data if callable(data) else None if data is not None else _Loader(assignment)
+    data = partial(load_assignment_data, assignment) if data is None else data
+    load = data if callable(data) else None
     if dask is not None and load is None:
         raise ValueError(
             "a cluster's workers load the images themselves: give data as a function, such as "
@@ -94,19 +95,22 @@ def run_sweep(
         cluster = stack.enter_context(_cluster(dask)) if dask else None  # before files change
         sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
         plans = plan_runs(sweep, seed_numbers(seeds), epochs, place / "runs")
-        if fresh:
-            if cluster is not None:
-                cluster.check_images(load, data)  # before anything is removed
-            for plan in plans:
-                remove_run(plan.directory)
+        check_plans(plans, data, device)
         file = place / TABLE if directory else None
         table = SweepTable(plans, cells, data, file, progress, after_each)
-        left = table.take_what_is_done(device, [] if fresh else [kept, file])
+        if cluster is not None:
+            cluster.check_size(load, plans[0])
+        if fresh:
+            _start_anew(table, cluster, load)
+        left = table.take_what_is_done(device, None if fresh else kept)
         left.sort(key=lambda plan: plan.recipe.batch_size)  # small ones take longest
         if cluster is not None and left:
             cluster.train(partial(_attempt, device=wanted), left, load, data, table.add)
         elif left:
-            _train_each(left, data, device, table.add)
+            _train_each(plans, left, data, device, table.add)
+        if cluster is not None:
+            with suppress(OSError):  # the sweep is complete, even if its scheduler has gone
+                cluster.forget(table.digests.values())  # and what came home before this call
         return table.frame()
 
 
@@ -116,14 +120,14 @@ def _cluster(address: str) -> Cluster:
     return Cluster(address)
 
 
-@dataclass(frozen=True)
-class _Loader:
-    """Loads an assignment's data set, here or on a worker."""
-
-    assignment: Assignment
-
-    def __call__(self) -> Dataset:
-        return load_assignment_data(self.assignment)
+def _start_anew(
+    table: SweepTable, cluster: Cluster | None, load: Callable[[], Dataset] | None
+) -> None:
+    """Removes the sweep's runs here and at the workers, once it is known that these can train."""
+    if cluster is not None:
+        cluster.check_images(load, table.data)
+        cluster.forget(table.digests.values())
+    table.start_anew()
 
 
 def _cells(
@@ -154,7 +158,12 @@ def check_axes(
     lrs: Sequence[float] | None,
     scaling: str,
 ) -> None:
-    """Raises `ValueError` or `TypeError` that names what cannot be swept."""
+    """Raises `ValueError` or `TypeError` that names what cannot be swept, or not here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "torchrun shares one training among processes, a sweep shares its runs: start it "
+            "without torchrun"
+        )
     one_of(scaling, SCALINGS, "scaling of the rate")
     _bases(assignment, norms)
     for what, values in (("norms", norms), ("batch_sizes", batch_sizes), ("lrs", lrs)):
@@ -180,16 +189,23 @@ def _bases(assignment: Assignment, norms: Sequence[str] | None) -> list[Variant]
 
 
 def _train_each(
-    plans: Sequence[Plan], data: Dataset, device: torch.device, after_each: AfterEach
+    plans: list[Plan],
+    left: Sequence[Plan],
+    data: Dataset,
+    device: torch.device,
+    after_each: AfterEach,
 ) -> None:
-    """Side by side in processes or a few at once here, whichever is quicker."""
+    """Those that are left, side by side in processes or a few at once here.
+
+    All plans decide which, so that a sweep that goes on has as many threads as before.
+    """
     if device.type == "cpu" and are_worth_processes(plans, data):
         attempt = partial(_attempt, device="cpu")
-        side_by_side(attempt, plans, data, progress=False, after_each=after_each)
+        side_by_side(attempt, left, data, progress=False, after_each=after_each)
         return
     size = TOGETHER if device.type == "cuda" else 1
-    for start in range(0, len(plans), size):
-        _train_here(plans[start : start + size], data, device, after_each)
+    for start in range(0, len(left), size):
+        _train_here(left[start : start + size], data, device, after_each)
 
 
 def _attempt(plan: Plan, data: Dataset, device: str | torch.device | None) -> str | None:

@@ -167,6 +167,16 @@ def test_fresh_trains_anew_and_leaves_other_files_alone(tiny, tiny_assignment, t
     assert facts(second) != facts(first)
 
 
+def test_fresh_removes_nothing_before_all_is_checked(finished, tiny, tiny_assignment):
+    _, folder = finished
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    images = {name: getattr(tiny, name)[..., :6, :6] for name in ("train_images", "test_images")}
+    small = replace(tiny, **images)
+    with pytest.raises(ValueError, match="cannot take images"):
+        run(tiny_assignment, small, folder, seeds=2, fresh=True)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_other_epochs_in_the_same_folder_are_refused(finished, tiny, tiny_assignment):
     _, folder = finished
     with pytest.raises(ValueError, match=r"recipe\.epochs is 2 there and 3 here"):

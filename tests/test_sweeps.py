@@ -3,11 +3,12 @@
 import math
 from dataclasses import replace
 
+import joblib
 import pytest
 import torch
 
 import normlab as nl
-from normlab import cluster, sweeps
+from normlab import cluster, parallel, sweeps
 from normlab.plans import plan_runs
 from normlab.runs import RunFolder, remove_run
 from normlab.seeding import seeded
@@ -108,14 +109,63 @@ def test_kept_rows_get_the_labels_of_this_sweep(tiny_assignment, tiny, tmp_path)
     assert table["base_lr"].tolist() == table["lr"].tolist() == [0.2]
 
 
+def files_in(folder):
+    """What the files below a folder hold, by their paths."""
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_a_cluster_that_does_not_answer_costs_nothing(tiny_assignment, tiny, tmp_path, monkeypatch):
     options = {"norms": ["gn"], "epochs": 1, "directory": tmp_path}
     sweep(tiny_assignment, tiny, **options)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    before = files_in(tmp_path)
     monkeypatch.setattr(cluster, "SECONDS_TO_ANSWER", 1)
     with pytest.raises(ConnectionError, match="no Dask scheduler answers"):
         sweep(tiny_assignment, lambda: tiny, fresh=True, dask="tcp://127.0.0.1:1", **options)
-    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert files_in(tmp_path) == before
+
+
+def test_fresh_removes_nothing_before_all_is_checked(tiny_assignment, tiny, tiny_network, tmp_path):
+    def build(norm):
+        network = tiny_network(norm)
+        network.pool = torch.nn.AvgPool2d(4 if norm == "gn" else 6)  # else it does not fit
+        return network
+
+    assignment = replace(tiny_assignment, build=build)
+    options = {"epochs": 1, "directory": tmp_path}
+    sweep(assignment, tiny, norms=["gn"], **options)
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match="cannot take images"):
+        sweep(assignment, tiny, norms=["gn", "ln"], fresh=True, **options)
+    assert files_in(tmp_path) == before
+    (tmp_path / "sweep.csv").write_text("a,b\n1,2\n")
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=r"sweep\.csv is no table of a sweep"):
+        sweep(assignment, tiny, norms=["gn"], fresh=True, **options)
+    assert files_in(tmp_path) == before
+
+
+def test_rows_of_another_sweep_stay_in_the_file(tiny_assignment, tiny, tmp_path):
+    options = {"epochs": 1, "directory": tmp_path}
+    diverged = sweep(tiny_assignment, tiny, norms=["gn"], lrs=[1e30], **options)
+    others = sweep(tiny_assignment, tiny, norms=["ln", "none"], seeds=2, **options)
+    assert len(others) == 4
+    file = tmp_path / "sweep.csv"
+    *rows, last = file.read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == others["run"].tolist()  # its own come first
+    assert last.split(",")[0] == diverged["run"][0]
+    for fresh in (False, True):
+        seen = []
+        narrow = {"norms": ["ln"], "fresh": fresh, "after_each": seen.append}
+        table = sweep(tiny_assignment, tiny, **narrow, **options)
+        assert table["run"].tolist() == [others["run"][0]]
+        assert [len(each) for each in seen] == [1] * fresh
+        after = file.read_text().splitlines()[1:]
+        assert len(after) == 5
+        assert set(rows[1:]) | {last} <= set(after)
+        assert (rows[0] in after) != fresh  # trained anew, it took other seconds
+    trained = []
+    sweep(tiny_assignment, tiny, norms=["gn"], lrs=[1e30], after_each=trained.append, **options)
+    assert trained == []
 
 
 def test_a_file_that_is_no_table_is_named(tiny_assignment, tiny, tmp_path):
@@ -150,6 +200,65 @@ def test_the_table_grows_as_runs_finish(tiny_assignment, tiny, tmp_path):
 def test_bad_input_is_one_sentence(tiny_assignment, tiny, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         sweep(tiny_assignment, tiny, **options)
+
+
+def test_a_sweep_is_not_for_several_processes_that_share_one_training(
+    tiny_assignment, tiny, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        sweep(tiny_assignment, tiny)
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """Any amount of work is worth two processes."""
+    monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
+    monkeypatch.setattr(parallel, "WORTHWHILE", 0)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
+    data = nl.load_dataset("digits").subset(train=64, test=16)
+    assignment = replace(nl.ASSIGNMENTS["mnist-l1"], recipe=nl.Recipe(epochs=1, batch_size=32))
+    options = {"norms": ["gn", "ln"], "lrs": [0.05, 1e30]}
+    seen, portions, in_processes = [], [], sweeps.side_by_side
+
+    def noted(train, plans, *others, **more):
+        portions.append(len(plans))
+        in_processes(train, plans, *others, **more)
+
+    monkeypatch.setattr(sweeps, "side_by_side", noted)
+    apart = sweep(assignment, data, directory=tmp_path, after_each=seen.append, **options)
+    assert [len(table) for table in seen] == [1, 2, 3, 4]
+    assert apart["test_accuracy"].isna().tolist() == [False, True, False, True]
+    monkeypatch.setattr(parallel, "WORTHWHILE", math.inf)
+    here = sweep(assignment, data, **options)
+    assert portions == [4]
+    exact = ["run", "variant", "lr", "parameters"]
+    assert apart[exact].equals(here[exact])
+    losses = here["train_loss"].to_numpy()  # perhaps of several threads, which round otherwise
+    assert apart["train_loss"].to_numpy() == pytest.approx(losses, rel=1e-3, nan_ok=True)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_single_run_that_is_left_has_as_many_threads_as_before(
+    tiny_assignment, tiny, tmp_path, monkeypatch
+):
+    options = {"norms": ["gn", "ln"], "epochs": 1, "directory": tmp_path}
+    left = []
+
+    def instead(train, plans, *_, after_each, **__):
+        left.append([plan.label for plan in plans])
+        for plan in plans:
+            after_each(plan, train(plan, tiny))
+
+    monkeypatch.setattr(sweeps, "side_by_side", instead)
+    sweep(tiny_assignment, tiny, **options)
+    remove_run(tmp_path / "runs" / "ln" / "seed-0")
+    (tmp_path / "sweep.csv").unlink()
+    sweep(tiny_assignment, tiny, **options)
+    assert left == [["GN, seed 0", "LN, seed 0"], ["LN, seed 0"]]
 
 
 def table_of(rows):
