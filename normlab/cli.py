@@ -83,7 +83,7 @@ def _add_out(command: argparse.ArgumentParser, default: str) -> None:
     again.add_argument(
         "--resume", action="store_true", help="go on with what --out holds (the default)"
     )
-    again.add_argument("--fresh", action="store_true", help="train anew what --out holds")
+    again.add_argument("--fresh", action="store_true", help="train anew what --out holds of it")
 
 
 def _add_sweep(commands) -> argparse.ArgumentParser:

@@ -285,6 +285,14 @@ def test_the_plot_shows_means_and_spreads_of_seeds():
     assert ax.get_title() == "Test accuracy, last epoch, mean ± sd of 3 seeds"
 
 
+def test_the_bars_stay_where_accuracies_can_lie():
+    rows = [("BN", size, 0.1, seed, value) for size in (2, 8) for seed, value in ((0, 0), (1, 1))]
+    (container,) = nl.plot_sweep(table_of(rows)).axes[0].containers
+    _, _, (bars,) = container
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [[0, 100], [0, 100]]  # 50 ± 71
+
+
 def test_the_plot_marks_what_diverged_and_tells_rates_apart():
     rows = [
         (variant, size, rate, 0, math.nan if rate == 1 and size == 8 else 0.5)
