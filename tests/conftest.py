@@ -21,6 +21,15 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
 
 
+LONGEST = ("test_replicas", "test_cluster", "test_cli", "test_parallel", "test_engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of two processes neither has one left at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory) -> Path:
     """A cache folder of each test's own, and no data folder: no test depends on the machine."""
