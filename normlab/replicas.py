@@ -22,7 +22,6 @@ from normlab.checks import one_of
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=5)  # for the slowest thing that others wait for: decoding images
-_GOES_ON = "the same command goes on after the last epoch that was kept"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ def data_parallel(
                 raise
             raise RuntimeError(
                 f"process {_here.rank} lost another of the {count}, which ended or did not answer "
-                f"for {PATIENCE.seconds // 60} minutes; {_GOES_ON}"
+                f"for {PATIENCE.seconds // 60} minutes; the same command goes on after the last "
+                "epoch that was kept"
             ) from error
         finally:
             _here = Replicas()
