@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+import normlab
 from normlab.checks import warn
 from normlab.data import Dataset
 
@@ -28,8 +29,12 @@ def cache_folder() -> Path:
 def cached(
     name: str, files: list[Path], decode: Callable[[], Dataset], extra: tuple = ()
 ) -> Dataset:
-    """The data set decoded from `files`, from the cache if they are unchanged since."""
-    key = hashlib.sha256(repr((str(files[0].resolve().parent), extra)).encode())
+    """The data set decoded from `files`, from the cache if they are unchanged since.
+
+    Another version of normlab decodes them anew.
+    """
+    where = str(files[0].resolve().parent)
+    key = hashlib.sha256(repr((normlab.__version__, where, extra)).encode())
     for file in files:
         status = file.stat()
         key.update(f"{file.parent.name}/{file.name} {status.st_size} {status.st_mtime_ns}".encode())

@@ -11,6 +11,7 @@ from torch import nn
 
 from normlab.analysis import check_network, class_and_probability, predict
 from normlab.checks import instance, one_of, warn
+from normlab.compiler import compiler_left_out
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
 from normlab.engine import PlainEngine
@@ -93,9 +94,9 @@ def fit_together(
     for job in jobs:
         instance(job.network, nn.Module, "a network", "nl.build_network(…) gives one")
         instance(job.recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
-    trainings = [_Training(job, data, device, engine) for job in jobs]
     try:
-        with ExitStack() as stack:
+        with compiler_left_out(), ExitStack() as stack:
+            trainings = [_Training(job, data, device, engine) for job in jobs]
             for training in trainings:
                 stack.enter_context(training.open(progress))
             together = can_overlap(job.network for job in jobs)

@@ -1,6 +1,7 @@
 """Where images come from: bundled digits, files already here, a download, a folder of images."""
 
 import http.client
+import importlib.util
 import os
 import shutil
 import socket
@@ -126,6 +127,12 @@ def _check_input_shape(shape: tuple[int, int, int] | None) -> None:
 
 
 def _load_digits(shape: tuple[int, int, int]) -> Dataset:
+    """The digits, which are kept as well: importing scikit-learn takes some 3 s."""
+    package = Path(importlib.util.find_spec("sklearn").origin)
+    return cached("digits", [package], lambda: _read_digits(shape), extra=(shape,))
+
+
+def _read_digits(shape: tuple[int, int, int]) -> Dataset:
     """scikit-learn's 1,797 digits of 8×8, in a fixed stratified split of 1,437 and 360."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

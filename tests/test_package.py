@@ -59,6 +59,7 @@ ORDER = (
     "dropout",
     "synchronized",
     "allocator",
+    "compiler",
     "engine",
     "graphs",
     "replica_engine",

@@ -7,6 +7,8 @@ import pickle
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +104,21 @@ def test_digits_are_scikit_learns_in_a_stratified_split(no_network):
     assert ours == as_rows(np.rint(original.images * 255 / 16).astype(int), original.target)
     share = np.bincount(original.target) * 360 / 1797
     assert np.abs(data.test_labels.bincount().numpy() - share).max() < 1
+
+
+def test_a_second_look_at_the_digits_does_not_import_scikit_learn():
+    program = (
+        "import sys, normlab as nl\n"
+        "data = nl.load_dataset('digits')\n"
+        "print('sklearn' in sys.modules, data.fingerprint)"
+    )
+    command = [sys.executable, "-c", program]
+    (imported, first), (again, second) = (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    )
+    assert (imported, again) == ("True", "False")
+    assert first == second
 
 
 def test_the_split_of_the_digits_never_changes(digits):
