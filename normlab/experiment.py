@@ -24,11 +24,12 @@ from normlab.plans import (
     check_plans,
     left_to_do,
     plan_runs,
+    say_what_is_left,
     seed_numbers,
     with_kept,
 )
 from normlab.replicas import from_first, replicas
-from normlab.runs import Run, RunFolder, remove_run
+from normlab.runs import Run, remove_run
 from normlab.sources import load_dataset
 
 
@@ -145,13 +146,13 @@ def run_assignment(
             from_first(lambda: [remove_run(plan.directory) for plan in plans])
         if kept is not None and not fresh:
             plans = with_kept(plans, Path(place), Path(kept), data, device)
-        if progress and replicas().is_first:
-            _say_what_is_there(plans)
+        left = from_first(lambda: left_to_do(plans, data, device))
         alone = replicas().count == 1
-        if device.type == "cpu" and engine == "auto" and alone:
-            left = left_to_do(plans, data, device)
-            if left and are_worth_processes(plans, data):  # the loop below finds them finished
-                side_by_side(_train, left, data, progress=progress)
+        if progress and replicas().is_first and len(left) < len(plans):
+            say_what_is_left(len(left), len(plans))
+        at_once = device.type == "cpu" and engine == "auto" and alone and left
+        if at_once and are_worth_processes(plans, data):
+            side_by_side(_train, left, data, progress=progress)  # the loop below finds them done
         groups = [plans] if device.type == "cuda" and alone else [[plan] for plan in plans]
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
         for group in groups:
@@ -161,12 +162,6 @@ def run_assignment(
                 run.directory = run.directory if directory else None
                 runs[plan.variant.label].append(run)
     return Results(assignment, data, runs)
-
-
-def _say_what_is_there(plans: list[Plan]) -> None:
-    done = [plan for plan in plans if RunFolder(plan.directory).is_finished()]
-    if done:
-        print(f"{len(done)} of {len(plans)} runs are loaded, {len(plans) - len(done)} trained")
 
 
 def _train(plan: Plan, data: Dataset) -> None:

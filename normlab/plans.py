@@ -113,6 +113,11 @@ def left_to_do(plans: list[Plan], data: Dataset, device: torch.device) -> list[P
     return [plan for plan in plans if not is_done(plan.job(data), data, device)]
 
 
+def say_what_is_left(left: int, plans: int) -> None:
+    """Says that some runs are there already."""
+    print(f"{plans - left} of {plans} runs are loaded, {left} trained")
+
+
 def are_worth_processes(plans: list[Plan], data: Dataset) -> bool:
     """Whether the plans, done or not, end sooner side by side in processes of one thread."""
     forward = multiply_adds(plans[0].job(data).network, data.input_shape)

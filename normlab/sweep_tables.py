@@ -13,7 +13,7 @@ import torch
 from normlab.assignments import Variant
 from normlab.data import Dataset
 from normlab.files import write_text
-from normlab.plans import Plan, left_to_do
+from normlab.plans import Plan, left_to_do, say_what_is_left
 from normlab.report import percent
 from normlab.runs import RunFolder, remove_run
 from normlab.summaries import count_parameters
@@ -97,7 +97,7 @@ class SweepTable:
             if plan not in left:
                 self._fill(plan, _last(plan))
         if self.rows and self.show:
-            print(f"{len(self.rows)} of {len(self.plans)} runs are loaded, {len(left)} trained")
+            say_what_is_left(len(left), len(self.plans))
         self._write()
         return left
 

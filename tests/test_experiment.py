@@ -270,6 +270,16 @@ def test_a_named_network_is_run_on_other_images(tiny, tmp_path):
     assert nl.predict(one.network, data).shape == (40, 4)
 
 
+def test_a_folder_with_another_run_is_refused_before_a_word(
+    finished, tiny, tiny_assignment, capsys
+):
+    _, folder = finished
+    other = replace(tiny_assignment, recipe=tiny_assignment.recipe.replace(lr=0.3))
+    with pytest.raises(ValueError, match=r"something else .recipe.lr is 0\.1 there and 0\.3 here"):
+        nl.run_assignment(other, data=tiny, seeds=2, directory=folder, device="cpu")
+    assert capsys.readouterr().out == ""
+
+
 def test_kept_runs_are_taken_where_they_fit_and_only_read(
     finished, tiny, tiny_assignment, tmp_path, watch, capsys
 ):
