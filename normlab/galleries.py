@@ -92,13 +92,13 @@ def plot_mistakes(
     from matplotlib import pyplot
 
     room = whole_number(rows, "rows") * whole_number(cols, "cols")
-    heading = _mistakes_title(mistakes, room, title, width=max(46, 24 * cols))
+    heading = _mistakes_title(mistakes, room, title, width=max(46, 26 * cols))
     if not len(mistakes):
         figure = pyplot.figure(figsize=(4.6, 0.9))
         figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)
         return figure
     rows = min(rows, -(-len(mistakes) // cols))  # no empty rows where there are few
-    size = (max(2.0 * cols, 4.6), 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
+    size = (2.4 * cols, 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
     figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(heading, fontsize=11)
     for place, ax in enumerate(axes.flat):
@@ -120,5 +120,6 @@ def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, *, width: 
 def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
     _show(ax, mistakes.images[place])
     true, predicted = (mistakes.classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
-    sure = f"{float(mistakes.probability[place]):.0%}".replace("%", " %")
+    probability = float(mistakes.probability[place])
+    sure = f"{100 * probability:.1f} %" if probability < 0.9995 else "> 99.9 %"
     ax.set_title(f"true: {true}\npredicted: {predicted} ({sure})", fontsize=9)

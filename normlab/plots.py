@@ -20,6 +20,7 @@ from normlab.runs import QUANTITIES, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from pandas import DataFrame, Series
     from torch import Tensor
 
@@ -54,25 +55,22 @@ def plot_curves(
     Raises `ValueError` for an unknown quantity or no runs.
     """
     one_of(quantity, QUANTITIES, "quantity")
-    groups = {label: _as_list(some) for label, some in runs.items()}
-    empty = [label for label, some in groups.items() if not some]
-    if empty or not groups:
-        raise ValueError(f"there are no runs to plot{' of ' if empty else ''}{', '.join(empty)}")
+    groups = _grouped(runs)
     ax = ax if ax is not None else _axes(6.4, 4.2)
-    scale = 100 if quantity.endswith("accuracy") else 1
-    ends = []
-    for place, (label, some) in enumerate(groups.items()):
-        length = min(len(run.history) for run in some)
-        values = np.array([[row[quantity] for row in run.history[:length]] for run in some]) * scale
-        _draw_curve(ax, values, label, place)
-        ends.append((values.mean(0)[-1], place, label))
+    lines = _draw_curves(ax, groups, quantity)
     _annotate(ax, groups, quantity, title)
-    _write_ends(ax, ends, quantity)
+    _write_ends(ax, lines, quantity)
     return ax.figure
 
 
-def _as_list(some: Run | Sequence[Run]) -> list[Run]:
-    return [some] if isinstance(some, Run) else list(some)
+def _grouped(runs: Runs) -> dict[str, list[Run]]:
+    groups = {
+        label: [some] if isinstance(some, Run) else list(some) for label, some in runs.items()
+    }
+    empty = [label for label, some in groups.items() if not some]
+    if empty or not groups:
+        raise ValueError(f"there are no runs to plot{' of ' if empty else ''}{', '.join(empty)}")
+    return groups
 
 
 def _axes(width: float, height: float) -> Axes:
@@ -81,27 +79,44 @@ def _axes(width: float, height: float) -> Axes:
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def _draw_curve(ax: Axes, values: np.ndarray, label: str, place: int) -> None:
-    """The mean over runs (rows) at each epoch (columns), and its band."""
-    epochs = np.arange(1, values.shape[1] + 1)
-    mean = values.mean(0)
-    look = place % len(COLOURS)
-    line = (place + place // len(COLOURS)) % len(LINES)  # an eighth curve looks like no other
-    ax.plot(
-        epochs,
-        mean,
-        color=COLOURS[look],
-        linestyle=LINES[line],
-        marker=MARKERS[look],
-        markersize=3.5,
-        linewidth=1.6,
-        label=label,
-    )
-    if len(values) > 1:
-        spread = values.std(0, ddof=1)
-        ax.fill_between(
-            epochs, mean - spread, mean + spread, color=COLOURS[look], alpha=0.18, linewidth=0
-        )
+def _draw_curves(ax: Axes, groups: dict[str, list[Run]], quantity: str) -> list[Line2D]:
+    """The mean over runs at each epoch for each label, and the bands; returns the lines."""
+    scale = 100 if quantity.endswith("accuracy") else 1
+    looks, lines = _looks(list(groups)), []
+    for label, some in groups.items():
+        length = min(len(run.history) for run in some)
+        values = np.array([[row[quantity] for row in run.history[:length]] for run in some]) * scale
+        epochs, mean, look = np.arange(1, length + 1), values.mean(0), looks[label]
+        lines += ax.plot(epochs, mean, **look, markersize=3.5, linewidth=1.6, label=label)
+        if len(some) > 1:
+            low, high = mean - values.std(0, ddof=1), mean + values.std(0, ddof=1)
+            ax.fill_between(epochs, low, high, color=look["color"], alpha=0.18, linewidth=0)
+    return lines
+
+
+def _looks(labels: list[str]) -> dict[str, dict]:
+    """Colour, line and marker of each label; "BN + skip" is drawn as a relative of "BN".
+
+    Relatives share colour and marker and differ in their lines. Without any, each label has a line
+    of its own, which tells them apart in grey print.
+    """
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        others = [other for other in labels if label.startswith(f"{other} ")]
+        families.setdefault(min(others, key=len, default=label), []).append(label)
+    looks = {}
+    for place, family in enumerate(families.values()):
+        look = place % len(COLOURS)
+        for member, label in enumerate(family):
+            line = member if len(families) < len(labels) else place
+            line = (line + place // len(COLOURS)) % len(LINES)  # an eighth looks like no other
+            looks[label] = {
+                "color": COLOURS[look],
+                "linestyle": LINES[line],
+                "marker": MARKERS[look],
+                "markerfacecolor": "white" if member else COLOURS[look],
+            }
+    return looks
 
 
 def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str | None) -> None:
@@ -141,31 +156,43 @@ def _logarithmic(ax: Axes) -> None:
 
 def _focus_on_late_epochs(ax: Axes) -> None:
     """Ends the axis at 100 %, and cuts off first epochs that take more than half of it."""
-    curves = [np.asarray(line.get_ydata()) for line in ax.lines]
+    drawn = [line for one in ax.get_shared_y_axes().get_siblings(ax) for line in one.lines]
+    curves = [np.asarray(line.get_ydata()) for line in drawn]
     late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
     first, span = min(curve.min() for curve in curves), max(late.max() - late.min(), 0.5)
     ax.set_ylim(top=min(ax.get_ylim()[1], 100 + 0.05 * span))  # no ticks above 100 %
     if late.min() - first > span:
         ax.set_ylim(bottom=late.min() - 0.35 * span)
+    if min(min(line.get_ydata()) for line in ax.lines) < ax.get_ylim()[0]:
         ax.set_xlabel("epoch (the first values lie below the frame)")
 
 
-def _write_ends(ax: Axes, ends: list[tuple[float, int, str]], quantity: str) -> None:
+def _write_ends(ax: Axes, lines: list[Line2D], quantity: str) -> None:
     """Writes the last values to the right of the axes, moved apart where they would overlap."""
     ax.get_ylim()  # settles the limits, which the transformation below needs
     to_axes = ax.transScale + ax.transLimits
-    ends = sorted(ends)
-    heights = _spread([to_axes.transform((1, value))[1] for value, *_ in ends], gap=0.055)
-    for (value, place, label), height in zip(ends, heights, strict=True):
-        number = f"{value:.2f} %" if quantity.endswith("accuracy") else f"{value:#.3g}"
-        ax.text(
-            1.01,
-            height,
-            f"{number} {label}",
-            transform=ax.transAxes,
-            color=COLOURS[place % len(COLOURS)],
+    lines = sorted(lines, key=lambda line: line.get_ydata()[-1])
+    ends = [line.get_xydata()[-1] for line in lines]
+    heights = _spread([to_axes.transform(end)[1] for end in ends], gap=0.055)
+    for line, end, height in zip(lines, ends, heights, strict=True):
+        number = f"{end[1]:.2f} %" if quantity.endswith("accuracy") else f"{end[1]:#.3g}"
+        ax.annotate(
+            f"{number} {line.get_label()}",
+            end,
+            (1.035, height),
+            textcoords="axes fraction",
+            color=line.get_color(),
             fontsize=9,
             va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.get_color(),
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -185,17 +212,25 @@ def _spread(heights: list[float], *, gap: float) -> list[float]:
 def plot_loss_and_accuracy(results: Runs, *, training: bool = False) -> Figure:
     """Test loss and test accuracy side by side; with `training`, those of training above them.
 
+    Training and test have the same axes, so that the distance between them can be read off.
+
     `results` is what `run_assignment` returns, or runs by label.
     """
     from matplotlib import pyplot
 
-    runs = getattr(results, "runs", results)
+    groups = _grouped(getattr(results, "runs", results))
     parts = ("train", "test") if training else ("test",)
     size = (12.0, 4.4 * len(parts))
-    figure, axes = pyplot.subplots(len(parts), 2, figsize=size, layout="constrained", squeeze=False)
-    for row, part in zip(axes, parts, strict=True):
-        for ax, kind in zip(row, ("loss", "accuracy"), strict=True):
-            plot_curves(runs, f"{part}_{kind}", ax=ax)
+    figure, axes = pyplot.subplots(
+        len(parts), 2, figsize=size, sharey="col", layout="constrained", squeeze=False
+    )
+    names = [f"{part}_{kind}" for part in parts for kind in ("loss", "accuracy")]
+    panels = list(zip(names, axes.flat, strict=True))
+    lines = [_draw_curves(ax, groups, quantity) for quantity, ax in panels]
+    for quantity, ax in panels:
+        _annotate(ax, groups, quantity, None)
+    for (quantity, ax), some in zip(panels, lines, strict=True):  # last, when no limit moves
+        _write_ends(ax, some, quantity)
     return figure
 
 

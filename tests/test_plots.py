@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from torch import nn
 
 import normlab as nl
@@ -37,9 +38,9 @@ def run_with(source: str = "toy images", **quantities: list[float]) -> nl.Run:
 
 
 def boxes(figure) -> list:
-    """Where the values at the ends of the curves stand, in pixels."""
+    """Where the values at the ends of the curves stand, in pixels, without what points to them."""
     figure.canvas.draw()
-    return [text.get_window_extent() for ax in figure.axes for text in ax.texts]
+    return [Text.get_window_extent(text) for ax in figure.axes for text in ax.texts]
 
 
 def make_mistakes(count: int, total: int | None = None, channels: int = 1) -> nl.Mistakes:
@@ -153,7 +154,7 @@ def test_the_last_value_stands_beside_the_end_of_its_curve(quantity, values, end
     for line, end in zip(ax.lines, ends, strict=True):
         text = texts[line.get_color()]
         assert text.get_text() == end
-        box = text.get_window_extent()
+        box = Text.get_window_extent(text)
         x, y = ax.transData.transform(line.get_xydata()[-1])
         assert box.x0 > x
         assert abs((box.y0 + box.y1) / 2 - y) < box.height / 2
@@ -244,6 +245,35 @@ def test_looks_differ_in_grey_too():
     assert len({line.get_marker() for line in ax.lines}) == len(COLOURS)
 
 
+def test_relatives_share_a_colour_and_not_a_line():
+    labels = ["BN", "GN", "BN + skip", "LN element-wise", "GN + skip"]
+    runs = {label: run_with(lr=[1.0, 2.0]) for label in labels}
+    lines = dict(zip(labels, nl.plot_curves(runs, "lr").axes[0].lines, strict=True))
+    families = [["BN", "BN + skip"], ["GN", "GN + skip"], ["LN element-wise"]]
+    assert len({lines[label].get_color() for label in labels}) == len(families)
+    for family in families:
+        assert len({lines[label].get_color() for label in family}) == 1
+        assert len({lines[label].get_linestyle() for label in family}) == len(family)
+        assert len({lines[label].get_markerfacecolor() for label in family}) == len(family)
+
+
+def test_training_and_test_have_the_same_axes():
+    runs = {
+        "GN": run_with(train_accuracy=[0.1, 0.8, 0.9, 0.99], test_accuracy=[0.7, 0.7, 0.7, 0.75])
+    }
+    figure = nl.plot_loss_and_accuracy(runs, training=True)
+    (_, training, _, test) = figure.axes
+    figure.canvas.draw()
+    assert training.get_ylim() == test.get_ylim()
+    assert test.get_ylim()[0] < 70 < 99 < test.get_ylim()[1]
+    assert "below the frame" in training.get_xlabel()
+    assert test.get_xlabel() == "epoch"
+    for ax, value in ((training, 99), (test, 75)):
+        _, height = ax.transData.transform((1, value))
+        box = Text.get_window_extent(ax.texts[0])
+        assert box.y0 < height < box.y1
+
+
 @pytest.mark.parametrize(
     ("training", "titles"),
     [
@@ -290,7 +320,7 @@ def test_ten_mistakes_are_five_rows_of_two(channels):
 
 def test_each_mistake_names_its_classes_and_the_probability():
     titles = [ax.get_title() for ax in nl.plot_mistakes(make_mistakes(2)).axes]
-    assert titles == ["true: cat\npredicted: dog (97 %)", "true: dog\npredicted: emu (41 %)"]
+    assert titles == ["true: cat\npredicted: dog (97.0 %)", "true: dog\npredicted: emu (41.0 %)"]
 
 
 @pytest.mark.parametrize(
