@@ -40,7 +40,10 @@ def cached(
         key.update(f"{file.parent.name}/{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     path = cache_folder() / "decoded" / f"{name}-{key.hexdigest()[:16]}.safetensors"
     if path.is_file():
-        return Dataset.open(path)
+        try:
+            return Dataset.open(path)
+        except ValueError:
+            warn(f"the data set kept in {path} is damaged; it is decoded anew")
     data = decode()
     try:
         data.save(path)

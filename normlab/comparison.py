@@ -142,7 +142,12 @@ def interval(table: np.ndarray) -> Interval:
     which is known from many images.
 
     Source: Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
+    Raises `ValueError` unless there are two seeds and two images at least.
     """
+    if np.ndim(table) != 2 or min(np.shape(table)) < 2:
+        raise ValueError(
+            f"an interval needs at least 2 seeds by 2 images, not a table of {np.shape(table)}"
+        )
     seeds, images = table.shape
     by_seed, by_image, mean = table.mean(1), table.mean(0), float(table.mean())
     cells = ((table - by_seed[:, None] - by_image + mean) ** 2).sum() / (seeds - 1) / (images - 1)

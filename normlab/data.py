@@ -126,6 +126,8 @@ class Dataset:
         images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
         if device.type == "cpu":
             return images, labels
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # one key for one device
         if (train, device) not in self._copies:
             self._copies[train, device] = (images.to(device), labels.to(device))
         return self._copies[train, device]

@@ -77,6 +77,9 @@ class PlainEngine:
         """One pass over the test images."""
         return test_epoch(self.network, self.tests)
 
+    def close(self) -> None:
+        """Leaves the network as a student's loop would, after the last epoch or an error."""
+
     def last_rate(self, epoch: int) -> float:
         """The learning rate of the last step of an epoch."""
         factor = schedule_factor(self.recipe.schedule, self.recipe.epochs * self.steps)

@@ -1,11 +1,15 @@
 """A whole assignment: all variants and seeds, those that are done already taken from disk."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +19,14 @@ from normlab.checks import instance, one_of
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engines import ENGINES
-from normlab.fitting import fit_together
+from normlab.fitting import fit_together, warn_if_at_chance
 from normlab.networks import NETWORKS
 from normlab.parallel import side_by_side
 from normlab.plans import (
     Plan,
     are_worth_processes,
     check_plans,
+    in_flight,
     left_to_do,
     plan_runs,
     say_what_is_left,
@@ -29,13 +34,16 @@ from normlab.plans import (
     with_kept,
 )
 from normlab.replicas import from_first, replicas
-from normlab.runs import Run, remove_run
+from normlab.runs import Run, RunFolder, remove_run
 from normlab.sources import load_dataset
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(repr=False)
-class Results:
-    """The runs of an assignment: `runs[label]` holds one for each seed."""
+class Results(Mapping[str, list[Run]]):
+    """The runs of an assignment: `results[label]` holds one for each seed."""
 
     assignment: Assignment
     data: Dataset
@@ -47,10 +55,13 @@ class Results:
     def __iter__(self) -> Iterator[str]:
         return iter(self.runs)
 
+    def __len__(self) -> int:
+        return len(self.runs)
+
     def __repr__(self) -> str:
         return self.table().to_string(index=False)
 
-    def table(self):
+    def table(self) -> DataFrame:
         """A pandas DataFrame, a row for each variant.
 
         `test_accuracy` is the mean over seeds of the last epoch's, a fraction, and `sd` its
@@ -152,16 +163,21 @@ def run_assignment(
             say_what_is_left(len(left), len(plans))
         at_once = device.type == "cpu" and engine == "auto" and alone and left
         if at_once and are_worth_processes(plans, data):
-            side_by_side(_train, left, data, progress=progress)  # the loop below finds them done
-        groups = [plans] if device.type == "cuda" and alone else [[plan] for plan in plans]
+            # The loop below finds them done.
+            side_by_side(_train, left, data, progress=progress, after_each=partial(_judge, data))
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
-        for group in groups:
+        for group in in_flight(plans, device):
             jobs = [plan.job(data) for plan in group]
             done = fit_together(jobs, data, device=device, progress=progress, engine=engine)
             for plan, run in zip(group, done, strict=True):
                 run.directory = run.directory if directory else None
                 runs[plan.variant.label].append(run)
     return Results(assignment, data, runs)
+
+
+def _judge(data: Dataset, plan: Plan, _: object) -> None:
+    """Says here what a process that trains beside others keeps to itself."""
+    warn_if_at_chance(plan.label, RunFolder(plan.directory).history_so_far(), plan.recipe, data)
 
 
 def _train(plan: Plan, data: Dataset) -> None:

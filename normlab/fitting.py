@@ -56,7 +56,8 @@ def fit(
         ValueError: the network does not fit the data, or `directory` holds another run.
         FloatingPointError: the loss became infinite or no number; finished epochs are kept.
     """
-    job = Job(network, recipe or Recipe(), directory and Path(directory), label)
+    recipe = Recipe() if recipe is None else recipe
+    job = Job(network, recipe, Path(directory) if directory else None, label)
     return fit_together([job], data, device=device, progress=progress, engine=engine)[0]
 
 
@@ -144,8 +145,6 @@ class _Training:
         self.config = {"is": what, "from": provenance(self.data, device)}
         self._note_engine(why)
         self.history: list[dict] = []
-        labels = self.data.train_labels
-        self.chance = labels.bincount().max().item() / len(labels)
 
     def _ingredients(self, device: torch.device) -> tuple[nn.Module, Recipe, Batches, Batches]:
         """What an engine is made of: network, recipe, and the batches to train and test on."""
@@ -169,30 +168,31 @@ class _Training:
         If an exception leaves it, the network gets its initial weights back where a folder keeps
         the trained ones, so that the same call with the same network resumes.
         """
-        stack = ExitStack()
-        if self.loaded:
-            return stack
-        initial = {name: value.clone() for name, value in self.network.state_dict().items()}
-        stack.push(lambda kind, *_: self._put_back(initial) if kind else None)
+        with ExitStack() as stack:
+            if self.loaded:
+                return stack.pop_all()
+            initial = {name: value.clone() for name, value in self.network.state_dict().items()}
+            stack.push(lambda kind, *_: self._put_back(initial) if kind else None)
+            stack.callback(lambda: self.engine.close())  # of the engine that is there by then
+            self._start()
+            show = progress and replicas().is_first
+            shown = make_progress(self.label, self.recipe.epochs, self.engine.steps, show=show)
+            self.shown: Progress = stack.enter_context(shown)
+            self.shown.start_at(len(self.history))
+            return stack.pop_all()
+
+    def _start(self) -> None:
+        """Makes everything ready for the next epoch, on the plain path if need be."""
         self._resume()
         problem = self.engine.prepare()
         if problem:
             warn(f"{self.label} takes the plain path: {problem}")
+            self.engine.close()
             self.engine = PlainEngine(*self._ingredients(self.engine.device))
             self._note_engine(problem)
             self._resume()
         if self.folder is not None:
             self.folder.start(self.config["is"], self.config["from"])
-        self.shown: Progress = stack.enter_context(
-            make_progress(
-                self.label,
-                self.recipe.epochs,
-                self.engine.steps,
-                show=progress and replicas().is_first,
-            )
-        )
-        self.shown.start_at(len(self.history))
-        return stack
 
     def _resume(self) -> None:
         self.history, *states = from_first(self._load_epoch)
@@ -243,7 +243,8 @@ class _Training:
         if self.folder is not None:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
         self.shown.finish_epoch(row)
-        self._warn_at_chance()
+        if len(self.history) == CHANCE_EPOCHS:
+            warn_if_at_chance(self.label, self.history, self.recipe, self.data)
 
     def run(self) -> Run:
         """The finished run, which its folder then holds."""
@@ -282,14 +283,19 @@ class _Training:
                 f"normalization if there is none{', in another directory' if self.folder else ''}"
             )
 
-    def _warn_at_chance(self) -> None:
-        accuracy = self.history[-1]["train_accuracy"]
-        if len(self.history) == CHANCE_EPOCHS and accuracy < self.chance + 0.02:
-            warn(
-                f"{self.label}: after {CHANCE_EPOCHS} epochs the training accuracy is "
-                f"{accuracy:.1%}, no better than always guessing one class: try another learning "
-                f"rate than {self.recipe.lr:g}, less L1, or check the labels"
-            )
+
+def warn_if_at_chance(label: str, history: list[dict], recipe: Recipe, data: Dataset) -> None:
+    """Says so if a network has learned nothing in its first epochs."""
+    if len(history) < CHANCE_EPOCHS:
+        return
+    accuracy = history[CHANCE_EPOCHS - 1]["train_accuracy"]
+    chance = data.train_labels.bincount().max().item() / len(data.train_labels)
+    if accuracy < chance + 0.02:
+        warn(
+            f"{label}: after {CHANCE_EPOCHS} epochs the training accuracy is {accuracy:.1%}, no "
+            "better than always guessing one class: try another learning rate than "
+            f"{recipe.lr:g}, less L1, or check the labels"
+        )
 
 
 def _check_agreement(job: Job, data: Dataset) -> None:

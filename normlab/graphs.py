@@ -65,7 +65,6 @@ class GraphEngine(PlainEngine):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.network.to(memory_format=torch.contiguous_format)
             return f"its step cannot be captured in a CUDA graph: {' '.join(str(error).split())}"
         finally:
             self._restore(state, before)
@@ -98,6 +97,16 @@ class GraphEngine(PlainEngine):
             _means(test, len(self.tests.images), seconds=0.0),
         )
 
+    def close(self) -> None:
+        self._settle()
+        self.network.train()
+        self.network.to(memory_format=torch.contiguous_format)
+
+    def _settle(self) -> None:
+        """Waits for the engine's stream, which others do not wait for by themselves."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
         if self.stream is None:
@@ -126,6 +135,7 @@ class GraphEngine(PlainEngine):
     @torch.no_grad()
     def _restore(self, state: list[Tensor], before: list[Tensor]) -> None:
         """Puts values back in place, where the graphs find them; an optimiser begins at nothing."""
+        self._settle()
         for tensor, saved in zip(state, before, strict=True):
             tensor.copy_(saved)
         known = {id(tensor) for tensor in state}
@@ -198,9 +208,15 @@ class GraphEngine(PlainEngine):
         self.sums[part, 2].add_(penalty * len(labels))
 
 
-def _quickest_convolutions() -> AbstractContextManager[None]:
+@contextmanager
+def _quickest_convolutions() -> Iterator[None]:
     """Lets cuDNN try its algorithms out in the warm-ups, once for every shape."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True)
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def can_overlap(networks: Iterable[nn.Module]) -> bool:

@@ -20,13 +20,20 @@ _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def filters(network: nn.Module) -> list[Tensor]:
-    """The weights to train of convolutions and linear layers, but the last, which makes logits.
+    """The weights to train of convolutions and linear layers, shared ones once.
 
-    By the kind of layer and not by their shape: the scales of an element-wise layer normalization
-    have as many axes.
+    Without the last layer defined, which makes logits, and transposed convolutions, whose weights
+    are (in, out, …). By the kind of layer and not by the shape of weights: the scales of an
+    element-wise layer normalization have as many axes.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, WEIGHT_LAYERS)]
-    return [layer.weight for layer in layers[:-1] if layer.weight.requires_grad]
+    transposed = nn.modules.conv._ConvTransposeNd
+    weights = {
+        id(layer.weight): layer.weight
+        for layer in layers[:-1]
+        if not isinstance(layer, transposed) and layer.weight is not layers[-1].weight
+    }
+    return [weight for weight in weights.values() if weight.requires_grad]
 
 
 def centre_filters(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> None:

@@ -167,7 +167,7 @@ def _train_alone(
 def train_quietly(
     train: Callable[[Planned, Dataset], object], job: Planned, data: Dataset
 ) -> object:
-    """`train(job, data)` in one thread; the parent repeats those warnings that matter."""
+    """`train(job, data)` in one thread, without warnings, which would appear in no order."""
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

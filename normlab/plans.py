@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,12 @@ from normlab.fitting import Job, check_trainable, is_done
 from normlab.parallel import is_worthwhile
 from normlab.recipes import Recipe
 from normlab.replica_engine import check_shares
-from normlab.replicas import from_first
+from normlab.replicas import from_first, replicas
 from normlab.runs import identity
 from normlab.summaries import multiply_adds
+
+# Trainings in flight at once on a GPU, each of which holds the memory of its own captured steps.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,13 @@ def check_plans(plans: list[Plan], data: Dataset, device: torch.device) -> None:
 def left_to_do(plans: list[Plan], data: Dataset, device: torch.device) -> list[Plan]:
     """Those that are not finished. Raises `ValueError` if a folder holds another run."""
     return [plan for plan in plans if not is_done(plan.job(data), data, device)]
+
+
+def in_flight(plans: Sequence[Plan], device: torch.device) -> list[Sequence[Plan]]:
+    """The plans in portions that are trained at once: several on a GPU, else one."""
+    alone = device.type != "cuda" or replicas().count > 1
+    size = 1 if alone else TOGETHER
+    return [plans[start : start + size] for start in range(0, len(plans), size)]
 
 
 def say_what_is_left(left: int, plans: int) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Runs = Mapping[str, Run | Sequence[Run]]
-"""What to compare: a run, or several that differ in their seed, for each label."""
+"""What to compare: a run, or several that differ in their seed, for each label; `Results` too."""
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart, and with each a line style and
 # a marker, which survive grey print.
@@ -209,16 +209,14 @@ def _spread(heights: list[float], *, gap: float) -> list[float]:
     return heights
 
 
-def plot_loss_and_accuracy(results: Runs, *, training: bool = False) -> Figure:
+def plot_loss_and_accuracy(runs: Runs, *, training: bool = False) -> Figure:
     """Test loss and test accuracy side by side; with `training`, those of training above them.
 
     Training and test have the same axes, so that the distance between them can be read off.
-
-    `results` is what `run_assignment` returns, or runs by label.
     """
     from matplotlib import pyplot
 
-    groups = _grouped(getattr(results, "runs", results))
+    groups = _grouped(runs)
     parts = ("train", "test") if training else ("test",)
     size = (12.0, 4.4 * len(parts))
     figure, axes = pyplot.subplots(

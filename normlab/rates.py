@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.analysis import check_network
 from normlab.checks import instance, number, warn, whole_number
+from normlab.compiler import compiler_left_out
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
+from normlab.fitting import check_trainable
 from normlab.penalties import l1_penalty
 from normlab.plots import COLOURS, LINES, MARKERS
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.seeding import seeded
+from normlab.training import device_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +93,7 @@ def find_rate(
     instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     planned = _planned(lowest, highest, steps)
     twin = _copied(network, data, recipe, pick_device(device))
-    with seeded(recipe.seed, "rates", device=_device(twin)):
+    with compiler_left_out(), seeded(recipe.seed, "rates", device=device_of(twin)):
         losses = list(_losses(twin, data, recipe, planned))
     return _judged(recipe, planned, losses)
 
@@ -109,15 +111,9 @@ def _planned(lowest: float, highest: float, steps: int) -> list[float]:
 
 def _copied(network: nn.Module, data: Dataset, recipe: Recipe, device: torch.device) -> nn.Module:
     """A copy of the network, ready to train on the data."""
-    if next(network.parameters(), None) is None:
-        raise ValueError(f"{type(network).__name__} has no parameters to train")
     twin = copy.deepcopy(network).to(device=device, dtype=DTYPES[recipe.dtype])
-    check_network(twin, data)
+    check_trainable(twin, data)
     return twin.train()
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
 
 
 def _losses(
@@ -129,7 +125,7 @@ def _losses(
         batch_size=recipe.batch_size,
         augment=recipe.augment,
         seed=recipe.seed,
-        device=_device(network),
+        device=device_of(network),
         dtype=DTYPES[recipe.dtype],
     )
     seen = []

@@ -94,8 +94,9 @@ def _checked_augment(augment: str | Sequence[str]) -> tuple[str, ...]:
         augment = (augment,)
     if not isinstance(augment, (tuple, list)):
         raise TypeError(f"augment must be names such as ('shift', 'flip'), not {augment!r}")
-    for text in augment:
-        parse_augmentation(text)
+    kinds = [parse_augmentation(text).name for text in augment]
+    if len(set(kinds)) < len(kinds):  # it would draw the same numbers twice
+        raise ValueError(f"each augmentation can be there once, not {', '.join(augment)}")
     return tuple(augment)
 
 

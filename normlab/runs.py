@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from normlab.data import Dataset
 from normlab.files import read_json, remove_leftovers, write_bytes, write_json, write_text
+from normlab.networks import Network, build_network
+from normlab.norms import NORMS
 from normlab.recipes import Recipe
 from normlab.replicas import replicas
 from normlab.summaries import count_parameters
@@ -130,16 +132,21 @@ def _statistics_apart(network: nn.Module) -> dict:
 
 
 def _describe(network: nn.Module) -> dict:
-    """The arguments of `build_network`, or what there is to know of a module of one's own."""
-    description = getattr(network, "description", None)
-    if isinstance(description, Mapping):
-        return json.loads(json.dumps(dict(description)))
+    """The arguments that build the network, or what there is to know of one of one's own."""
+    arguments = network.description if isinstance(network, Network) else {}
+    if arguments and _builds(arguments, network):
+        return json.loads(json.dumps(arguments))
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     kinds = {type(layer) for layer in network.modules()}
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
     code = "".join(sorted(map(_code, own)))
     digests = (hashlib.sha256(text.encode()).hexdigest() for text in (layers, code))
     return {"class": type(network).__name__} | dict(zip(("layers", "code"), digests, strict=True))
+
+
+def _builds(arguments: Mapping, network: nn.Module) -> bool:
+    """Whether `build_network` makes this network, with a norm of its own and no layer changed."""
+    return arguments["norm"] in NORMS and repr(build_network(**arguments)) == repr(network)
 
 
 def _code(kind: type) -> str:
@@ -194,16 +201,12 @@ class RunFolder:
         self._predictions = self.directory / "predictions.safetensors"
 
     def open(self, what: dict) -> bool:
-        """Whether a finished run that is `what` lies here; what no run can use is removed.
+        """Whether a finished run that is `what` lies here; nothing is changed.
 
         Raises `ValueError`, naming the difference, if epochs of a run that is something else lie
         here.
         """
-        if not self.directory.is_dir():
-            return False
-        remove_leftovers(self.directory)
         if not self._config.is_file():
-            self._checkpoint.unlink(missing_ok=True)  # of what run, there is nothing to tell
             return False
         config = self._read_config()
         here = dict(config["is"])
@@ -244,7 +247,10 @@ class RunFolder:
             write_bytes(self.directory / name, content)
 
     def start(self, what: dict, origin: dict) -> None:
-        """Writes down what the run is before its first epoch."""
+        """Writes down what the run is before its first epoch; removes what no run can use."""
+        remove_leftovers(self.directory)
+        if not self._config.is_file():
+            self._checkpoint.unlink(missing_ok=True)  # of what run, there is nothing to tell
         write_json(self._config, {"is": what, "from": origin})
 
     def clear(self) -> None:
@@ -269,7 +275,7 @@ class RunFolder:
 
         Returns the history up to it, empty if there is none.
         """
-        if not self._checkpoint.is_file():
+        if not (self._config.is_file() and self._checkpoint.is_file()):
             return []
         tensors, about = self._read(self._checkpoint)
         if about.get("digest") != weights_digest(tensors):

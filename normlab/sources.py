@@ -128,8 +128,10 @@ def _check_input_shape(shape: tuple[int, int, int] | None) -> None:
 
 def _load_digits(shape: tuple[int, int, int]) -> Dataset:
     """The digits, which are kept as well: importing scikit-learn takes some 3 s."""
-    package = Path(importlib.util.find_spec("sklearn").origin)
-    return cached("digits", [package], lambda: _read_digits(shape), extra=(shape,))
+    package = importlib.util.find_spec("sklearn")
+    if package is None:
+        raise ModuleNotFoundError("the digits come with scikit-learn: pip install scikit-learn")
+    return cached("digits", [Path(package.origin)], lambda: _read_digits(shape), extra=(shape,))
 
 
 def _read_digits(shape: tuple[int, int, int]) -> Dataset:

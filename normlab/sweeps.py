@@ -22,7 +22,14 @@ from normlab.experiment import load_assignment_data
 from normlab.fitting import fit_together
 from normlab.norms import norm_name
 from normlab.parallel import AfterEach, side_by_side
-from normlab.plans import Plan, are_worth_processes, check_plans, plan_runs, seed_numbers
+from normlab.plans import (
+    Plan,
+    are_worth_processes,
+    check_plans,
+    in_flight,
+    plan_runs,
+    seed_numbers,
+)
 from normlab.sweep_tables import TABLE, Cell, SweepTable
 
 if TYPE_CHECKING:
@@ -31,9 +38,6 @@ if TYPE_CHECKING:
     from normlab.cluster import Cluster
 
 SCALINGS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # the power of batch size in the rate
-
-# Trainings in flight at once on a GPU, each of which holds the memory of its own captured steps.
-TOGETHER = 8
 
 
 def run_sweep(
@@ -203,9 +207,8 @@ def _train_each(
         attempt = partial(_attempt, device="cpu")
         side_by_side(attempt, left, data, progress=False, after_each=after_each)
         return
-    size = TOGETHER if device.type == "cuda" else 1
-    for start in range(0, len(left), size):
-        _train_here(left[start : start + size], data, device, after_each)
+    for group in in_flight(left, device):
+        _train_here(group, data, device, after_each)
 
 
 def _attempt(plan: Plan, data: Dataset, device: str | torch.device | None) -> str | None:

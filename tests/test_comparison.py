@@ -34,6 +34,12 @@ def simulated(
     return arms[0].astype(float) - arms[1]
 
 
+@pytest.mark.parametrize("shape", [(1, 50), (3, 1), (50,)])
+def test_too_small_a_table_has_no_interval(shape):
+    with pytest.raises(ValueError, match="at least 2 seeds by 2 images"):
+        nl.interval(np.zeros(shape))
+
+
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_without_a_difference_few_intervals_exclude_zero(seeds):
     rng = np.random.default_rng(seeds)

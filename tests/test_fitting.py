@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normlab as nl
+from normlab.engine import CpuEngine
 from normlab.runs import RunFolder
 
 AUGMENT = ("shift:1", "flip")
@@ -267,6 +268,29 @@ def test_after_an_interrupt_the_same_call_with_the_same_network_goes_on(
     stop()
     resumed = fit(network, tiny, recipe, tmp_path)
     assert_same_run(resumed, fit(tiny_network(dropout=0.3), tiny, recipe))
+
+
+def test_an_error_before_the_first_epoch_leaves_the_network_as_it_was(
+    tiny, tiny_network, tmp_path, monkeypatch
+):
+    network = tiny_network()
+
+    def fail(*_):
+        raise RuntimeError("of the test's own")
+
+    def interrupt(number, _):
+        if number == 14:
+            raise KeyboardInterrupt
+
+    stop = on_training_batch(network, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, tiny, directory=tmp_path)
+    stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuEngine, "prepare", fail)  # when the checkpoint is in the network
+        with pytest.raises(RuntimeError, match="of the test's own"):
+            fit(network, tiny, directory=tmp_path)
+    assert_same_run(fit(network, tiny, directory=tmp_path), fit(tiny_network(), tiny))
 
 
 def test_an_interrupt_while_results_are_written_loses_no_epoch(

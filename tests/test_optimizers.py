@@ -95,6 +95,15 @@ def test_filters_are_the_convolutions_but_that_of_the_logits(norm):
     assert list(map(id, filters(network))) == [id(layer.weight) for layer in convolutions[:-1]]
 
 
+def test_shared_filters_count_once_and_transposed_ones_not():
+    shared = nn.Conv2d(4, 4, 3)
+    layers = [nn.Conv2d(1, 4, 3), shared, shared, nn.ConvTranspose2d(4, 4, 2), nn.Linear(4, 2)]
+    twin = nn.Conv2d(4, 4, 3)
+    twin.weight = shared.weight
+    found = filters(nn.Sequential(*layers[:3], twin, *layers[3:]))
+    assert list(map(id, found)) == [id(layers[0].weight), id(shared.weight)]
+
+
 def test_frozen_filters_are_left_out():
     network = small_network()
     assert [id(weight) for weight in filters(network)] == [id(network[0].weight)]

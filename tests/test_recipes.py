@@ -23,7 +23,7 @@ BAD = {
     "schedule": ["one cycle", "linear", None],
     "l1": [-1e-5, math.nan, math.inf, "1e-5", True],
     "label_smoothing": [-0.1, 1, math.nan, "0.1", True],
-    "augment": ["shfit", ("shift", "flip:2"), ("shift:nan",), (3,), None, 3],
+    "augment": ["shfit", ("shift", "flip:2"), ("shift:nan",), ("flip", "flip:0.1"), (3,), None, 3],
     "dtype": ["float16", torch.float32, None],
     "seed": [-1, 0.0, "0", True, None],
 }

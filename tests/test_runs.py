@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
-from normlab.runs import COLUMNS, _describe, remove_run
+from normlab.runs import COLUMNS, _describe, identity, remove_run, weights_digest
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1, augment=("flip",))
 FILES = {"config.json", "history.csv", "predictions.safetensors", "weights.safetensors"}
@@ -188,13 +188,50 @@ def test_every_kind_of_network_comes_back(tiny, tiny_network, tmp_path, norm):
     assert_loaded(tiny_network(norm), tiny, tmp_path, run)
 
 
-def test_what_a_killed_process_left_is_cleared_away(tiny, tiny_network, run, folder):
+def test_what_a_killed_process_left_is_cleared_away(tiny, tiny_network, tmp_path):
+    (tmp_path / ".weights.safetensors.4711.part").write_bytes(b"half")
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"of what run?")
+    fit(tiny_network("gn"), tiny, tmp_path)
+    assert set(everything_in(tmp_path)) == FILES
+
+
+def test_looking_whether_a_run_is_finished_changes_nothing(tiny, tiny_network, run, folder):
     (folder / ".weights.safetensors.4711.part").write_bytes(b"half")
+    before = everything_in(folder)
     assert fit(tiny_network("gn"), tiny, folder).history == run.history
-    assert set(everything_in(folder)) == FILES
+    assert everything_in(folder) == before
 
 
 # --- another run in the same folder ----------------------------------------------------------
+
+
+def with_a_norm(groups):
+    return nl.build_network("mnist-l1", lambda channels, _: nn.GroupNorm(groups, channels), seed=0)
+
+
+def with_a_layer(activation):
+    network = nl.build_network("mnist-l1", seed=0)
+    network[0][1] = activation
+    return network
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (with_a_norm(2), with_a_norm(5)),
+        (with_a_layer(nn.ReLU()), with_a_layer(nn.Tanh())),
+    ],
+)
+def test_networks_that_compute_something_else_are_other_runs(one, other, digits):
+    assert weights_digest(one.state_dict()) == weights_digest(other.state_dict())
+    descriptions = [identity(network, digits, RECIPE)["network"] for network in (one, other)]
+    assert descriptions[0] != descriptions[1]
+
+
+def test_a_built_network_is_described_by_its_arguments(digits):
+    network = nl.build_network("mnist-l1", "gn", groups=2, dropout=0.0, seed=3)
+    description = identity(network, digits, RECIPE)["network"]
+    assert description == json.loads(json.dumps(network.description))
 
 
 def other_images(data):
