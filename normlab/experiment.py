@@ -150,21 +150,18 @@ def run_assignment(
     data = data if data is not None else load_assignment_data(assignment)
     instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
-        place = directory or stack.enter_context(TemporaryDirectory(prefix="normlab-"))
-        plans = plan_runs(assignment, numbers, epochs, Path(place))
+        place = Path(directory or stack.enter_context(TemporaryDirectory(prefix="normlab-")))
+        plans = plan_runs(assignment, numbers, epochs, place)
         check_plans(plans, data, device)
         if fresh:
             from_first(lambda: [remove_run(plan.directory) for plan in plans])
-        if kept is not None and not fresh:
-            plans = with_kept(plans, Path(place), Path(kept), data, device)
+        elif kept is not None:
+            plans = with_kept(plans, place, Path(kept), data, device)
         left = from_first(lambda: left_to_do(plans, data, device))
-        alone = replicas().count == 1
         if progress and replicas().is_first and len(left) < len(plans):
             say_what_is_left(len(left), len(plans))
-        at_once = device.type == "cpu" and engine == "auto" and alone and left
-        if at_once and are_worth_processes(plans, data):
-            # The loop below finds them done.
-            side_by_side(_train, left, data, progress=progress, after_each=partial(_judge, data))
+        if device.type == "cpu" and engine == "auto" and replicas().count == 1:
+            _train_side_by_side(plans, left, data, progress)  # the loop below finds them done
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
         for group in in_flight(plans, device):
             jobs = [plan.job(data) for plan in group]
@@ -173,6 +170,12 @@ def run_assignment(
                 run.directory = run.directory if directory else None
                 runs[plan.variant.label].append(run)
     return Results(assignment, data, runs)
+
+
+def _train_side_by_side(plans: list[Plan], left: list[Plan], data: Dataset, progress: bool) -> None:
+    """Trains what is left in processes beside this one, if all plans together are worth it."""
+    if left and are_worth_processes(plans, data):
+        side_by_side(_train, left, data, progress=progress, after_each=partial(_judge, data))
 
 
 def _judge(data: Dataset, plan: Plan, _: object) -> None:

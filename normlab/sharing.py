@@ -44,9 +44,8 @@ def shared_statistics(
         raise ValueError(
             f"the layer turns shape {tuple(shape)} into {tuple(before.shape)}: it must keep it"
         )
-    count = x.numel()
-    touched = torch.eye(count, dtype=torch.bool)
-    for place in range(count):
+    touched = torch.eye(x.numel(), dtype=torch.bool)
+    for place in range(x.numel()):
         moved = x.clone()
         moved.view(-1)[place] += 0.5
         change = (output(moved) - before).abs().flatten()

@@ -209,21 +209,13 @@ def _read_known(name: str, place: Path) -> Dataset:
             f"{_damaged_file(name, place)} is damaged ({error or type(error).__name__}): "
             "delete it and load the data set again"
         ) from error
-    images, labels = [], []
+    tensors = []
     for part in parts:
         pixels = torch.as_tensor(part.data)
-        images.append(pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2))
-        labels.append(torch.as_tensor(part.targets))
+        images = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+        tensors += [images.contiguous(), torch.as_tensor(part.targets)]
     classes = [label.split(" - ")[0] for label in parts[0].classes]  # "7 - seven" is plain "7"
-    return Dataset(
-        name,
-        images[0].contiguous(),
-        labels[0],
-        images[1].contiguous(),
-        labels[1],
-        tuple(classes),
-        source.title,
-    )
+    return Dataset(name, *tensors, tuple(classes), source.title)
 
 
 def _damaged_file(name: str, place: Path) -> Path:

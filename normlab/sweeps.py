@@ -84,16 +84,8 @@ def run_sweep(
     """
     assignment = find_assignment(name)
     wanted, device = device, pick_device(device)  # a worker picks its own
-    data = partial(load_assignment_data, assignment) if data is None else data
-    load = data if callable(data) else None
-    if dask is not None and load is None:
-        raise ValueError(
-            "a cluster's workers load the images themselves: give data as a function, such as "
-            "functools.partial(nl.load_dataset, 'mnist')"
-        )
     cells = list(_cells(assignment, norms, batch_sizes, lrs, scaling))
-    data = load() if load else data
-    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    load, data = _images(data, assignment, for_workers=dask is not None)
     with ExitStack() as stack:
         place = Path(directory or stack.enter_context(TemporaryDirectory(prefix="normlab-")))
         cluster = stack.enter_context(_cluster(dask)) if dask else None  # before files change
@@ -116,6 +108,22 @@ def run_sweep(
             with suppress(OSError):  # the sweep is complete, even if its scheduler has gone
                 cluster.forget(table.digests.values())  # and what came home before this call
         return table.frame()
+
+
+def _images(
+    data: Dataset | Callable[[], Dataset] | None, assignment: Assignment, *, for_workers: bool
+) -> tuple[Callable[[], Dataset] | None, Dataset]:
+    """The images, and the function that gives them, which a cluster's workers must have."""
+    data = partial(load_assignment_data, assignment) if data is None else data
+    load = data if callable(data) else None
+    if for_workers and load is None:
+        raise ValueError(
+            "a cluster's workers load the images themselves: give data as a function, such as "
+            "functools.partial(nl.load_dataset, 'mnist')"
+        )
+    data = load() if load else data
+    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    return load, data
 
 
 def _cluster(address: str) -> Cluster:
