@@ -249,8 +249,8 @@ class RunFolder:
     def start(self, what: dict, origin: dict) -> None:
         """Writes down what the run is before its first epoch; removes what no run can use."""
         remove_leftovers(self.directory)
-        if not self._config.is_file():
-            self._checkpoint.unlink(missing_ok=True)  # of what run, there is nothing to tell
+        if self._checkpoint.is_file() and not self._config.is_file():
+            self._checkpoint.unlink()  # of what run, there is nothing to tell
         write_json(self._config, {"is": what, "from": origin})
 
     def clear(self) -> None:
