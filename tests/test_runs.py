@@ -230,7 +230,9 @@ def test_networks_that_compute_something_else_are_other_runs(one, other, digits)
 
 def test_a_built_network_is_described_by_its_arguments(digits):
     network = nl.build_network("mnist-l1", "gn", groups=2, dropout=0.0, seed=3)
+    state = torch.get_rng_state()
     description = identity(network, digits, RECIPE)["network"]
+    assert torch.equal(torch.get_rng_state(), state)
     assert description == json.loads(json.dumps(network.description))
 
 
