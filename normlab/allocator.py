@@ -15,7 +15,8 @@ from contextlib import contextmanager
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc takes no larger one
 _KEPT = 2**30  # bytes that may lie unused before any are returned
-_USUALLY_KEPT = 128 * 2**10
+# glibc raises its own thresholds with the blocks it sees, up to these, until it is told one.
+_USUALLY_KEPT = 2 * _LARGEST_MMAP_THRESHOLD
 
 
 @functools.cache
@@ -27,6 +28,8 @@ def _glibc() -> ctypes.CDLL | None:
 @contextmanager
 def kept_memory() -> Iterator[None]:
     """Inside the block freed memory stays with the process; at its end it is returned.
+
+    Afterwards the C library keeps as much as it does by itself for a program with large blocks.
 
     Does nothing on systems without glibc (macOS, Windows, Alpine Linux).
     """
