@@ -1,5 +1,6 @@
 """The fast ways through an epoch compute what the plain one computes."""
 
+import functools
 import math
 
 import pytest
@@ -32,6 +33,11 @@ def fit_with(kind, monkeypatch, data, recipe, *, network=None, **options):
     return run
 
 
+def floating(network):
+    """Weights and running statistics; not BN's count of batches, which would outweigh them."""
+    return [value for value in network.state_dict().values() if value.is_floating_point()]
+
+
 def assert_close(one, other, tolerance):
     for mine, theirs in zip(one.history, other.history, strict=True):
         for key in ("train_loss", "test_loss", "penalty", "lr"):
@@ -39,8 +45,7 @@ def assert_close(one, other, tolerance):
         for key in ("train_accuracy", "test_accuracy"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-9)
     mine, theirs = (
-        torch.cat([value.flatten().double() for value in run.network.state_dict().values()])
-        for run in (one, other)
+        torch.cat([value.flatten() for value in floating(run.network)]) for run in (one, other)
     )
     assert (mine - theirs).norm() < tolerance * theirs.norm()
 
@@ -60,8 +65,8 @@ def noise():
 
 @pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("norm", NORMS)
-def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, noise, monkeypatch):
-    l1 = 1e-4 if norm in ("bn", "ln") else 0.0
+@pytest.mark.parametrize("l1", [0.0, 1e-4])
+def test_fifty_steps_in_float64_agree_with_the_plain_loop(kind, norm, l1, noise, monkeypatch):
     # A rate at which training is stable: elsewhere rounding errors grow with every step.
     recipe = nl.Recipe(epochs=17, batch_size=32, lr=0.01, l1=l1, augment=("flip",), dtype="float64")
     runs = []
@@ -94,9 +99,14 @@ def test_every_optimizer_and_schedule_agrees(kind, changes, few_digits, monkeypa
 
 
 @pytest.mark.parametrize("kind", FAST)
-def test_three_steps_in_float32_agree(kind, few_digits, monkeypatch):
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm != "in"])
+def test_three_steps_in_float32_agree(kind, norm, few_digits, monkeypatch):
+    """Without IN, of which this network leaves nothing but rounding errors to learn from."""
     recipe = nl.Recipe(epochs=1, batch_size=32, lr=0.01)
-    runs = [fit_with(way, monkeypatch, few_digits, recipe) for way in (kind, PlainEngine)]
+    runs = []
+    for way in (kind, PlainEngine):
+        network = nl.build_network("mnist-l1", norm, dropout=0.0, seed=1)
+        runs.append(fit_with(way, monkeypatch, few_digits, recipe, network=network))
     assert_close(*runs, 1e-3)
 
 
@@ -120,26 +130,51 @@ def test_an_interrupted_run_resumes_to_the_same_weights(kind, few_digits, monkey
         assert torch.equal(value, whole.network.state_dict()[name]), name
 
 
-def test_dropout_in_the_fast_loop_trains_as_well_as_the_plain_one(digits, monkeypatch):
-    data = digits.subset(train=120, test=20)
-    losses = {}
-    for kind in (CpuEngine, PlainEngine):
-        losses[kind] = torch.tensor(
-            [
-                fit_with(
-                    kind,
-                    monkeypatch,
-                    data,
-                    nl.Recipe(epochs=4, batch_size=32, seed=seed),
-                    network=nl.build_network("mnist-l1", dropout=0.2, seed=seed),
-                ).last["train_loss"]
-                for seed in range(10)
-            ]
-        )
-    fast, plain = losses.values()
+def final_losses(kind, monkeypatch, data, dropout):
+    """Training losses of ten seeds."""
+    losses = []
+    for seed in range(10):
+        recipe = nl.Recipe(epochs=4, batch_size=32, seed=seed)
+        network = nl.build_network("mnist-l1", dropout=dropout, seed=seed)
+        run = fit_with(kind, monkeypatch, data, recipe, network=network)
+        losses.append(run.last["train_loss"])
+    return torch.tensor(losses)
+
+
+def assert_statistically_equal(fast, plain):
     error = math.sqrt((fast.var() + plain.var()) / 10)
     assert abs(fast.mean() - plain.mean()) < 4 * error
-    assert not torch.equal(fast, plain)  # it did draw other masks
+    assert not torch.equal(fast, plain)  # it did compute in another way
+
+
+def test_dropout_in_the_fast_loop_trains_as_well_as_the_plain_one(digits, monkeypatch):
+    data = digits.subset(train=120, test=20)
+    fast, plain = (
+        final_losses(kind, monkeypatch, data, dropout=0.2) for kind in (CpuEngine, PlainEngine)
+    )
+    assert_statistically_equal(fast, plain)
+
+
+def test_half_precision_trains_as_well_as_the_plain_loop(digits, monkeypatch):
+    """The CPU's autocast stands in for the GPU's: the same casts at the same places."""
+    data = digits.subset(train=120, test=20)
+    plain = final_losses(PlainEngine, monkeypatch, data, dropout=0.0)
+    half = functools.partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
+    monkeypatch.setattr(graphs, "_precision", lambda *_: (half, 1.0))
+    assert_statistically_equal(final_losses(GraphEngine, monkeypatch, data, dropout=0.0), plain)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "scale"),
+    [((7, 5), torch.float16, 1024.0), ((8, 0), torch.bfloat16, 1.0), ((9, 0), torch.bfloat16, 1.0)],
+)
+def test_a_gpu_computes_in_the_half_precision_that_it_is_built_for(
+    capability, dtype, scale, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    context, loss_scale = graphs._precision(torch.device("cuda"), nl.Recipe())
+    assert (context.keywords["dtype"], loss_scale) == (dtype, scale)
+    assert context.keywords["cache_enabled"] is False
 
 
 @pytest.mark.parametrize("probability", [0.02, 0.05, 0.3, 0.5, 0.9])
@@ -216,7 +251,7 @@ def test_the_path_is_recorded_and_can_be_chosen(few_digits, tmp_path):
         nl.fit(network, few_digits, recipe, device="cpu", progress=False, engine="plane")
 
 
-def test_a_recipe_in_half_precision_scales_its_loss_back(few_digits, monkeypatch):
+def test_a_scaled_loss_is_scaled_back(few_digits, monkeypatch):
     """With a loss scale the steps are the same: it is taken out of the gradients again."""
     recipe = nl.Recipe(epochs=2, batch_size=32, dtype="float64")
     plain = fit_with(PlainEngine, monkeypatch, few_digits, recipe)

@@ -14,6 +14,8 @@ from torch import nn
 
 import normlab as nl
 from normlab import parallel
+from normlab.files import read_json, write_json
+from normlab.runs import RunFolder
 
 
 @pytest.fixture
@@ -142,6 +144,32 @@ def test_a_killed_process_loses_nothing(tiny, two_cores, tmp_path):
     )
     assert (tmp_path / "killed").exists()
     assert [len(results[label][0].history) for label in results] == [2, 2]
+
+
+def test_a_killed_process_goes_on_from_its_checkpoint(tiny, two_cores, tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "ln" / "seed-0")
+    kept = tmp_path / "kept-when-killed.json"
+    parent = os.getpid()
+
+    def build(norm):
+        network = small_network(norm)
+
+        def die_in_the_second_epoch(*_):
+            if os.getpid() == parent or norm != "ln" or kept.exists():
+                return
+            if rows := folder.history_so_far():
+                write_json(kept, rows)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        network.register_forward_pre_hook(die_in_the_second_epoch)
+        return network
+
+    nl.run_assignment(
+        own_assignment(build), data=tiny, directory=tmp_path / "runs", device="cpu", progress=False
+    )
+    before, after = read_json(kept), folder.history_so_far()
+    assert (len(before), len(after)) == (1, 2)
+    assert after[:1] == before  # to the second that it took: it was not trained again
 
 
 def test_a_process_that_is_killed_again_is_named(tiny, two_cores, tmp_path):
