@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from normlab.checks import instance
 from normlab.experiment import Results
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def compare(results: Results) -> list[Difference]:
     Raises `ValueError` for fewer than two variants or two seeds, and for variants that were not
     tested on the same images.
     """
+    instance(results, Results, "results", "nl.run_assignment(…) gives them")
     if len(results.runs) < 2:
         raise ValueError("a comparison takes at least two variants")
     _check_images(results)
@@ -142,12 +144,14 @@ def interval(table: np.ndarray) -> Interval:
     which is known from many images.
 
     Source: Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
-    Raises `ValueError` unless there are two seeds and two images at least.
+    Raises `ValueError` unless there are two seeds and two images at least, and for NaN.
     """
     if np.ndim(table) != 2 or min(np.shape(table)) < 2:
         raise ValueError(
             f"an interval needs at least 2 seeds by 2 images, not a table of {np.shape(table)}"
         )
+    if not np.isfinite(table).all():
+        raise ValueError("an interval needs a table of finite numbers, without NaN")
     seeds, images = table.shape
     by_seed, by_image, mean = table.mean(1), table.mean(0), float(table.mean())
     cells = ((table - by_seed[:, None] - by_image + mean) ** 2).sum() / (seeds - 1) / (images - 1)
@@ -237,6 +241,8 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
 
     if not differences:
         raise ValueError("there are no differences to plot")
+    for each in differences:
+        instance(each, Difference, "a difference", "nl.compare(…) gives a list of them")
     if ax is None:
         size = (6.4, 1.4 + 0.38 * len(differences))
         _, ax = pyplot.subplots(figsize=size, layout="constrained")

@@ -45,6 +45,8 @@ def plot_norm_axes(
     """
     from matplotlib import pyplot
 
+    if len(shape) != 3 or not kinds:
+        raise ValueError(f"cubes need kinds and a shape (N, C, H·W), not {kinds} and {shape}")
     for name, size in zip(("N", "C", "H·W", "groups"), (*shape, groups), strict=True):
         whole_number(size, name)
     if shape[1] % groups:

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from normlab.assignments import Variant, build_variant
+from normlab.checks import instance
 from normlab.experiment import Results
 from normlab.penalties import WEIGHT_LAYERS
-from normlab.runs import weights_digest
+from normlab.recipes import DTYPES
+from normlab.runs import Run, weights_digest
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest
 # of a module of one's own, norms included.
@@ -43,6 +47,7 @@ def check_fair(results: Results) -> list[Finding]:
     epochs that were trained, which images were seen and how many, the seeds, and the initial
     weights of the filters. An empty list says that the norm is all there is between them.
     """
+    instance(results, Results, "results", "nl.run_assignment(…) gives them")
     return [*_differences(results), *_limits(results)]
 
 
@@ -56,10 +61,22 @@ def _differences(results: Results) -> Iterator[Finding]:
 
 
 def _facts(results: Results, variant: Variant) -> dict[str, object]:
-    """What could make a difference, by name."""
+    """What could make a difference, by name; what differs between its seeds as a list."""
     runs = results.runs[variant.label]
-    about = runs[0].config["is"]
-    epochs = len(runs[0].history)
+    each = [_facts_of_run(run) for run in runs]
+    return {
+        **{name: _one_or_all([facts.get(name) for facts in each]) for name in each[0]},
+        "seeds": sorted(run.recipe.seed for run in runs),
+        "initial filters": _initial_filters(results, variant),
+    }
+
+
+def _one_or_all(values: list[object]) -> object:
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _facts_of_run(run: Run) -> dict[str, object]:
+    about, epochs = run.config["is"], len(run.history)
     network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
     recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
     return {
@@ -69,23 +86,34 @@ def _facts(results: Results, variant: Variant) -> dict[str, object]:
         "epochs": epochs,
         "images seen": epochs * about["data"]["train_images"],
         "images": about["data"]["fingerprint"][:8],
-        "seeds": sorted(run.recipe.seed for run in runs),
-        "initial filters": _digest_of_filters(results, variant),
     }
 
 
-def _digest_of_filters(results: Results, variant: Variant) -> str:
+def _initial_filters(results: Results, variant: Variant) -> str:
+    """The digest of the first run's filters, if every run began as the assignment begins it."""
+    networks = [_initial_network(results, variant, run) for run in results.runs[variant.label]]
+    for run, network in zip(results.runs[variant.label], networks, strict=True):
+        if run.config["is"]["initial_weights"] != weights_digest(network.state_dict()):
+            return "not the assignment's"
+    return _digest_of_filters(networks[0])
+
+
+def _initial_network(results: Results, variant: Variant, run: Run) -> nn.Module:
+    network = build_variant(
+        results.assignment,
+        variant,
+        seed=run.recipe.seed,
+        classes=len(results.data.classes),
+        input_shape=results.data.input_shape,
+    )
+    return network.to(DTYPES[run.recipe.dtype])
+
+
+def _digest_of_filters(network: nn.Module) -> str:
     """Tells initial weights of convolutions and linear layers apart.
 
     Without those of shortcuts, which only some variants have.
     """
-    network = build_variant(
-        results.assignment,
-        variant,
-        seed=results.runs[variant.label][0].recipe.seed,
-        classes=len(results.data.classes),
-        input_shape=results.data.input_shape,
-    )
     layers = (layer for name, layer in network.named_modules() if "shortcut" not in name)
     weights = [layer.weight for layer in layers if isinstance(layer, WEIGHT_LAYERS)]
     return weights_digest({str(index): weight for index, weight in enumerate(weights)})[:8]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import number
+from normlab.checks import instance, number
 from normlab.seeding import seeded
 
 
@@ -47,8 +47,11 @@ def rescale_weights(
 
     The gradient is that of a fixed random weighting of the outputs. Source: van Laarhoven, "L2
     Regularization versus Batch and Weight Normalization", 2017.
-    Raises `ValueError` if there is no such layer.
+    Raises `ValueError` if there is no such layer, or no image.
     """
+    instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
+    if not len(images):
+        raise ValueError("rescale_weights needs at least one image")
     number(factor, "factor", positive=True)
     name = _find(network, layer)
     before, slope = _output_and_gradient(network, images, name, 1.0)

@@ -37,10 +37,14 @@ class NormKind:
     uses_batch_statistics: bool = False
 
     def statistics(self, shape: tuple[int, int, int, int], *, groups: int = 1) -> int:
-        """How many means there are for an input of `shape` (N, C, H, W)."""
+        """How many means there are for an input of `shape` (N, C, H, W).
+
+        Raises `ValueError` if `groups` does not divide C.
+        """
         images, channels = shape[:2]
         count = 1 if "N" in self.averaged else images
         if "C/G" in self.averaged:
+            _check_groups(groups, channels)
             return count * groups
         return count if "C" in self.averaged else count * channels
 

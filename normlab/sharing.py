@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import whole_number
+from normlab.checks import instance, whole_number
 from normlab.seeding import seeded
 
 
@@ -15,7 +15,8 @@ def shared_statistics(
     """Finds by trial which elements of an input share statistics in a layer.
 
     One element after another is changed a little; where that changes the output of another
-    element, the two have a mean or a variance in common.
+    element, the two have a mean or a variance in common. It is tried on a copy, whose learned
+    numbers are all replaced: a scale of 0 would hide what is shared.
 
     Args:
         layer: maps an input to an output of the same shape; it is left as it is.
@@ -24,11 +25,17 @@ def shared_statistics(
         seed: of the input that is tried.
 
     Returns int64 of that shape: elements that share statistics have the same number, from 0 on.
-    Raises `ValueError` if the output is of another shape.
+    Raises `TypeError` for what is no layer or no shape, `ValueError` if the output is of another
+    shape.
     """
+    instance(layer, nn.Module, "a layer", "nn.BatchNorm2d(4), say")
+    instance(shape, tuple, "shape", "(N, C, H, W), say")
     for side in shape:
         whole_number(side, "each side of shape")
     twin = copy.deepcopy(layer).double().train(training)
+    with torch.no_grad(), seeded(seed, "parameters"):
+        for parameter in twin.parameters():
+            parameter.uniform_(0.5, 1.5)
     start = {name: value.clone() for name, value in twin.state_dict().items()}
 
     @torch.no_grad()

@@ -58,6 +58,23 @@ def test_in_other_worlds_no_more_exclude_zero(world):
     assert np.mean(excluded) <= 0.06  # the 5 % that are promised, and chance
 
 
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_large_difference_is_mostly_found(seeds):
+    """An interval so wide that it never excludes 0 would pass the tests above."""
+    rng = np.random.default_rng(seeds)
+    found = []
+    for _ in range(300):
+        table = simulated(rng, seeds)
+        table[:, :80] += 1  # eight points more for the first arm
+        found.append(interval(table).excludes_zero)
+    assert np.mean(found) > 0.9
+
+
+def test_a_table_without_numbers_has_no_interval():
+    with pytest.raises(ValueError, match="finite numbers"):
+        nl.interval(np.full((3, 50), np.nan))
+
+
 def test_seeds_that_agree_by_chance_leave_the_noise_of_their_images():
     rng = np.random.default_rng(0)
     table = np.zeros((3, 10_000))

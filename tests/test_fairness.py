@@ -65,6 +65,37 @@ def test_runs_put_together_by_hand_are_seen_through(tiny, tiny_assignment):
     assert found["seeds"].values == {"BN": [0], "GN": [3], "LN": [0]}
 
 
+def test_every_seed_is_looked_at(tiny, tiny_assignment):
+    variants = (nl.Variant("BN", "bn"), nl.Variant("GN", "gn"))
+    assignment = replace(tiny_assignment, variants=variants)
+    results = nl.run_assignment(assignment, data=tiny, epochs=1, seeds=2, progress=False)
+    faster = replace(assignment, recipe=assignment.recipe.replace(lr=0.2))
+    other = nl.run_assignment(faster, data=tiny, epochs=1, seeds=[1], progress=False)
+    results.runs["GN"] = (results["GN"][0], other["GN"][0])
+    (found,) = nl.check_fair(results)
+    rate = assignment.recipe.lr
+    assert (found.what, found.declared) == ("lr", False)
+    assert found.values == {"BN": rate, "GN": [rate, 0.2]}
+
+
+def test_a_network_that_was_trained_before_is_told(tiny, tiny_assignment):
+    variants = (nl.Variant("BN", "bn"), nl.Variant("GN", "gn"))
+    assignment = replace(tiny_assignment, variants=variants)
+    results = nl.run_assignment(assignment, data=tiny, epochs=1, progress=False)
+    recipe = results["GN"][0].recipe
+    results.runs["GN"] = (nl.fit(results["GN"][0].network, tiny, recipe, progress=False),)
+    (found,) = nl.check_fair(results)
+    assert (found.what, found.declared) == ("initial filters", False)
+    assert found.values["GN"] == "not the assignment's"
+
+
+def test_results_alone_are_checked():
+    with pytest.raises(TypeError, match=r"results must be a Results, not \{\}: nl.run_assignment"):
+        nl.check_fair({})
+    with pytest.raises(TypeError, match=r"results must be a Results, not \{\}: nl.run_assignment"):
+        nl.compare({})
+
+
 def test_limits_that_are_passed_are_named(tiny, tiny_assignment):
     variants = (nl.Variant("BN", "bn"), nl.Variant("LN", "ln-elementwise"))
     found = outcome(tiny, tiny_assignment, *variants, parameter_limit=1000, epoch_limit=1)

@@ -103,3 +103,8 @@ def test_a_whole_network_with_dropout_is_tried_and_left_as_it_is(norm):
 def test_bad_input_gets_one_sentence(network, options, message):
     with pytest.raises(ValueError, match=message):
         nl.rescale_weights(network, torch.zeros(2, 2, 4, 4), **options)
+
+
+def test_without_images_there_is_nothing_to_measure():
+    with pytest.raises(ValueError, match="at least one image"):
+        nl.rescale_weights(nn.Conv2d(2, 2, 1), torch.zeros(0, 2, 4, 4))

@@ -68,6 +68,27 @@ def test_layers_of_ones_own():
     assert same_partition(nl.shared_statistics(Ghost(), shape), n // 2 * 3 + c)
 
 
+def test_the_learned_numbers_hide_nothing():
+    """Scales of 0, with which some networks begin, and a shift beside which a scale is lost."""
+    batch, group = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+    with torch.no_grad():
+        batch.weight.zero_()
+        group.weight[1:] = 0
+    assert same_partition(nl.shared_statistics(batch, SHAPE), expected("bn", 1))
+    assert same_partition(nl.shared_statistics(group, SHAPE), expected("gn", 2))
+    with torch.no_grad():
+        batch.weight.copy_(torch.tensor([1e-9, 1, 1, 1]))
+        batch.bias[1] = 10
+    assert same_partition(nl.shared_statistics(batch, SHAPE), expected("bn", 1))
+
+
+def test_what_is_no_layer_or_no_shape_is_refused():
+    with pytest.raises(TypeError, match="a layer must be a Module, not 'bn'"):
+        nl.shared_statistics("bn", SHAPE)
+    with pytest.raises(TypeError, match=r"shape must be a tuple, not 4"):
+        nl.shared_statistics(nn.BatchNorm2d(4), 4)
+
+
 def test_the_layer_and_the_random_state_are_left_as_they_were():
     layer = nn.BatchNorm2d(4)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
