@@ -63,6 +63,8 @@ def _channels_last_problem(network: nn.Module, train: Batches) -> str:
         with fork_random_state(device):
             logits = twin(images.contiguous(memory_format=torch.channels_last))
             F.cross_entropy(logits, labels).backward()
+    except torch.OutOfMemoryError:
+        raise  # the plain path would not fit either
     except (RuntimeError, TypeError, ValueError) as error:
         return " ".join(str(error).split())
     return ""

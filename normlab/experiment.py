@@ -128,8 +128,8 @@ def run_assignment(
 ) -> Results:
     """Trains every variant of an assignment with every seed and returns the `Results`.
 
-    On a GPU all of them are in flight together; on a CPU they run side by side in processes of
-    one thread each, where there is enough to do.
+    On a GPU up to eight of them are in flight together, those with dropout one by one; on a CPU
+    they run side by side in processes of one thread each, where there is enough to do.
 
     Args:
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.

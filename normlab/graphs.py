@@ -240,7 +240,8 @@ def _precision(
     """Half precision where the GPU computes in it: bf16 from Ampere on, before that fp16.
 
     fp16's smallest gradients would be 0, so the loss is multiplied by a factor (Micikevicius et
-    al., "Mixed Precision Training", 2018); a fixed one, since a graph cannot take back a step.
+    al., "Mixed Precision Training", 2018); a fixed one, since not every optimiser can
+    leave out a step inside a graph.
     """
     if device.type != "cuda" or recipe.dtype == "float64":
         return nullcontext, 1.0

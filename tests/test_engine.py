@@ -240,6 +240,23 @@ def test_a_network_that_cannot_run_channels_last_takes_the_plain_path(few_digits
     assert "view" in run.config["from"]["because"]
 
 
+def test_apple_s_gpus_take_the_plain_path(few_digits):
+    kind, why = engines._fastest(Viewing(), few_digits.loader(batch_size=32), torch.device("mps"))
+    assert kind is PlainEngine
+    assert why == "there is no faster way on mps"
+
+
+class TooLarge(Viewing):
+    def forward(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+
+def test_a_network_too_large_for_the_trial_is_not_sent_down_the_plain_path(few_digits):
+    batches = few_digits.loader(batch_size=32)
+    with pytest.raises(torch.OutOfMemoryError):
+        engines.make_engine("auto", TooLarge(), nl.Recipe(), batches, batches)
+
+
 def test_the_path_is_recorded_and_can_be_chosen(few_digits, tmp_path):
     network = nl.build_network("mnist-l1", seed=0)
     recipe = nl.Recipe(epochs=1)

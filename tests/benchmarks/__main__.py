@@ -40,6 +40,7 @@ def main() -> None:
                 "assignment": assignment.name,
                 "variants": labels,
                 "epochs": options.epochs if path in OURS else 1,
+                "seeds": options.seeds if path in OURS else 1,
                 "images": options.images if path in OURS else options.peer_images,
                 "dropout": options.dropout,
                 "device": options.device,
@@ -59,6 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data-root", default=None)
     parser.add_argument("--images", type=int, default=20000, help="training images, 0 for all")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1, help="of each variant, for normlab")
     parser.add_argument("--peer-images", type=int, default=4000, help="for the others, one epoch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dropout", type=float, default=None, help="of all paths")
@@ -96,6 +98,7 @@ def _report(options: argparse.Namespace, labels: list[str], measured: dict) -> d
         "assignment": options.assignment,
         "variants": labels,
         "epochs": options.epochs,
+        "seeds": options.seeds,
         "images": options.images,
         "peer_images": options.peer_images,
         "dropout": options.dropout,
@@ -115,17 +118,21 @@ def table(report: dict) -> str:
         path: [one["images"] / one["seconds"] for one in results]
         for path, results in report["measured"].items()
     }
-    students = max(statistics.median(rates[path]) for path in rates if "students" in path)
+    students = max(
+        (statistics.median(rates[path]) for path in rates if "students" in path), default=0
+    )
     lines = [
-        "| path | images a second, median (range) | ratio | peak MiB of a process |",
-        "| --- | ---: | ---: | ---: |",
+        "| path | seconds | images a second, median (range) | ratio | peak MiB of a process |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for path, some in rates.items():
         middle = statistics.median(some)
+        seconds = statistics.median(one["seconds"] for one in report["measured"][path])
         peak = max(one["peak_mib"] for one in report["measured"][path])
+        ratio = f"{middle / students:.2f}" if students else "–"
         lines.append(
-            f"| {path} | {middle:,.0f} ({min(some):,.0f} to {max(some):,.0f}) "
-            f"| {middle / students:.2f} | {peak:,.0f} |"
+            f"| {path} | {seconds:,.1f} | {middle:,.0f} ({min(some):,.0f} to {max(some):,.0f}) "
+            f"| {ratio} | {peak:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -48,12 +48,14 @@ def measure(job: dict) -> dict:
     if job["images"]:
         data = data.subset(train=job["images"], test=job["images"] // 5)
     _ = data.mean
-    importlib.import_module("torch._dynamo")  # as optimisers do at their first use, in 2 to 3 s
+    # Optimisers import the first at their first use, in 2 to 3 s.
+    for module in ("torch._dynamo", *peers.MODULES.get(job["path"], ())):
+        importlib.import_module(module)
     train = _train_ours if job["path"] in OURS else _train_peers
     start = time.perf_counter()
     train(assignment, data, job)
     seconds = time.perf_counter() - start
-    images = len(data.train_images) * job["epochs"] * len(wanted)
+    images = len(data.train_images) * job["epochs"] * len(wanted) * job["seeds"]
     return {"images": images, "seconds": seconds, "peak_mib": _peak_memory()}
 
 
@@ -63,6 +65,7 @@ def _train_ours(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None:
         nl.run_assignment(
             assignment,
             data=data,
+            seeds=job["seeds"],
             directory=Path(folder),
             device=job["device"],
             progress=False,

@@ -18,6 +18,10 @@ import normlab as nl
 
 BATCH = 128
 RATE = 0.01
+MODULES = {
+    "Lightning": ("lightning",),
+    "fastai": ("fastai.callback.progress", "fastai.learner", "fastai.metrics", "fastai.optimizer"),
+}
 
 
 def recipe(augment: tuple[str, ...]) -> nl.Recipe:
