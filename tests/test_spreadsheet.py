@@ -2,7 +2,9 @@
 
 import math
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 
 import pytest
@@ -111,6 +113,15 @@ def check_against_torch(book, x: torch.Tensor) -> None:
 
 def test_all_values_are_those_of_torch(book):
     check_against_torch(book, nl.example_batch().double())
+
+
+@pytest.mark.skipif(not shutil.which("soffice"), reason="LibreOffice is not installed")
+def test_libreoffice_computes_the_same(path, tmp_path):
+    command = ["soffice", f"-env:UserInstallation=file://{tmp_path}/profile", "--headless"]
+    command += ["--convert-to", "xlsx", "--outdir", str(tmp_path), str(path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    recomputed = openpyxl.load_workbook(tmp_path / path.name, data_only=True)
+    check_against_torch(recomputed, nl.example_batch().double())
 
 
 def test_they_follow_the_yellow_cells(book):
