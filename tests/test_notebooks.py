@@ -120,3 +120,40 @@ def test_the_stored_run_is_that_of_the_kept_results(path):
 
 def test_no_number_in_a_text_is_stale():
     assert fill_pages([ROOT / "README.md", *NOTEBOOKS], KEPT, write=False) == []
+
+
+# What the text takes from a figure, where no output prints it.
+READ_OFF_FIGURES = {"06_batch_size": set(), "07_inside_the_network": {0.0006, 0.13, 2.5}}
+
+
+@pytest.mark.parametrize("name", READ_OFF_FIGURES)
+def test_every_decimal_in_a_text_was_printed_or_is_cited(name):
+    """A sentence that cites has a year. What is printed as a share may be told in percent."""
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    printed = [number for text in printed_by(path) for number in decimals(text)]
+    sentences = re.split(r"(?<=[.:;])\s", text_of(path))
+    said = [x for each in sentences if not re.search(r"\b20\d\d\b", each) for x in decimals(each)]
+    assert len(said) > 20
+    missing = {
+        number
+        for number, digits in said
+        if not any(round(v * factor, digits) == number for v, _ in printed for factor in (1, 100))
+    }
+    assert missing == READ_OFF_FIGURES[name]
+
+
+def printed_by(path: Path) -> list[str]:
+    """Texts of the outputs, and the cells, whose numbers are settings."""
+    texts = []
+    for cell in code_cells(path):
+        texts.append(cell.source)
+        for output in cell.outputs:
+            texts.append(output.get("text", ""))
+            texts.append(output.get("data", {}).get("text/plain", ""))
+    return texts
+
+
+def decimals(text: str) -> list[tuple[float, int]]:
+    """Numbers with a decimal point, each with how many digits follow it."""
+    found = re.findall(r"(?<![\w.])\d+\.\d+", text)
+    return [(float(number), len(number.partition(".")[2])) for number in found]
