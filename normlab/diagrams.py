@@ -41,7 +41,8 @@ def plot_norm_axes(
         groups: of "gn"; must divide C.
 
     After figure 2 of Wu & He, "Group Normalization", 2018.
-    Raises `ValueError` for sizes below 1 and groups that do not divide C.
+    Raises `ValueError` for no kinds, a shape that is not three sizes of at least 1, and groups that
+    do not divide C.
     """
     from matplotlib import pyplot
 
