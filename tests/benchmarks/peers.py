@@ -46,10 +46,14 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(picture), self.labels[index]
 
 
-def loaders(data: nl.Dataset, workers: int) -> tuple[DataLoader, DataLoader]:
+def loaders(
+    data: nl.Dataset, workers: int, *, augmented: bool = True
+) -> tuple[DataLoader, DataLoader]:
     """Training images cropped and flipped (colour) or turned (grey), test images as they are."""
     plain = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
-    if data.input_shape[0] == 3:
+    if not augmented:
+        changed = []
+    elif data.input_shape[0] == 3:
         side = data.input_shape[-1]
         changed = [transforms.RandomCrop(side, padding=4), transforms.RandomHorizontalFlip()]
     else:
@@ -61,13 +65,20 @@ def loaders(data: nl.Dataset, workers: int) -> tuple[DataLoader, DataLoader]:
 
 
 def students_loop(
-    network, data, epochs: int, device: str, *, workers: int, l1: float = 0.0
+    network,
+    data,
+    epochs: int,
+    device: str,
+    *,
+    workers: int,
+    l1: float = 0.0,
+    augmented: bool = True,
 ) -> Iterator[float]:
     """The loop of the submissions: a DataLoader, and the loss read back at every step.
 
     Yields the test accuracy of every epoch.
     """
-    train, test = loaders(data, workers)
+    train, test = loaders(data, workers, augmented=augmented)
     network = network.to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=0.9)
     for _ in range(epochs):
