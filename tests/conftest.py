@@ -1,6 +1,7 @@
 """What the tests share: small data sets, a small network, and nothing of the machine's own."""
 
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,9 @@ matplotlib.use("Agg")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
 
+
+# For `tests.benchmarks`; at the end, so that the installed package goes before the folder.
+sys.path.append(str(Path(__file__).parents[1]))
 
 LONGEST = ("test_replicas", "test_cluster", "test_cli", "test_parallel", "test_engine")
 
