@@ -18,6 +18,7 @@ import normlab as nl
 
 BATCH = 128
 RATE = 0.01
+# What they import, to be done before their time is taken.
 MODULES = {
     "Lightning": ("lightning",),
     "fastai": ("fastai.callback.progress", "fastai.learner", "fastai.metrics", "fastai.optimizer"),
