@@ -171,6 +171,8 @@ class Dataset:
         self, train: int | None = None, test: int | None = None, *, seed: int = 0
     ) -> "Dataset":
         """Fewer images, the classes balanced as far as they go; None keeps a part as it is."""
+        if train is None and test is None:
+            return self
         chosen = {}
         for part, count in (("train", train), ("test", test)):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")

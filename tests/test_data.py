@@ -268,6 +268,7 @@ def test_a_subset_keeps_the_part_that_is_not_named(tiny):
     assert torch.equal(small.test_images, tiny.test_images)
     assert len(tiny.subset(test=10).train_images) == 96
     assert "10 + 40" in small.source
+    assert tiny.subset() is tiny
 
 
 @pytest.mark.parametrize(("part", "count"), [("train", 97), ("test", 41)])

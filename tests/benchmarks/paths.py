@@ -1,8 +1,9 @@
 """One measurement in a process of its own: `python -m tests.benchmarks.paths '{"path": …}'`.
 
-Prints a JSON line with the images trained on, the seconds and the peak memory. Imports and the
-reading of the data set from its cache file are not counted; all else is: making the loaders,
-training, a test after every epoch, histories, and starting processes with what those import.
+Prints a JSON line with the data set, the images trained on, the seconds and the peak memory.
+Imports and the reading of the data set from its cache file are not counted; all else is: making
+the loaders, training, a test after every epoch, histories, and starting processes with what those
+import.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ def measure(job: dict) -> dict:
         **vars(assignment) | {"variants": tuple(wanted), "recipe": recipe, "dropout": dropout}
     )
     data = load_assignment_data(assignment, root=job["data_root"])
+    source = data.source
     if job["images"]:
         data = data.subset(train=job["images"], test=job["images"] // 5)
     _ = data.mean
@@ -56,7 +58,7 @@ def measure(job: dict) -> dict:
     train(assignment, data, job)
     seconds = time.perf_counter() - start
     images = len(data.train_images) * job["epochs"] * len(wanted) * job["seeds"]
-    return {"images": images, "seconds": seconds, "peak_mib": _peak_memory()}
+    return {"source": source, "images": images, "seconds": seconds, "peak_mib": _peak_memory()}
 
 
 def _train_ours(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None:

@@ -34,7 +34,8 @@ def draw(ax, report: dict) -> None:
     ax.invert_yaxis()
     ax.margins(x=0.18)
     ax.set_xlabel("training images a second, tests and start included")
-    ax.set_title(f"{report['assignment']}, {report['date']}\n{report['device']}", fontsize=10)
+    title = f"{report['assignment']}, {results[0]['source']}\n{report['device']}, {report['date']}"
+    ax.set_title(title, fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
 
 

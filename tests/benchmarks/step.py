@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import normlab as nl
+from normlab.allocator import kept_memory
 from normlab.dropout import quick_dropout
 from normlab.summaries import multiply_adds
 
@@ -34,7 +35,8 @@ def main() -> None:
     parser.add_argument("network", choices=nl.NETWORKS)
     name = parser.parse_args().network
     torch.set_num_threads(1)
-    print("| norm | dropout | images a second | GFLOP/s of convolutions | " + " | ".join(PARTS))
+    columns = ["norm", "dropout", "images a second", "GFLOP/s of convolutions", *PARTS]
+    print(f"| {' | '.join(columns)} |\n| --- | --- |{' ---: |' * (len(columns) - 2)}")
     for norm in ("bn", "gn", "ln"):
         for dropout in (None, 0.0):
             network = nl.build_network(name, norm, dropout=dropout, seed=0)
@@ -52,7 +54,7 @@ def row(network: nl.Network, norm: str, dropout: str) -> str:
     batches.memory_format = torch.channels_last
     network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    with quick_dropout(network):
+    with quick_dropout(network), kept_memory():
         _steps(network, batches, optimizer)
         start = time.perf_counter()
         _steps(network, batches, optimizer)
