@@ -33,6 +33,7 @@ class PlainEngine:
         self.network, self.recipe, self.batches, self.tests = network, recipe, train, test
         self.model = network  # what is called in training
         self.device = train.images.device
+        self.computes_in = recipe.dtype  # "bfloat16" where matrix products are in half precision
         self.steps = len(train)
         self.optimizer = self.make_optimizer()
         self.loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)

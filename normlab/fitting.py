@@ -160,7 +160,8 @@ class _Training:
         return self.network, recipe, train, test
 
     def _note_engine(self, why: str) -> None:
-        self.config["from"] |= {"engine": self.engine.name, "because": why}
+        way = {"engine": self.engine.name, "because": why, "computes_in": self.engine.computes_in}
+        self.config["from"] |= way
 
     def open(self, progress: bool) -> ExitStack:
         """Resumes what the folder holds; leaving the context closes the display.

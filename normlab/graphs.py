@@ -44,7 +44,9 @@ class GraphEngine(PlainEngine):
         self.sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
         self.order, self.draws = train.draw_epoch()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.precision, self.loss_scale = _precision(self.device, recipe)
+        half, self.loss_scale = _half_precision(self.device, recipe)
+        self.precision = _autocast(self.device, half)
+        self.computes_in = str(half or train.dtype).removeprefix("torch.")
         self._train_replays: list[Callable[[], None]] = []
         self._test_replays: list[Callable[[], None]] = []
         self._started = 0.0
@@ -234,21 +236,27 @@ def _means(sums: list[float], images: int, seconds: float) -> EpochResult:
     return EpochResult(*(value / images for value in sums), images=images, seconds=seconds)
 
 
-def _precision(
-    device: torch.device, recipe: Recipe
-) -> tuple[Callable[[], AbstractContextManager], float]:
-    """Half precision where the GPU computes in it: bf16 from Ampere on, before that fp16.
+def _half_precision(device: torch.device, recipe: Recipe) -> tuple[torch.dtype | None, float]:
+    """What a GPU computes fastest in, bf16 from Ampere on and before that fp16, and a loss scale.
 
     fp16's smallest gradients would be 0, so the loss is multiplied by a factor (Micikevicius et
     al., "Mixed Precision Training", 2018); a fixed one, since not every optimiser can
     leave out a step inside a graph.
     """
     if device.type != "cuda" or recipe.dtype == "float64":
-        return nullcontext, 1.0
-    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-    dtype = torch.bfloat16 if ampere else torch.float16
+        return None, 1.0
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16, 1.0
+    return torch.float16, 1024.0
+
+
+def _autocast(
+    device: torch.device, half: torch.dtype | None
+) -> Callable[[], AbstractContextManager]:
+    """Makes contexts in which a network computes in half precision, if any."""
+    if half is None:
+        return nullcontext
     # Weights that autocast caches outside the graph would be those of the first step for ever.
-    context = functools.partial(
-        torch.autocast, device_type="cuda", dtype=dtype, cache_enabled=False
+    return functools.partial(
+        torch.autocast, device_type=device.type, dtype=half, cache_enabled=False
     )
-    return context, 1.0 if ampere else 1024.0

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.checks import number
 from normlab.penalties import l1_penalty
 
 
@@ -92,7 +93,9 @@ def train_epoch(
         l1: factor of `l1_penalty`, which is added to the loss and reported apart from it.
 
     The reported loss is the plain cross-entropy, whatever `loss` is minimised.
+    Raises `ValueError` for an `l1` below 0.
     """
+    number(l1, "l1")  # finite and not negative
     device = device_of(network)
     tally = Tally()
     network.train()

@@ -1,6 +1,5 @@
 """The fast ways through an epoch compute what the plain one computes."""
 
-import functools
 import math
 
 import pytest
@@ -159,8 +158,7 @@ def test_half_precision_trains_as_well_as_the_plain_loop(digits, monkeypatch):
     """The CPU's autocast stands in for the GPU's: the same casts at the same places."""
     data = digits.subset(train=120, test=20)
     plain = final_losses(PlainEngine, monkeypatch, data, dropout=0.0)
-    half = functools.partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
-    monkeypatch.setattr(graphs, "_precision", lambda *_: (half, 1.0))
+    monkeypatch.setattr(graphs, "_half_precision", lambda *_: (torch.bfloat16, 1.0))
     assert_statistically_equal(final_losses(GraphEngine, monkeypatch, data, dropout=0.0), plain)
 
 
@@ -172,9 +170,9 @@ def test_a_gpu_computes_in_the_half_precision_that_it_is_built_for(
     capability, dtype, scale, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    context, loss_scale = graphs._precision(torch.device("cuda"), nl.Recipe())
-    assert (context.keywords["dtype"], loss_scale) == (dtype, scale)
-    assert context.keywords["cache_enabled"] is False
+    gpu = torch.device("cuda")
+    assert graphs._half_precision(gpu, nl.Recipe()) == (dtype, scale)
+    assert graphs._half_precision(gpu, nl.Recipe(dtype="float64")) == (None, 1.0)
 
 
 @pytest.mark.parametrize("probability", [0.02, 0.05, 0.3, 0.5, 0.9])
@@ -262,18 +260,24 @@ def test_the_path_is_recorded_and_can_be_chosen(few_digits, tmp_path):
     recipe = nl.Recipe(epochs=1)
     fast = nl.fit(network, few_digits, recipe, device="cpu", progress=False)
     assert fast.config["from"]["engine"] == "cpu-channels-last"
+    assert fast.config["from"]["computes_in"] == "float32"
     plain = nl.fit(network, few_digits, recipe, device="cpu", progress=False, engine="plain")
     assert plain.config["from"]["engine"] == "plain"
     with pytest.raises(ValueError, match=r"unknown engine 'plane'.*did you mean 'plain'"):
         nl.fit(network, few_digits, recipe, device="cpu", progress=False, engine="plane")
 
 
+def test_half_precision_is_recorded(few_digits, monkeypatch):
+    monkeypatch.setattr(graphs, "_half_precision", lambda *_: (torch.bfloat16, 1.0))
+    run = fit_with(GraphEngine, monkeypatch, few_digits, nl.Recipe(epochs=1))
+    assert run.config["from"]["computes_in"] == "bfloat16"
+
+
 def test_a_scaled_loss_is_scaled_back(few_digits, monkeypatch):
     """With a loss scale the steps are the same: it is taken out of the gradients again."""
     recipe = nl.Recipe(epochs=2, batch_size=32, dtype="float64")
     plain = fit_with(PlainEngine, monkeypatch, few_digits, recipe)
-    precision = graphs._precision
-    monkeypatch.setattr(graphs, "_precision", lambda *a: (precision(*a)[0], 1024.0))
+    monkeypatch.setattr(graphs, "_half_precision", lambda *_: (None, 1024.0))
     scaled = fit_with(GraphEngine, monkeypatch, few_digits, recipe)
     assert_close(scaled, plain, 1e-9)
 

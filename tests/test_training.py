@@ -171,3 +171,12 @@ def test_network_without_parameters_can_be_tested():
     network = nn.Sequential(nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten())
     expected = (network(IMAGES).argmax(1) == LABELS).double().mean().item()
     assert test_epoch(network, BATCHES).accuracy == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("factor", [-1e-5, float("nan")])
+def test_a_factor_of_the_penalty_that_is_none_is_refused_before_the_first_step(factor):
+    network = make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="l1 must be"):
+        train_epoch(network, BATCHES, optimizer, l1=factor)
+    assert torch.equal(network[0].weight, make_network()[0].weight)
