@@ -26,10 +26,12 @@ def main() -> None:
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--epochs", type=int, default=3, help="of normlab's recipe, at first")
+    parser.add_argument("--students-epochs", type=int, default=MOST_EPOCHS, help="at most")
     options = parser.parse_args()
     data = nl.load_dataset("cifar10", options.data_root)
     print(json.dumps({"normlab": with_normlab(data, options.device, options.epochs)}), flush=True)
-    print(json.dumps({"students' loop": with_students_loop(data, options.device)}), flush=True)
+    theirs = with_students_loop(data, options.device, options.students_epochs)
+    print(json.dumps({"students' loop": theirs}), flush=True)
 
 
 class Clock:
@@ -48,7 +50,7 @@ class Clock:
 
 def with_normlab(data: nl.Dataset, device: str, epochs: int) -> dict:
     """The shortest training, from `epochs` on, whose last epoch reaches the goal."""
-    for tried in range(epochs, MOST_EPOCHS):
+    for tried in range(epochs, MOST_EPOCHS + 1):
         network = nl.build_network("cifar10-norms", "bn", dropout=0.0, seed=0)
         recipe = nl.ASSIGNMENTS["cifar10-norms"].recipe.replace(epochs=tried)
         clock = Clock()
@@ -58,18 +60,18 @@ def with_normlab(data: nl.Dataset, device: str, epochs: int) -> dict:
     return {"epochs": MOST_EPOCHS, "reached": False}
 
 
-def with_students_loop(data: nl.Dataset, device: str) -> dict:
+def with_students_loop(data: nl.Dataset, device: str, most: int) -> dict:
     """The submission's network and dropout, rate 0.01, momentum 0.9, no augmentation."""
     torch.manual_seed(0)
     network = nl.build_network("cifar10-norms", "bn", seed=0)
     clock, best = Clock(), 0.0
     for epoch, accuracy in enumerate(
-        peers.students_loop(network, data, MOST_EPOCHS, device, workers=0, augmented=False), start=1
+        peers.students_loop(network, data, most, device, workers=0, augmented=False), start=1
     ):
         best = max(best, accuracy)
         if accuracy >= GOAL:
             return clock.read() | {"epochs": epoch, "accuracy": accuracy}
-    return {"epochs": MOST_EPOCHS, "reached": False, "best": best}
+    return clock.read() | {"epochs": most, "reached": False, "best": best}
 
 
 if __name__ == "__main__":
