@@ -173,6 +173,8 @@ def test_a_gpu_computes_in_the_half_precision_that_it_is_built_for(
     gpu = torch.device("cuda")
     assert graphs._half_precision(gpu, nl.Recipe()) == (dtype, scale)
     assert graphs._half_precision(gpu, nl.Recipe(dtype="float64")) == (None, 1.0)
+    context = graphs._autocast(gpu, dtype)
+    assert context.keywords == {"device_type": "cuda", "dtype": dtype, "cache_enabled": False}
 
 
 @pytest.mark.parametrize("probability", [0.02, 0.05, 0.3, 0.5, 0.9])
