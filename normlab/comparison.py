@@ -71,9 +71,15 @@ class Difference:
     images: int
     mcnemar: float
 
+    @property
+    def pair(self) -> str:
+        """The first less the second; in brackets a label that holds a plus of its own."""
+        labels = (self.first, self.second)
+        return " − ".join(f"({label})" if "+" in label else label for label in labels)
+
     def __str__(self) -> str:
         mean, margin = (100 * value for value in (self.interval.mean, self.interval.margin))
-        found = f"{self.first} − {self.second} = {mean:+.2f} ± {margin:.2f} points"
+        found = f"{self.pair} = {mean:+.2f} ± {margin:.2f} points"
         found += f" over {self.seeds} seeds"
         if self.interval.excludes_zero:
             return f"{found}: distinguishable"
@@ -251,7 +257,7 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
         fill = colour if each.interval.excludes_zero else "white"
         mean, margin = (100 * value for value in (each.interval.mean, each.interval.margin))
         ax.errorbar(mean, row, xerr=margin, fmt="o", color=colour, markerfacecolor=fill, capsize=3)
-    names = [f"{each.first} − {each.second}" for each in differences]
+    names = [each.pair for each in differences]
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)

@@ -180,6 +180,11 @@ def test_a_difference_says_itself_in_a_sentence():
     assert str(few_images).endswith("by no number of seeds on these 10,000 test images")
 
 
+def test_a_plus_in_a_label_is_not_read_as_one_of_the_difference():
+    with_skip = replace(difference(0.004, 0.006), second="GN + skip")
+    assert with_skip.pair == "GN − (GN + skip)"
+
+
 def test_the_picture_shows_each_interval_in_points():
     figure = nl.plot_compare([difference(0.004, 0.006), difference(-0.02, 0.006)])
     ax = figure.axes[0]
