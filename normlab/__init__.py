@@ -49,6 +49,7 @@ _HOMES = {
         "plot_confusion",
         "plot_curves",
         "plot_loss_and_accuracy",
+        "plot_panels",
         "plot_sweep",
         "save_figure",
     ),

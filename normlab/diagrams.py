@@ -21,7 +21,7 @@ SHARED, OTHER = "#0072B2", "#E8E8E8"
 # Okabe & Ito's colours, which colour-blind readers can tell apart, and how much of each is left
 # when it is mixed with white: black numbers must stay readable on all of them.
 HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#8A8A8A", "#D55E00", "#7A5BC4")
-STRENGTHS = (0.4, 0.85, 0.15)
+STRENGTHS = (0.4, 0.85, 0.15, 0.6)
 
 GAP = 0.3  # between two channels or two images of a table, in cells
 MOST_CELLS = 1024  # of a table that can still be read
@@ -92,7 +92,7 @@ def _first_mean(kind: NormKind, shape: tuple[int, int, int], groups: int) -> tup
 
 
 def tints(count: int) -> list[str]:
-    """Light colours "#RRGGBB" for `count` sets; after 24 they start again."""
+    """Light colours "#RRGGBB" for `count` sets; after 32 they start again."""
     found = []
     for place in range(count):
         strength = STRENGTHS[place // len(HUES) % len(STRENGTHS)]

@@ -57,10 +57,18 @@ def plot_curves(
     one_of(quantity, QUANTITIES, "quantity")
     groups = _grouped(runs)
     ax = ax if ax is not None else _axes(6.4, 4.2)
-    lines = _draw_curves(ax, groups, quantity)
-    _annotate(ax, groups, quantity, title)
-    _write_ends(ax, lines, quantity)
+    _draw_panels([(ax, groups, quantity, title if title is not None else _title(groups, quantity))])
     return ax.figure
+
+
+def _draw_panels(panels: Sequence[tuple[Axes, dict[str, list[Run]], str, str]]) -> None:
+    """Fills axes, which may share their limits, each with groups, a quantity and a title."""
+    lines = [_draw_curves(ax, groups, quantity) for ax, groups, quantity, _ in panels]
+    for ax, groups, quantity, title in panels:
+        _annotate(ax, groups, quantity, title)
+    for (ax, _, quantity, _), some in zip(panels, lines, strict=True):  # when no limit moves more
+        if quantity != "lr":  # which is a setting, and ends near 0
+            _write_ends(ax, some, quantity)
 
 
 def _grouped(runs: Runs) -> dict[str, list[Run]]:
@@ -119,17 +127,21 @@ def _looks(labels: list[str]) -> dict[str, dict]:
     return looks
 
 
-def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str | None) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    name, unit = _NAMES[quantity]
-    configs = [run.config for some in groups.values() for run in some]
+def _title(groups: dict[str, list[Run]], quantity: str) -> str:
+    """The quantity's name and what the images are."""
+    name, configs = _NAMES[quantity][0], [run.config for some in groups.values() for run in some]
     if all("validation_images" in config["is"]["data"] for config in configs):
         name = name.replace("Test", "Validation")
     sources = {config["from"]["data_source"] for config in configs}
-    ax.set_title(title if title is not None else f"{name}, {', '.join(sorted(sources))}")
+    return f"{name}, {', '.join(sorted(sources))}"
+
+
+def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_title(title)
     ax.set_xlabel("epoch")
-    ax.set_ylabel(unit)
+    ax.set_ylabel(_NAMES[quantity][1])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if quantity.endswith("loss") and any(line.get_ydata()[-1] > 0 for line in ax.lines):
         _logarithmic(ax)
@@ -137,9 +149,25 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str 
         _focus_on_late_epochs(ax)
     ax.grid(alpha=0.3, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    counts = {len(some) for some in groups.values()}
-    seeds = f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else f"{max(counts)} seeds"
-    ax.legend(frameon=False, title=f"mean ± sd of {seeds}" if max(counts) > 1 else None)
+    _legend(ax, groups)
+
+
+def _legend(ax: Axes, groups: dict[str, list[Run]]) -> None:
+    """Names the curves and says how many seeds they are of; a single run needs no name."""
+    handles, names = ax.get_legend_handles_labels()
+    counts = {
+        label: f"{len(some)} seed{'s' if len(some) > 1 else ''}" for label, some in groups.items()
+    }
+    title = (
+        f"mean ± sd of {next(iter(counts.values()))}"
+        if max(map(len, groups.values())) > 1
+        else None
+    )
+    if len(set(counts.values())) > 1:
+        names = [f"{name}, {counts[name]}" if name in counts else name for name in names]
+        title = "mean ± sd"
+    if title or len(names) > 1:
+        ax.legend(handles, names, frameon=False, title=title)
 
 
 def _logarithmic(ax: Axes) -> None:
@@ -223,12 +251,32 @@ def plot_loss_and_accuracy(runs: Runs, *, training: bool = False) -> Figure:
         len(parts), 2, figsize=size, sharey="col", layout="constrained", squeeze=False
     )
     names = [f"{part}_{kind}" for part in parts for kind in ("loss", "accuracy")]
-    panels = list(zip(names, axes.flat, strict=True))
-    lines = [_draw_curves(ax, groups, quantity) for quantity, ax in panels]
-    for quantity, ax in panels:
-        _annotate(ax, groups, quantity, None)
-    for (quantity, ax), some in zip(panels, lines, strict=True):  # last, when no limit moves
-        _write_ends(ax, some, quantity)
+    titles = [_title(groups, name) for name in names]
+    _draw_panels(list(zip(axes.flat, [groups] * len(names), names, titles, strict=True)))
+    return figure
+
+
+def plot_panels(panels: Mapping[str, Runs], quantity: str = "test_accuracy") -> Figure:
+    """A panel of curves for each key, three beside each other, all with the same axes.
+
+    Raises `ValueError` for an unknown quantity, no panels or no runs.
+    """
+    from matplotlib import pyplot
+
+    one_of(quantity, QUANTITIES, "quantity")
+    if not panels:
+        raise ValueError("there are no panels to plot")
+    groups = [_grouped(runs) for runs in panels.values()]
+    columns, rows = min(len(groups), 3), math.ceil(len(groups) / 3)
+    size = (5.0 * columns, 3.8 * rows + 0.4)
+    shared = {"sharex": True, "sharey": True, "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, **shared)
+    for ax in axes.flat[len(groups) :]:
+        ax.remove()
+    used = list(axes.flat[: len(groups)])
+    _draw_panels(list(zip(used, groups, [quantity] * len(used), panels, strict=True)))
+    every = {label: runs for group in groups for label, runs in group.items()}
+    figure.suptitle(_title(every, quantity))
     return figure
 
 
@@ -339,7 +387,7 @@ def plot_confusion(
     ax = ax if ax is not None else _axes(side, side)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     np.fill_diagonal(share, 0)
-    top = max(share.max(), 0.1)  # so that a few mistakes stay pale
+    top = max(share.max(), 0.01)  # so that one or two mistakes stay pale
     ax.imshow(share, cmap="Oranges", vmin=0, vmax=top)
     for (row, column), count in np.ndenumerate(counts):
         if count:

@@ -107,10 +107,10 @@ def test_what_a_layer_has_computed_can_be_written():
     pyplot.close(nl.plot_shared(layer, layer(nl.example_batch())))
 
 
-def test_twenty_four_sets_have_sixteen_light_colours():
-    colours = tints(24)
-    assert len(set(colours)) == 24
-    assert tints(25)[24] == colours[0]
+def test_as_many_sets_as_the_sliders_allow_have_light_colours_of_their_own():
+    colours = tints(32)
+    assert len(set(colours)) == 32
+    assert tints(33)[32] == colours[0]
     for colour in colours:
         red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
         linear = [

@@ -83,6 +83,40 @@ def test_several_seeds_become_their_mean_and_standard_deviation():
     assert ax.get_legend().get_title().get_text() == "mean ± sd of 3 seeds"
 
 
+def test_unequal_numbers_of_seeds_stand_with_the_names():
+    one, three = run_with(lr=[0.1, 0.2]), [run_with(lr=[0.2, 0.1])] * 3
+    ax = nl.plot_curves({"before": one, "now": three}, "lr").axes[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "before, 1 seed",
+        "now, 3 seeds",
+    ]
+    assert ax.get_legend().get_title().get_text() == "mean ± sd"
+
+
+def test_a_single_run_needs_no_legend():
+    assert nl.plot_curves({"GN": run_with(lr=[0.1, 0.2])}, "lr").axes[0].get_legend() is None
+
+
+def test_panels_have_one_scale_and_end_where_the_curves_end():
+    panels = {
+        label: {
+            "before": run_with(test_accuracy=[0.2, 0.7, top]),
+            "now": run_with(test_accuracy=[0.6, 0.7, top]),
+        }
+        for label, top in (("BN", 0.8), ("GN", 0.75), ("LN", 0.7), ("IN", 0.9))
+    }
+    figure = nl.plot_panels(panels)
+    assert figure.get_suptitle() == "Test accuracy, toy images"
+    assert [ax.get_title() for ax in figure.axes] == list(panels)
+    assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    to_axes = figure.axes[0].transScale + figure.axes[0].transLimits
+    assert figure.axes[0].texts[0].xyann[1] == pytest.approx(
+        to_axes.transform((3, 80))[1], abs=0.06
+    )
+    with pytest.raises(ValueError, match="no panels"):
+        nl.plot_panels({})
+
+
 def test_a_single_run_has_no_band():
     ax = nl.plot_curves({"GN": [run_with(test_loss=FALLING)]}).axes[0]
     assert len(ax.lines) == 1

@@ -68,6 +68,49 @@ def test_layers_of_ones_own():
     assert same_partition(nl.shared_statistics(Ghost(), shape), n // 2 * 3 + c)
 
 
+class RowsOnly(nn.Module):
+    """Each row of pixels by itself, without an epsilon: two numbers always become ±const."""
+
+    def forward(self, x):
+        return (x - x.mean(3, keepdim=True)) / x.std(3, keepdim=True)
+
+
+class CastsInside(nn.GroupNorm):
+    """Half-precision networks normalise in float32, whatever they are given."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type_as(x)
+
+
+class PlainScale(nn.Module):
+    """A scale that is no parameter does not follow the layer into float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(4)
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, self.scale, None, True)
+
+
+def test_sets_of_two_numbers_without_an_epsilon():
+    shape = (4, 4, 2, 2)
+    rows = torch.arange(32).view(4, 4, 2, 1).expand(shape)
+    assert same_partition(nl.shared_statistics(RowsOnly(), shape), rows)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"), [(CastsInside(2, 4), "gn"), (PlainScale(), "bn")], ids=["cast", "plain"]
+)
+def test_layers_that_take_no_float64(layer, kind):
+    assert same_partition(nl.shared_statistics(layer, SHAPE), expected(kind, 2))
+
+
+def test_a_layer_that_takes_no_such_input_is_named():
+    with pytest.raises(ValueError, match=r"Linear takes no input of shape \(3, 4, 2, 2\): mat1"):
+        nl.shared_statistics(nn.Linear(5, 5), SHAPE)
+
+
 def test_the_learned_numbers_hide_nothing():
     """Scales of 0, with which some networks begin, and a shift beside which a scale is lost."""
     batch, group = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)

@@ -2,8 +2,9 @@
 
 BN of `cifar10-norms` to 73.42 %: the students' loop with the recipe as far as it is known, tested
 after every epoch, until it gets there or `--students-epochs` are over; and normlab's recipe with as
-few epochs as get there in the last one. Each figure is of one run; data are in memory, imports are not counted. With one thread
-(OMP_NUM_THREADS=1) the seconds of the processor leave out what other work on the machine took.
+few epochs as get there in the last one. Each figure is of one run; data are in memory, imports are
+not counted. With one thread (OMP_NUM_THREADS=1) the seconds of the processor leave out what other
+work on the machine took.
 """
 
 import argparse
