@@ -62,6 +62,7 @@ class Difference:
         seeds, images: how many of each it rests on.
         mcnemar: p-value of McNemar's test on the two networks of the first seed, which says
             nothing about other seeds.
+        source: what the images are, as figures name them.
     """
 
     first: str
@@ -70,6 +71,7 @@ class Difference:
     seeds: int
     images: int
     mcnemar: float
+    source: str
 
     @property
     def pair(self) -> str:
@@ -136,7 +138,7 @@ def _difference(results: Results, first: str, second: str) -> Difference:
         )
     table = np.stack([one[seed].astype(float) - other[seed] for seed in seeds])
     p = mcnemar(one[seeds[0]], other[seeds[0]])
-    return Difference(first, second, interval(table), *table.shape, p)
+    return Difference(first, second, interval(table), *table.shape, p, results.data.source)
 
 
 def interval(table: np.ndarray) -> Interval:
@@ -263,7 +265,8 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("difference of test accuracy (points), with its 95 % interval")
     counts = sorted({each.seeds for each in differences})
-    ax.set_title(f"Differences over {' or '.join(map(str, counts))} seeds")
+    sources = ", ".join(sorted({each.source for each in differences}))
+    ax.set_title(f"Differences over {' or '.join(map(str, counts))} seeds, {sources}")
     ax.grid(axis="x", alpha=0.3, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return ax.figure

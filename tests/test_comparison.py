@@ -163,7 +163,9 @@ def test_variants_tested_on_other_images_are_nothing_to_compare(results, tiny, t
 
 def difference(mean: float, margin: float, *, images: float = 0.0) -> nl.Difference:
     chance = Chance(of_a_seed=0.005**2, of_images=images, of_cells=0.0, images=10_000)
-    return nl.Difference("GN", "LN", nl.Interval(mean, margin, chance), 3, 10_000, 0.5)
+    return nl.Difference(
+        "GN", "LN", nl.Interval(mean, margin, chance), 3, 10_000, 0.5, "toy images"
+    )
 
 
 def test_a_difference_says_itself_in_a_sentence():
@@ -191,6 +193,7 @@ def test_the_picture_shows_each_interval_in_points():
     ends = [line.get_segments()[0][:, 0] for line in ax.collections]
     np.testing.assert_allclose(ends, [(-0.2, 1.0), (-2.6, -1.4)], atol=1e-9)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["GN − LN", "GN − LN"]
+    assert ax.get_title() == "Differences over 3 seeds, toy images"
     with pytest.raises(ValueError, match="no differences"):
         nl.plot_compare([])
 
