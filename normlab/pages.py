@@ -16,7 +16,13 @@ from pathlib import Path
 from normlab.assignments import ASSIGNMENTS
 from normlab.checks import one_of
 from normlab.files import read_json, write_text
-from normlab.report import ACCURACY_FIGURE, LOSS_FIGURE, mistakes_file, percent
+from normlab.report import (
+    ACCURACY_FIGURE,
+    LOSS_FIGURE,
+    TRAINING_FIGURE,
+    mistakes_file,
+    percent,
+)
 
 _PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
 
@@ -174,7 +180,7 @@ def table(kept: dict) -> str:
 
 
 def figures(kept: dict, beside: Path) -> str:
-    """Both graphs, and the misclassified images of all variants folded away below them."""
+    """The graphs, and the misclassified images of all variants folded away below them."""
     place = Path(os.path.relpath(kept["folder"], beside)).as_posix()
     labels = [variant["variant"] for variant in kept["variants"]]
     mistakes = [
@@ -186,6 +192,7 @@ def figures(kept: dict, beside: Path) -> str:
         [
             f"![Test loss of {', '.join(labels)} over the epochs]({place}/{LOSS_FIGURE})",
             f"![Test accuracy of {', '.join(labels)} over the epochs]({place}/{ACCURACY_FIGURE})",
+            f"![Both of them in training and in the test]({place}/{TRAINING_FIGURE})",
             "",
             "<details><summary>Ten misclassified images of each variant</summary>",
             "",

@@ -10,10 +10,11 @@ from normlab.comparison import Difference, compare
 from normlab.experiment import Results
 from normlab.files import write_json, write_text
 from normlab.galleries import plot_mistakes
-from normlab.plots import plot_curves, save_figure
+from normlab.plots import plot_curves, plot_loss_and_accuracy, save_figure
 from normlab.runs import Run
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
+TRAINING_FIGURE = "training-and-test.png"
 
 
 def write_report(results: Results, directory: str | Path) -> Path:
@@ -21,6 +22,8 @@ def write_report(results: Results, directory: str | Path) -> Path:
     directory = Path(directory)
     save_figure(plot_curves(results.runs, "test_loss"), directory / LOSS_FIGURE)
     save_figure(plot_curves(results.runs, "test_accuracy"), directory / ACCURACY_FIGURE)
+    both = plot_loss_and_accuracy(results.runs, training=True)
+    save_figure(both, directory / TRAINING_FIGURE)
     for variant in results.assignment.variants:
         wrong = find_mistakes(results.runs[variant.label][0], results.data)
         figure = plot_mistakes(wrong, title=variant.label)
@@ -121,6 +124,7 @@ def report_text(results: Results) -> str:
         *_differences_part(results),
         f"## Loss\n\n![Loss of all variants over the epochs]({LOSS_FIGURE})",
         f"## Accuracy\n\n![Accuracy of all variants over the epochs]({ACCURACY_FIGURE})",
+        f"## Training against test\n\n![Both, in training and in the test]({TRAINING_FIGURE})",
         "## Misclassified images\n\nOf the first seed's final network, the mistakes it is surest "
         "of.",
         *(_mistakes_part(results, variant) for variant in results.assignment.variants),

@@ -86,7 +86,7 @@ def _in_some_precision(
 
 
 def _output(layer: nn.Module, dtype: torch.dtype, seed: int) -> Callable[[Tensor], Tensor]:
-    """The layer as a function, which gives the same for the same input however often it is asked."""
+    """The layer as a function that gives the same for the same input, however often."""
     start = {name: value.clone() for name, value in layer.state_dict().items()}
 
     @torch.no_grad()

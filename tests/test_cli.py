@@ -22,7 +22,8 @@ from normlab.norms import NORMS
 from normlab.sources import DATASETS
 
 COMMAND = [sys.executable, "-m", "normlab"]
-REPORT = {"report.md", "results.csv", "results.json", "test-loss.png", "test-accuracy.png"}
+GRAPHS = {"test-loss.png", "test-accuracy.png", "training-and-test.png"}
+REPORT = {"report.md", "results.csv", "results.json", *GRAPHS}
 
 
 def make_folder(place: Path, train: int = 8, test: int = 4) -> Path:

@@ -118,6 +118,7 @@ def test_figures_are_named_relative_to_the_page(folder):
     assert sources == [
         "results/cifar10-add/test-loss.png",
         "results/cifar10-add/test-accuracy.png",
+        "results/cifar10-add/training-and-test.png",
         "results/cifar10-add/mistakes-bn-l1.png",
         "results/cifar10-add/mistakes-ln.png",
     ]

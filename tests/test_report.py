@@ -17,6 +17,7 @@ from normlab.report import report_text
 FILES = {
     "test-loss.png",
     "test-accuracy.png",
+    "training-and-test.png",
     "mistakes-bn-l1.png",
     "mistakes-gn.png",
     "mistakes-ln.png",
