@@ -61,11 +61,15 @@ def plot_curves(
     return ax.figure
 
 
-def _draw_panels(panels: Sequence[tuple[Axes, dict[str, list[Run]], str, str]]) -> None:
+def _draw_panels(
+    panels: Sequence[tuple[Axes, dict[str, list[Run]], str, str]], *, legends: bool = True
+) -> None:
     """Fills axes, which may share their limits, each with groups, a quantity and a title."""
     lines = [_draw_curves(ax, groups, quantity) for ax, groups, quantity, _ in panels]
     for ax, groups, quantity, title in panels:
         _annotate(ax, groups, quantity, title)
+        if legends:
+            _legend(ax, groups, quantity)
     for (ax, _, quantity, _), some in zip(panels, lines, strict=True):  # when no limit moves more
         if quantity != "lr":  # which is a setting, and ends near 0
             _write_ends(ax, some, quantity)
@@ -149,25 +153,26 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str)
         _focus_on_late_epochs(ax)
     ax.grid(alpha=0.3, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    _legend(ax, groups)
 
 
-def _legend(ax: Axes, groups: dict[str, list[Run]]) -> None:
+def _legend(ax: Axes, groups: dict[str, list[Run]], quantity: str) -> None:
     """Names the curves and says how many seeds they are of; a single run needs no name."""
-    handles, names = ax.get_legend_handles_labels()
-    counts = {
-        label: f"{len(some)} seed{'s' if len(some) > 1 else ''}" for label, some in groups.items()
-    }
-    title = (
-        f"mean ± sd of {next(iter(counts.values()))}"
-        if max(map(len, groups.values())) > 1
-        else None
-    )
-    if len(set(counts.values())) > 1:
-        names = [f"{name}, {counts[name]}" if name in counts else name for name in names]
-        title = "mean ± sd"
+    handles, names, title = _key(ax, groups)
     if title or len(names) > 1:
-        ax.legend(handles, names, frameon=False, title=title)
+        # A place that is free by what such curves do: matplotlib's search for one is slow.
+        place = "lower right" if quantity.endswith("accuracy") else "upper right"
+        ax.legend(handles, names, frameon=False, title=title, loc=place)
+
+
+def _key(ax: Axes, groups: dict[str, list[Run]]) -> tuple[list[Line2D], list[str], str | None]:
+    """What a legend holds: the curves, their names, and what their bands are."""
+    handles, names = ax.get_legend_handles_labels()
+    most = max(map(len, groups.values()))
+    counts = {k: f"{len(some)} seed{'s' if len(some) > 1 else ''}" for k, some in groups.items()}
+    if len(set(counts.values())) > 1:
+        named = [f"{name}, {counts[name]}" if name in counts else name for name in names]
+        return handles, named, "mean ± sd"
+    return handles, names, f"mean ± sd of {most} seeds" if most > 1 else None
 
 
 def _logarithmic(ax: Axes) -> None:
@@ -259,22 +264,29 @@ def plot_loss_and_accuracy(runs: Runs, *, training: bool = False) -> Figure:
 def plot_panels(panels: Mapping[str, Runs], quantity: str = "test_accuracy") -> Figure:
     """A panel of curves for each key, three beside each other, all with the same axes.
 
-    Raises `ValueError` for an unknown quantity, no panels or no runs.
+    The panels have the same labels, which the legend below them names once.
+
+    Raises `ValueError` for an unknown quantity, no panels, no runs, or other labels in one panel.
     """
     from matplotlib import pyplot
 
     one_of(quantity, QUANTITIES, "quantity")
-    if not panels:
-        raise ValueError("there are no panels to plot")
+    if len({tuple(runs) for runs in panels.values()}) != 1:
+        raise ValueError("there are no panels to plot, or not all have the same labels")
     groups = [_grouped(runs) for runs in panels.values()]
     columns, rows = min(len(groups), 3), math.ceil(len(groups) / 3)
-    size = (5.0 * columns, 3.8 * rows + 0.4)
+    size = (5.0 * columns, 3.6 * rows + 0.9)
     shared = {"sharex": True, "sharey": True, "layout": "constrained", "squeeze": False}
     figure, axes = pyplot.subplots(rows, columns, figsize=size, **shared)
     for ax in axes.flat[len(groups) :]:
         ax.remove()
     used = list(axes.flat[: len(groups)])
-    _draw_panels(list(zip(used, groups, [quantity] * len(used), panels, strict=True)))
+    _draw_panels(
+        list(zip(used, groups, [quantity] * len(used), panels, strict=True)), legends=False
+    )
+    handles, names, title = _key(used[0], groups[0])
+    place = {"loc": "outside lower center", "ncols": len(names)}
+    figure.legend(handles, names, title=title, frameon=False, **place)
     every = {label: runs for group in groups for label, runs in group.items()}
     figure.suptitle(_title(every, quantity))
     return figure

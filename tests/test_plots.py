@@ -113,8 +113,11 @@ def test_panels_have_one_scale_and_end_where_the_curves_end():
     assert figure.axes[0].texts[0].xyann[1] == pytest.approx(
         to_axes.transform((3, 80))[1], abs=0.06
     )
-    with pytest.raises(ValueError, match="no panels"):
-        nl.plot_panels({})
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["before", "now"]
+    for wrong in ({}, panels | {"XN": {"now": run_with(test_accuracy=[0.5])}}):
+        with pytest.raises(ValueError, match="no panels to plot, or not all have the same labels"):
+            nl.plot_panels(wrong)
 
 
 def test_a_single_run_has_no_band():
