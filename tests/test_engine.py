@@ -1,6 +1,7 @@
 """The fast ways through an epoch compute what the plain one computes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import normlab as nl
 from normlab import engines, graphs
-from normlab.dropout import dropout
+from normlab.dropout import dropout, quick_dropout
 from normlab.engine import CpuEngine, PlainEngine
 from normlab.graphs import GraphEngine
 from normlab.norms import NORMS
@@ -214,6 +215,38 @@ def test_the_gradient_of_dropout_is_its_mask(layout):
     assert 0.3 < 1 - kept.float().mean() < 0.5
 
 
+class DroppingInPlace(nn.Module):
+    """Uses the tensor that went into its dropout, and not what the dropout returned."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = 2 * x
+        self.layer(y)
+        return y
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.4, inplace=True), nn.Dropout2d(0.4, inplace=True)])
+def test_dropout_in_place_changes_what_it_is_given(layer):
+    torch.manual_seed(0)
+    x = torch.ones(64, 32, 4, 4, requires_grad=True)
+    of = SimpleNamespace(first=0, last=64, total=64)  # for Dropout2d, which is else torch's own
+    with quick_dropout(DroppingInPlace(layer), of):
+        y = DroppingInPlace(layer)(x)
+    y.sum().backward()
+    assert 0.3 < (y == 0).float().mean() < 0.5
+    assert torch.allclose(x.grad, y.detach(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("probability", [0.999995, 1.0])
+def test_a_layer_that_drops_about_everything_is_torch_s(probability):
+    layer = nn.Dropout(probability)
+    with quick_dropout(layer):
+        assert (layer(torch.ones(1000)) == 0).float().mean() > 0.99
+
+
 def test_dropout_is_put_back_after_training(few_digits):
     network = nl.build_network("mnist-l1", dropout=0.2, seed=0)
     nl.fit(network, few_digits, nl.Recipe(epochs=1), device="cpu", progress=False)
@@ -238,6 +271,27 @@ def test_a_network_that_cannot_run_channels_last_takes_the_plain_path(few_digits
     run = nl.fit(Viewing(), few_digits, recipe, device="cpu", progress=False)
     assert run.config["from"]["engine"] == "plain"
     assert "view" in run.config["from"]["because"]
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_the_layout_is_changed_once_and_changed_back_after_errors_too(
+    kind, few_digits, monkeypatch
+):
+    network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
+    layouts, move = [], network.to
+
+    def to(**options):
+        layouts.extend(filter(None, [options.get("memory_format")]))
+        return move(**options)
+
+    monkeypatch.setattr(network, "to", to)
+    fit_with(kind, monkeypatch, few_digits, nl.Recipe(epochs=2), network=network)
+    assert layouts == [torch.channels_last, torch.contiguous_format]
+    monkeypatch.setattr(kind, "collect", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_with(kind, monkeypatch, few_digits, nl.Recipe(epochs=2), network=network)
+    assert layouts == [torch.channels_last, torch.contiguous_format] * 2
+    assert all(weight.is_contiguous() for weight in network.parameters())
 
 
 def test_apple_s_gpus_take_the_plain_path(few_digits):
@@ -299,6 +353,15 @@ def test_a_network_that_cannot_be_captured_takes_the_plain_path(few_digits, monk
     assert run.config["from"]["engine"] == "plain"
     assert "not permitted" in run.config["from"]["because"]
     assert_close(run, plain, 1e-6)
+
+
+def test_a_last_batch_of_one_is_explained_when_it_is_captured(digits, monkeypatch):
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10)
+    )  # 28×28 to 1×1
+    data = digits.subset(train=33, test=10)
+    with pytest.raises(ValueError, match=r"no variance: use a batch_size other than 32$"):
+        fit_with(GraphEngine, monkeypatch, data, nl.Recipe(batch_size=32), network=network)
 
 
 def test_a_full_gpu_is_said_in_one_sentence(few_digits, monkeypatch):
