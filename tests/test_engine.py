@@ -1,7 +1,10 @@
 """The fast ways through an epoch compute what the plain one computes."""
 
+import copy
 import math
+import warnings
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -362,6 +365,129 @@ def test_a_last_batch_of_one_is_explained_when_it_is_captured(digits, monkeypatc
     data = digits.subset(train=33, test=10)
     with pytest.raises(ValueError, match=r"no variance: use a batch_size other than 32$"):
         fit_with(GraphEngine, monkeypatch, data, nl.Recipe(batch_size=32), network=network)
+
+
+def sent_down_the_plain_path(network, data, monkeypatch, because):
+    """Trains what no graph can be made of; the plain loop must have given the same."""
+    plain = fit_with(PlainEngine, monkeypatch, data, RECIPE, network=copy.deepcopy(network))
+    monkeypatch.setattr(engines, "_fastest", lambda *_: (GraphEngine, "a test"))
+    with pytest.warns(UserWarning, match=f"takes the plain path: .*{because}"):
+        run = nl.fit(network, data, RECIPE, device="cpu", progress=False)
+    assert run.config["from"]["engine"] == "plain"
+    assert_close(run, plain, 1e-12)
+
+
+RECIPE = nl.Recipe(epochs=2, batch_size=32)
+
+
+class OwnNorm(nn.Module):
+    """A running variance as students write it: `update` gets the module and a batch's variance."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.register_buffer("var", torch.ones(1, 4, 1, 1))
+        self.plain = torch.ones(1, 4, 1, 1)
+        self.late, self.steps = None, 0
+        self.update = update
+
+    def forward(self, x):
+        if self.training:
+            self.update(self, x.detach().var((0, 2, 3), keepdim=True))
+        scale = self.late if self.late is not None else self.plain
+        return x / (self.var * scale + self.steps).sqrt()
+
+
+def own_network(update):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 5, stride=4), OwnNorm(update), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4 * 36, 10))
+
+
+def mean(old, new):
+    return new if old is None else 0.9 * old + 0.1 * new
+
+
+@pytest.mark.parametrize("name", ["var", "plain", "late"])
+def test_state_that_a_forward_assigns_anew_is_no_part_of_a_graph(name, few_digits, monkeypatch):
+    network = own_network(lambda norm, var: setattr(norm, name, mean(getattr(norm, name), var)))
+    sent_down_the_plain_path(network, few_digits, monkeypatch, rf"give 1\.{name} a new value")
+
+
+def test_a_count_in_python_is_no_part_of_a_graph(few_digits, monkeypatch):
+    network = own_network(lambda norm, var: setattr(norm, "steps", norm.steps + 1))
+    sent_down_the_plain_path(network, few_digits, monkeypatch, r"give 1\.steps a new value")
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_hooks_are_no_part_of_a_graph(register, few_digits, monkeypatch):
+    network = own_network(lambda *_: None)
+    getattr(network[2], f"register_{register}")(lambda *_: None)
+    sent_down_the_plain_path(network, few_digits, monkeypatch, "have hooks")
+
+
+@pytest.mark.parametrize("name", ["var", "plain"])
+def test_state_that_a_forward_changes_in_place_begins_as_it_was(name, few_digits, monkeypatch):
+    def update(norm, var):
+        getattr(norm, name).mul_(0.9).add_(var, alpha=0.1)
+
+    runs = [
+        fit_with(kind, monkeypatch, few_digits, RECIPE, network=own_network(update))
+        for kind in (GraphEngine, PlainEngine)
+    ]
+    states = [getattr(run.network[1], name) for run in runs]
+    torch.testing.assert_close(*states)
+    assert_close(*runs, 1e-3)
+
+
+def test_the_cause_of_a_failed_capture_is_said_and_not_its_end(few_digits, monkeypatch):
+    """torch.cuda.graph raises an error of its own when it is left by one."""
+
+    def capture(engine, step):
+        try:
+            raise TypeError("a student's error\nand where it was")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(GraphEngine, "capture", capture)
+    network = own_network(lambda *_: None)
+    sent_down_the_plain_path(network, few_digits, monkeypatch, "graph: a student's error$")
+
+
+def test_a_memory_that_is_full_in_a_capture_is_known(few_digits, monkeypatch):
+    def capture(engine, step):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(GraphEngine, "capture", capture)
+    with pytest.raises(RuntimeError, match=r"the memory of cpu is too small"):
+        fit_with(GraphEngine, monkeypatch, few_digits, RECIPE)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_the_generator_takes_part_in_no_capture_after_a_failed_one(error, monkeypatch):
+    generator = Mock()
+    generator.graphsafe_set_state.side_effect = error
+    monkeypatch.setattr(torch.cuda, "default_generators", (Mock(), generator))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    graphs._leave_capture(torch.device("cuda"))
+    graphs._leave_capture(torch.device("cuda:1"))
+    graphs._leave_capture(torch.device("cpu"))
+    fresh = generator.clone_state.return_value
+    assert generator.graphsafe_set_state.call_args_list == [call(fresh), call(fresh)]
+
+
+def test_one_warning_of_torch_is_silenced_in_the_warm_ups(recwarn):
+    with graphs._warming_up():
+        warnings.warn("This instance was constructed with capturable=True or some", stacklevel=1)
+        warnings.warn("another one", stacklevel=1)
+    assert [str(each.message) for each in recwarn] == ["another one"]
+
+
+def test_nothing_of_the_graphs_is_kept_by_gradients(few_digits, monkeypatch):
+    run = fit_with(GraphEngine, monkeypatch, few_digits, RECIPE)
+    assert all(weight.grad is None for weight in run.network.parameters())
 
 
 def test_a_full_gpu_is_said_in_one_sentence(few_digits, monkeypatch):
