@@ -21,7 +21,15 @@ from normlab.graphs import can_overlap
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
 from normlab.replicas import from_first, gathered, replicas
-from normlab.runs import Run, RunFolder, differences, identity, provenance, weights_digest
+from normlab.runs import (
+    Run,
+    RunFolder,
+    differences,
+    identity,
+    provenance,
+    stretches,
+    weights_digest,
+)
 from normlab.seeding import seeded
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
@@ -48,6 +56,8 @@ def fit(
         recipe: how; without it, `Recipe()`.
         directory: where to keep the run. The same call finds it there again: a finished run is
             loaded, an interrupted one goes on after its last finished epoch, to the same result.
+            On a CPU with as many threads that is so bit for bit. On a GPU it is up to rounding
+            errors, which grow: cuDNN picks the algorithms of each process by timing them.
         device: "cpu", "cuda", "cuda:1", "mps"; without it, the fastest there is.
         progress: whether to say how far it is.
         label: what the progress calls the run.
@@ -177,6 +187,7 @@ class _Training:
                 self.launch()
                 yield True
                 self.collect()
+            self._close_engine()  # predictions are those of the network as a student gets it
             self.result = self.run()
 
     def _ingredients(self) -> tuple[nn.Module, Recipe, Batches, Batches]:
@@ -223,9 +234,15 @@ class _Training:
             self.engine.close()
             self.engine, why = PlainEngine(*self._ingredients()), problem
             self._resume()
-        way = {"engine": self.engine.name, "because": why, "computes_in": self.engine.computes_in}
-        self.config["from"] |= way
+        self.config["from"] |= {
+            "engine": self.engine.name,
+            "because": why,
+            "computes_in": self.engine.computes_in,
+            "threads": torch.get_num_threads(),
+        }
         if self.folder is not None:
+            before = stretches(self.folder.origin(), self.config["from"], len(self.history))
+            self.config["from"] |= {"before": before} if before else {}
             self.folder.start(self.config["is"], self.config["from"])
 
     def _close_engine(self) -> None:
