@@ -101,16 +101,24 @@ class Cluster:
             load: returns the images, on the worker; a partial of `load_dataset`, say.
             data: the images here; those of a worker must be the same.
 
-        Raises `ConnectionError` or `RuntimeError` if the cluster fails.
+        Raises `ConnectionError` or `RuntimeError` if the cluster fails, and the first error of a
+        plan when the others are done.
         """
         task = partial(_train_away, train, load, data.fingerprint, normlab.__version__)
         results: SimpleQueue = SimpleQueue()
+        errors: list[Exception] = []
         arguments = (self.client, task, plans, results)
         threading.Thread(target=_work_off, args=arguments, daemon=True).start()
         while (result := _next(results, self.client)) is not None:
             if isinstance(result, BaseException):
                 raise result
-            after_each(*result)
+            plan, outcome = result
+            if isinstance(outcome, Exception):
+                errors.append(outcome)
+            else:
+                after_each(plan, outcome)
+        if errors:
+            raise errors[0]
 
 
 # --- the client -------------------------------------------------------------------------------

@@ -44,12 +44,22 @@ def _random_factors(x: Tensor, probability: float, of: Share | None) -> Tensor:
     elements = x[0].numel() * total
     words = torch.empty(-(-elements // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None)  # all 64 bits; without the bounds the sign bit would stay 0
-    dropped = round(probability * 2**16)
+    dropped = _lanes(probability)
     factors = torch.empty(elements, dtype=x.dtype, device=x.device)
     # Compared and converted in one pass; products with a boolean would take twice as long.
     torch.ge(words.view(torch.int16)[:elements], dropped - 2**15, out=factors)
     factors.mul_(1 / (1 - dropped / 2**16))
     return factors.as_strided((total, *x.shape[1:]), x.stride())[first:last]
+
+
+def _lanes(probability: float) -> int:
+    """How many of the 2¹⁶ values of an element's share of a draw drop it."""
+    return round(probability * 2**16)
+
+
+def _keeps(probability: float) -> bool:
+    """Whether some elements are kept at all; where not, torch is as quick."""
+    return _lanes(probability) < 2**16
 
 
 def dropout(x: Tensor, probability: float, *, of: Share | None = None) -> Tensor:
@@ -81,14 +91,14 @@ def quick_dropout(network: nn.Module, of: Share | None = None) -> Iterator[None]
     `nn.Dropout2d` as well.
     """
     kinds = (nn.Dropout, nn.Dropout2d) if of else (nn.Dropout,)
-    layers = [layer for layer in network.modules() if type(layer) in kinds and layer.p < 1]
+    layers = [layer for layer in network.modules() if type(layer) in kinds and _keeps(layer.p)]
 
     def forward(layer: nn.Module, x: Tensor) -> Tensor:
         if not layer.training or not layer.p:
             return x
-        if type(layer) is nn.Dropout2d:
-            return channel_dropout(x, layer.p, of)
-        return dropout(x, layer.p, of=of)
+        whole_channels = type(layer) is nn.Dropout2d
+        y = channel_dropout(x, layer.p, of) if whole_channels else dropout(x, layer.p, of=of)
+        return x.copy_(y) if layer.inplace else y  # what it returns may not be used
 
     with replaced_forward(layers, forward):
         yield

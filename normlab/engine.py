@@ -101,15 +101,18 @@ class CpuEngine(PlainEngine):
     name = "cpu-channels-last"
     share = None  # of each batch, where several processes train
 
-    @contextmanager
-    def around(self) -> Iterator[None]:
+    def prepare(self) -> str:
         self.network.to(memory_format=torch.channels_last)
         self.batches.memory_format = self.tests.memory_format = torch.channels_last
-        try:
-            with quick_dropout(self.network, self.share), kept_memory():
-                yield
-        finally:
-            self.network.to(memory_format=torch.contiguous_format)
+        return ""
+
+    def close(self) -> None:
+        self.network.to(memory_format=torch.contiguous_format)
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        with quick_dropout(self.network, self.share), kept_memory():
+            yield
 
 
 def batch_sizes(images: int, batch_size: int) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from normlab.devices import pick_device
 from normlab.engines import ENGINES
 from normlab.fitting import fit_together, warn_if_at_chance
 from normlab.networks import NETWORKS
-from normlab.parallel import side_by_side
+from normlab.parallel import say_others_go_on, side_by_side
 from normlab.plans import (
     Plan,
     are_worth_processes,
@@ -129,7 +129,9 @@ def run_assignment(
     """Trains every variant of an assignment with every seed and returns the `Results`.
 
     On a GPU up to eight of them are in flight together, those with dropout one by one; on a CPU
-    they run side by side in processes of one thread each, where there is enough to do.
+    they run side by side in processes of one thread each, where there is enough to do. Where a
+    loss diverges, the other runs are trained before that error is raised, if a directory keeps
+    them.
 
     Args:
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.
@@ -161,21 +163,43 @@ def run_assignment(
         if progress and replicas().is_first and len(left) < len(plans):
             say_what_is_left(len(left), len(plans))
         if device.type == "cpu" and engine == "auto" and replicas().count == 1:
-            _train_side_by_side(plans, left, data, progress)  # the loop below finds them done
+            # Afterwards `_trained` finds them done.
+            _train_side_by_side(plans, left, data, progress, to_the_end=directory is not None)
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
-        for group in in_flight(plans, device):
-            jobs = [plan.job(data) for plan in group]
-            done = fit_together(jobs, data, device=device, progress=progress, engine=engine)
-            for plan, run in zip(group, done, strict=True):
-                run.directory = run.directory if directory else None
-                runs[plan.variant.label].append(run)
+        options = {"device": device, "progress": progress, "engine": engine}
+        for plan, run in _trained(plans, data, to_the_end=directory is not None, **options):
+            run.directory = run.directory if directory else None
+            runs[plan.variant.label].append(run)
     return Results(assignment, data, runs)
 
 
-def _train_side_by_side(plans: list[Plan], left: list[Plan], data: Dataset, progress: bool) -> None:
+def _trained(
+    plans: list[Plan], data: Dataset, *, device: torch.device, to_the_end: bool, **options: object
+) -> list[tuple[Plan, Run]]:
+    """All plans with their runs, trained or found done here, a few at once."""
+    trained, diverged = [], []
+    for group in in_flight(plans, device):
+        jobs = [plan.job(data) for plan in group]
+        try:
+            runs = fit_together(jobs, data, device=device, **options)
+            trained += zip(group, runs, strict=True)
+        except FloatingPointError as error:  # other errors may well be those of all
+            if not to_the_end:
+                raise
+            diverged.append(error)
+            say_others_go_on(error, group[-1] is not plans[-1])
+    if diverged:
+        raise diverged[0]
+    return trained
+
+
+def _train_side_by_side(
+    plans: list[Plan], left: list[Plan], data: Dataset, progress: bool, *, to_the_end: bool
+) -> None:
     """Trains what is left in processes beside this one, if all plans together are worth it."""
     if left and are_worth_processes(plans, data):
-        side_by_side(_train, left, data, progress=progress, after_each=partial(_judge, data))
+        judge, options = partial(_judge, data), {"progress": progress, "to_the_end": to_the_end}
+        side_by_side(_train, left, data, after_each=judge, **options)
 
 
 def _judge(data: Dataset, plan: Plan, _: object) -> None:

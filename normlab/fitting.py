@@ -1,8 +1,9 @@
 """`fit`: trains a network by a recipe, keeps what it finished, and resumes what was interrupted."""
 
+import gc
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from normlab.graphs import can_overlap
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
 from normlab.replicas import from_first, gathered, replicas
-from normlab.runs import Run, RunFolder, differences, identity, provenance, weights_digest
+from normlab.runs import (
+    Run,
+    RunFolder,
+    differences,
+    identity,
+    provenance,
+    stretches,
+    weights_digest,
+)
 from normlab.seeding import seeded
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
@@ -47,6 +56,8 @@ def fit(
         recipe: how; without it, `Recipe()`.
         directory: where to keep the run. The same call finds it there again: a finished run is
             loaded, an interrupted one goes on after its last finished epoch, to the same result.
+            On a CPU with as many threads that is so bit for bit. On a GPU it is up to rounding
+            errors, which grow: cuDNN picks the algorithms of each process by timing them.
         device: "cpu", "cuda", "cuda:1", "mps"; without it, the fastest there is.
         progress: whether to say how far it is.
         label: what the progress calls the run.
@@ -59,15 +70,6 @@ def fit(
     recipe = Recipe() if recipe is None else recipe
     job = Job(network, recipe, Path(directory) if directory else None, label)
     return fit_together([job], data, device=device, progress=progress, engine=engine)[0]
-
-
-def _train(trainings: Sequence["_Training"]) -> None:
-    """All epochs of all of them, an epoch of each at a time."""
-    while unfinished := [training for training in trainings if not training.finished]:
-        for training in unfinished:
-            training.launch()
-        for training in unfinished:
-            training.collect()
 
 
 @dataclass
@@ -88,27 +90,62 @@ def fit_together(
     progress: bool = True,
     engine: str = "auto",
 ) -> list[Run]:
-    """`fit` for several networks at once: on a GPU their epochs overlap."""
+    """`fit` for several networks at once: on a GPU their epochs overlap.
+
+    Where one of them fails, the others are trained to their end before its error is raised.
+    """
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
     instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     for job in jobs:
         instance(job.network, nn.Module, "a network", "nl.build_network(…) gives one")
         instance(job.recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
-    try:
-        with compiler_left_out(), ExitStack() as stack:
-            trainings = [_Training(job, data, device, engine) for job in jobs]
-            for training in trainings:
-                stack.enter_context(training.open(progress))
-            together = can_overlap(job.network for job in jobs)
-            for group in [trainings] if together else [[training] for training in trainings]:
-                _train(group)
-            return [training.run() for training in trainings]
-    except torch.OutOfMemoryError as error:
-        raise RuntimeError(
-            f"the memory of {device} is too small for {len(jobs)} trainings in batches of "
-            f"{jobs[0].recipe.batch_size} at once: use a smaller batch_size, or device='cpu'"
-        ) from error
+    with compiler_left_out():
+        trainings = [_Training(job, data, device, engine, progress) for job in jobs]
+        together = can_overlap(job.network for job in jobs)
+        errors = _train_all(trainings, len(jobs) if together else 1)
+    if errors:
+        raise errors[0]
+    return [training.result for training in trainings]
+
+
+def _train_all(trainings: Sequence["_Training"], at_once: int) -> list[Exception]:
+    """Trains all of them, so many at once, and returns the errors of those that failed.
+
+    Those that find no memory beside the others are tried again after these, half as many at once.
+    """
+    left, errors = list(trainings), []
+    while left:
+        now, later = left[:at_once], left[at_once:]
+        without_room = _train(now, errors)
+        if without_room:
+            at_once = max(1, at_once // 2)
+            gc.collect()  # engines that are in cycles hold memory, too
+        left = without_room + later
+    return errors
+
+
+def _train(trainings: Sequence["_Training"], errors: list[Exception]) -> list["_Training"]:
+    """All epochs of all of them, an epoch of each at a time; adds to `errors` what ended some.
+
+    Returns those for which there was no memory, but might be without the others.
+    """
+    without_room = []
+    with ExitStack() as stack:
+        going = {each: stack.enter_context(closing(each.turns())) for each in trainings}
+        while going:
+            for training, turns in list(going.items()):
+                try:
+                    goes_on = next(turns, False)
+                except Exception as error:
+                    goes_on = False
+                    if isinstance(error, _NoRoom) and len(trainings) > 1:
+                        without_room.append(training)  # the error itself would hold the memory
+                    else:
+                        errors.append(error)
+                if not goes_on:
+                    del going[training]
+    return without_room
 
 
 def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
@@ -125,75 +162,93 @@ def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
 class _Training:
     """One job from its folder, epoch by epoch, to its `Run`."""
 
-    def __init__(self, job: Job, data: Dataset, device: torch.device, engine: str) -> None:
+    def __init__(
+        self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
+    ) -> None:
         self.network, self.recipe, self.data = job.network, job.recipe, data
+        self.device, self.choice, self.progress = device, engine, progress
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
         self.kept = job.directory is not None
         writes = self.kept and replicas().is_first  # the others touch no file
         self.folder = RunFolder(job.directory) if writes else None
+        self.engine: PlainEngine | None = None
         check_trainable(job.network, data)
-        _move(job.network, device, job.recipe)
+        with self._explaining():
+            _move(job.network, device, job.recipe)
         _check_agreement(job, data)
         self.loaded = from_first(lambda: is_done(job, data, device))
-        if not self.loaded:
-            self._prepare(device, engine)
 
-    def _prepare(self, device: torch.device, engine: str) -> None:
-        what = identity(self.network, self.data, self.recipe)
-        self.engine, why = make_engine(engine, *self._ingredients(device))
-        self.config = {"is": what, "from": provenance(self.data, device)}
-        self._note_engine(why)
-        self.history: list[dict] = []
+    def turns(self) -> Iterator[bool]:
+        """Trains, from each `next` to another for an epoch; at its end there is the `result`."""
+        with self._explaining(), nullcontext() if self.loaded else self._open():
+            yield True  # when it is ready, as those beside it shall be before its first epoch
+            while not self.finished:
+                self.launch()
+                yield True
+                self.collect()
+            self._close_engine()  # predictions are those of the network as a student gets it
+            self.result = self.run()
 
-    def _ingredients(self, device: torch.device) -> tuple[nn.Module, Recipe, Batches, Batches]:
+    def _ingredients(self) -> tuple[nn.Module, Recipe, Batches, Batches]:
         """What an engine is made of: network, recipe, and the batches to train and test on."""
         recipe, dtype = self.recipe, DTYPES[self.recipe.dtype]
         train = self.data.loader(
             batch_size=recipe.batch_size,
             augment=recipe.augment,
             seed=recipe.seed,
-            device=device,
+            device=self.device,
             dtype=dtype,
         )
-        test = self.data.loader(False, TEST_BATCH, device=device, dtype=dtype)
+        test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=dtype)
         return self.network, recipe, train, test
 
-    def _note_engine(self, why: str) -> None:
-        way = {"engine": self.engine.name, "because": why, "computes_in": self.engine.computes_in}
-        self.config["from"] |= way
-
-    def open(self, progress: bool) -> ExitStack:
-        """Resumes what the folder holds; leaving the context closes the display.
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Resumes what the folder holds; leaving the context closes engine and display.
 
         If an exception leaves it, the network gets its initial weights back where a folder keeps
-        the trained ones, so that the same call with the same network resumes.
+        the trained ones, so that the same call with the same network resumes; and where memory was
+        wanting, since it may be tried again.
         """
+        initial = {name: value.clone() for name, value in self.network.state_dict().items()}
         with ExitStack() as stack:
-            if self.loaded:
-                return stack.pop_all()
-            initial = {name: value.clone() for name, value in self.network.state_dict().items()}
-            stack.push(lambda kind, *_: self._put_back(initial) if kind else None)
-            stack.callback(lambda: self.engine.close())  # of the engine that is there by then
+            stack.push(lambda _, error, *__: self._put_back(initial, error))
+            stack.callback(self._close_engine)
             self._start()
-            show = progress and replicas().is_first
+            show = self.progress and replicas().is_first
             shown = make_progress(self.label, self.recipe.epochs, self.engine.steps, show=show)
             self.shown: Progress = stack.enter_context(shown)
             self.shown.start_at(len(self.history))
-            return stack.pop_all()
+            yield
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
+        what = identity(self.network, self.data, self.recipe)
+        self.config = {"is": what, "from": provenance(self.data, self.device)}
+        self.engine, why = make_engine(self.choice, *self._ingredients())
         self._resume()
         problem = self.engine.prepare()
         if problem:
             warn(f"{self.label} takes the plain path: {problem}")
             self.engine.close()
-            self.engine = PlainEngine(*self._ingredients(self.engine.device))
-            self._note_engine(problem)
+            self.engine, why = PlainEngine(*self._ingredients()), problem
             self._resume()
+        self.config["from"] |= {
+            "engine": self.engine.name,
+            "because": why,
+            "computes_in": self.engine.computes_in,
+            "threads": torch.get_num_threads(),
+        }
         if self.folder is not None:
+            before = stretches(self.folder.origin(), self.config["from"], len(self.history))
+            self.config["from"] |= {"before": before} if before else {}
             self.folder.start(self.config["is"], self.config["from"])
+
+    def _close_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None  # and with it the memory of its captured steps
 
     def _resume(self) -> None:
         self.history, *states = from_first(self._load_epoch)
@@ -208,9 +263,29 @@ class _Training:
             history = self.folder.load_epoch(self.network, self.engine.optimizer)
         return history, self.network.state_dict(), self.engine.optimizer.state_dict()
 
-    def _put_back(self, initial: dict[str, torch.Tensor]) -> None:
-        if self.kept:
+    def _put_back(self, initial: dict[str, torch.Tensor], error: BaseException | None) -> None:
+        if error is not None and (self.kept or _is_out_of_memory(error)):
             self.network.load_state_dict(initial)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Says what some errors of torch mean, and what to do about them."""
+        try:
+            yield
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "batch normalization met a batch of one image with one pixel a channel, which has "
+                f"no variance: use a batch_size other than {self.recipe.batch_size}"
+            ) from error
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _NoRoom(
+                f"the memory of {self.device} is too small for {self.label} in batches of "
+                f"{self.recipe.batch_size}: use a smaller batch_size, or device='cpu'"
+            ) from error
 
     @property
     def finished(self) -> bool:
@@ -224,10 +299,7 @@ class _Training:
     def collect(self) -> None:
         """Waits for the epoch, checks and keeps it."""
         epoch = len(self.history)
-        try:
-            train, test = self.engine.collect(self.shown.counted)
-        except ValueError as error:
-            raise _explained(error, self.recipe) from error
+        train, test = self.engine.collect(self.shown.counted)
         self._check_finite(train.loss + train.penalty, "training", epoch)
         self._check_finite(test.loss, "test", epoch)
         row = {
@@ -260,7 +332,7 @@ class _Training:
         return replace(run, network=None), self.network.state_dict()
 
     def _keep(self) -> Run:
-        with seeded(self.recipe.seed, "predictions", device=self.engine.device):
+        with seeded(self.recipe.seed, "predictions", device=self.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
         self.config["final_weights"] = weights_digest(self.network.state_dict())
         run = Run(
@@ -325,11 +397,12 @@ def check_trainable(network: nn.Module, data: Dataset) -> None:
     check_network(network, data)
 
 
-def _explained(error: ValueError, recipe: Recipe) -> ValueError:
-    """torch's complaint about a batch without variance, with what to do about it."""
-    if "more than 1 value per channel" not in str(error):
-        return error
-    return ValueError(
-        "batch normalization met a batch of one image with one pixel a channel, which has no "
-        f"variance: use a batch_size other than {recipe.batch_size}"
+class _NoRoom(RuntimeError):
+    """The memory of a device is too small."""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left; Apple's GPUs have no class of error for it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
     )

@@ -6,8 +6,9 @@ an epoch is a few hundred replays without a word from the host.
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,6 @@ class GraphEngine(PlainEngine):
 
     def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
         super().__init__(network, recipe, train, test)
-        network.to(memory_format=torch.channels_last)
-        train.memory_format = test.memory_format = torch.channels_last
         factor = schedule_factor(recipe.schedule, recipe.epochs * self.steps)
         rates = [recipe.lr * factor(step) for step in range(recipe.epochs * self.steps)]
         self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
@@ -58,18 +57,24 @@ class GraphEngine(PlainEngine):
 
     def prepare(self) -> str:
         """Captures the steps, then puts back what the warm-ups changed."""
+        if any(map(_has_hooks, self.network.modules())):
+            return "its layers have hooks, which are Python and no part of a CUDA graph"
+        self.network.to(memory_format=torch.channels_last)
+        self.batches.memory_format = self.tests.memory_format = torch.channels_last
         self._lay_out_state()
-        state = self._tensors_of_state()
-        before = [tensor.clone() for tensor in state]
-        try:
-            with self._on_stream(), self.random_state(), _quickest_convolutions():
-                self._capture_all()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            return f"its step cannot be captured in a CUDA graph: {' '.join(str(error).split())}"
-        finally:
-            self._restore(state, before)
+        with self._restored() as attributes:
+            try:
+                with self._on_stream(), self.random_state(), _warming_up():
+                    self._capture_all()
+            except RuntimeError as error:
+                _leave_capture(self.device)
+                return f"its step cannot be captured in a CUDA graph: {_cause(error)}"
+            changed = attributes.changed()
+        if changed:
+            return (
+                f"its steps give {changed[0]} a new value in Python, which a CUDA graph would not "
+                "repeat (change a tensor in place, as by copy_)"
+            )
         return ""
 
     def launch(self, epoch: int) -> None:
@@ -101,6 +106,7 @@ class GraphEngine(PlainEngine):
 
     def close(self) -> None:
         self._settle()
+        self.optimizer.zero_grad()  # gradients lie in the memory of the graphs, and would keep it
         self.network.train()
         self.network.to(memory_format=torch.contiguous_format)
 
@@ -134,22 +140,31 @@ class GraphEngine(PlainEngine):
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     state[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
 
-    @torch.no_grad()
-    def _restore(self, state: list[Tensor], before: list[Tensor]) -> None:
-        """Puts values back in place, where the graphs find them; an optimiser begins at nothing."""
-        self._settle()
-        for tensor, saved in zip(state, before, strict=True):
-            tensor.copy_(saved)
-        known = {id(tensor) for tensor in state}
-        for tensor in self._tensors_of_state():
-            if id(tensor) not in known:
-                tensor.zero_()
+    @contextmanager
+    def _restored(self) -> Iterator["_Attributes"]:
+        """Afterwards all values are as before, in place, where the graphs find them.
 
-    def _tensors_of_state(self) -> list[Tensor]:
-        """Everything that a step changes in place."""
+        What the optimiser made of its state in between begins at nothing.
+        """
+        attributes = _Attributes(self.network)
+        known = [*self.network.parameters(), *attributes.tensors(), *self._optimizer_state()]
+        before = [tensor.detach().clone() for tensor in known]
+        try:
+            yield attributes
+        finally:
+            self._settle()
+            attributes.put_back()
+            with torch.no_grad():
+                for tensor, saved in zip(known, before, strict=True):
+                    tensor.copy_(saved)
+                ids = set(map(id, known))
+                for tensor in self._optimizer_state():
+                    if id(tensor) not in ids:
+                        tensor.zero_()
+
+    def _optimizer_state(self) -> list[Tensor]:
         states = [state.values() for state in self.optimizer.state.values()]
-        tensors = [value for state in states for value in state if isinstance(value, Tensor)]
-        return [*self.network.parameters(), *self.network.buffers(), *tensors]
+        return [value for state in states for value in state if isinstance(value, Tensor)]
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that repeats `step` on the device without the host's work."""
@@ -210,13 +225,79 @@ class GraphEngine(PlainEngine):
         self.sums[part, 2].add_(penalty * len(labels))
 
 
+class _Attributes:
+    """The buffers and other attributes that a network's modules have, as they are now."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._before = [
+            (path, here, dict(here))
+            for path, module in network.named_modules()
+            for here in (module._buffers, vars(module))
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        """Each tensor once."""
+        values = [value for *_, before in self._before for value in before.values()]
+        return list({id(value): value for value in values if isinstance(value, Tensor)}.values())
+
+    def changed(self) -> list[str]:
+        """Names of tensors and numbers that are others by now, not just changed in place."""
+        return [
+            f"{path}.{name}".lstrip(".")
+            for path, here, before in self._before
+            for name in here.keys() | before.keys()
+            if name != "training" and _differ(here.get(name), before.get(name))
+        ]
+
+    def put_back(self) -> None:
+        """Makes all of them the objects that they were."""
+        for _, here, before in self._before:
+            here.clear()
+            here.update(before)
+
+
+def _differ(now: object, before: object) -> bool:
+    if isinstance(now, Tensor) or isinstance(before, Tensor):
+        return now is not before
+    return isinstance(now, int | float) and now != before
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
+
+
+def _cause(error: RuntimeError) -> str:
+    """What went wrong, in a line; raises it if it was that the memory is full.
+
+    The end of a capture raises an error of its own after one inside, which says less.
+    """
+    cause = error.__context__ or error
+    for each in (cause, error):
+        if isinstance(each, torch.OutOfMemoryError):
+            raise each
+    return next(iter(str(cause).splitlines()), type(cause).__name__)
+
+
+def _leave_capture(device: torch.device) -> None:
+    """Frees the device's generator, which some versions of torch leave in a capture that failed."""
+    if device.type != "cuda":
+        return
+    with suppress(RuntimeError):
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())  # a copy takes part in no capture
+
+
 @contextmanager
-def _quickest_convolutions() -> Iterator[None]:
-    """Lets cuDNN try its algorithms out in the warm-ups, once for every shape."""
+def _warming_up() -> Iterator[None]:
+    """Lets cuDNN try its algorithms out, once for every shape, and AdamW run without a graph."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* constructed with capturable=True")
+            yield
     finally:
         torch.backends.cudnn.benchmark = before
 

@@ -21,6 +21,7 @@ import joblib
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from normlab.checks import warn
 from normlab.data import Dataset
 from normlab.progress import Progress, make_progress
 from normlab.runs import RunFolder
@@ -76,37 +77,70 @@ def side_by_side(
     *,
     progress: bool = True,
     after_each: AfterEach = nothing_more,
+    to_the_end: bool = True,
 ) -> None:
     """Calls `train(job, data)`, which fills the job's folder, in processes of one thread each.
 
     The images are in one file that all processes map. When a process is killed, joblib ends them
-    all: the unfinished jobs are then started once more, from their checkpoints.
+    all: the jobs that were under way are then taken up from their checkpoints, one after another,
+    so that one whose process is killed again takes no other with it, and the rest goes on as ever.
 
-    Raises `RuntimeError` that names the unfinished runs if a process is killed again.
+    Raises the first error of a job once the others are done, or at once without `to_the_end`, and
+    `RuntimeError` that names the jobs whose processes were killed again.
     """
-    left = list(jobs)
+    left, errors, killed = list(jobs), [], []
 
-    def done(job: Planned, result: object) -> None:
+    def done(job: Planned, outcome: object) -> None:
         left.remove(job)
-        after_each(job, result)
+        if not isinstance(outcome, Exception):
+            after_each(job, outcome)
+        elif to_the_end:
+            errors.append(outcome)
+            say_others_go_on(outcome, bool(left))
+        else:
+            raise outcome
 
-    with tempfile.TemporaryDirectory(prefix="normlab-") as folder:
+    with tempfile.TemporaryDirectory(prefix="normlab-") as folder, _Watch(left, show=progress):
         file = Path(folder) / "data.safetensors"
         data.save(file)
         task = functools.partial(_train_alone, train, file)
-        for _ in range(2):
-            try:
-                with _Watch(left, show=progress):
-                    for some, workers in rounds(tuple(left)):
-                        # For a single process joblib would take this one, and change it.
-                        work_off(task, some, done, n_jobs=max(workers, 2), backend="loky")
-                return
-            except WorkersLost:
-                continue
-    raise RuntimeError(
-        "processes were killed twice, for want of memory perhaps; not finished: "
-        f"{', '.join(job.label for job in left)}; the same call goes on from their last epochs"
+        while left:
+            for job in _interrupted(task, *rounds(tuple(left))[0], done, left):
+                if _interrupted(task, [job], 1, done, left):
+                    left.remove(job)
+                    killed.append(job.label)
+    if killed:
+        errors.append(_killed(killed))
+    if errors:
+        raise errors[0]
+
+
+def _interrupted(
+    task: Callable, jobs: Sequence[Planned], workers: int, done: AfterEach, left: Sequence[Planned]
+) -> Sequence[Planned]:
+    """Does the jobs in so many processes; those under way when one was killed, which ends all.
+
+    Jobs are begun in their order, so that these are the first of those that are left.
+    """
+    try:
+        # For a single process joblib would take this one, and change it.
+        work_off(task, jobs, done, n_jobs=max(workers, 2), backend="loky")
+    except WorkersLost:
+        return [job for job in jobs if job in left][:workers]
+    return []
+
+
+def _killed(labels: Sequence[str]) -> RuntimeError:
+    return RuntimeError(
+        f"the process that trained {', and that of '.join(labels)} was killed, and again when no "
+        "other ran, for want of memory perhaps; the same call goes on from the last finished epoch"
     )
+
+
+def say_others_go_on(error: Exception, others: bool) -> None:
+    """Warns of an error that will be raised when the others are done, if there are others."""
+    if others:
+        warn(f"{error}; the others go on")
 
 
 def work_off(
@@ -119,10 +153,11 @@ def work_off(
 
     Args:
         task: returns a result, and the files of the job's folder if they must be brought here.
-        done: called here with the job and that result, once its files are in its folder.
+        done: called here with the job and that result, once its files are in its folder; or with
+            the error that the task raised.
         pool: for `joblib.Parallel`.
 
-    Raises what a task raised, and `WorkersLost` if not all tasks came to an end.
+    Raises `WorkersLost` if not all tasks came to an end.
     """
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **pool)
     tasks = (joblib.delayed(_numbered)(number, task, job) for number, job in enumerate(jobs))
@@ -132,11 +167,12 @@ def work_off(
         warnings.filterwarnings("ignore", message=".*tasks.*", module="joblib")
         try:
             for number, outcome in finished:
+                waited_for.remove(number)
                 if isinstance(outcome, Exception):
-                    raise outcome
+                    done(jobs[number], outcome)
+                    continue
                 result, files = outcome
                 RunFolder(jobs[number].directory).receive(files)
-                waited_for.remove(number)
                 done(jobs[number], result)
         except TerminatedWorkerError as error:
             raise WorkersLost from error

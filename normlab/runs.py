@@ -50,7 +50,8 @@ class Run:
             fractions, the last learning rate of the epoch, wall seconds.
         predicted: class given to each test image, int64 (N,).
         probability: softmax probability of that class, float32 (N,).
-        config: what the run is and where it came from, as in `config.json`.
+        config: what the run is and where it came from, as in `config.json`. What "from" says of
+            the computation holds for the last epochs, and for those before with "before".
         directory: where it is kept, if anywhere.
     """
 
@@ -185,6 +186,26 @@ def provenance(data: Dataset, device: torch.device) -> dict:
     }
 
 
+WAY = ("engine", "because", "computes_in", "device", "threads", "torch", "normlab")
+
+
+def stretches(there: dict, here: dict, epochs: int) -> list[dict]:
+    """How the first `epochs` of a run were computed where that is not how the next ones will be.
+
+    A dict for each stretch, with `until_epoch` and what is known of `WAY`.
+
+    Args:
+        there: where the run came from so far, as `config.json` has it under "from".
+        here: the same of what goes on with it.
+    """
+    before = list(there.get("before", []))
+    way = {key: there[key] for key in WAY if key in there}
+    done = before[-1]["until_epoch"] if before else 0
+    if epochs > done and way != {key: here[key] for key in WAY if key in here}:
+        before.append({"until_epoch": epochs, **way})
+    return before if epochs else []
+
+
 class RunFolder:
     """The folder of one run: every file in it is whole, and `config.json` says if it is finished.
 
@@ -226,6 +247,10 @@ class RunFolder:
         if not isinstance(config, dict) or not isinstance(config.get("is"), dict):
             raise self._damaged(self._config)
         return config
+
+    def origin(self) -> dict:
+        """Where the run that lies here came from so far; empty if there is none."""
+        return self._read_config().get("from", {}) if self._config.is_file() else {}
 
     def is_finished(self) -> bool:
         """Whether the run that lies here is done."""

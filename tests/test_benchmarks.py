@@ -1,10 +1,17 @@
 """The benchmarks measure what they say."""
 
+import platform
+
 import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import normlab as nl
+from normlab.dropout import quick_dropout
 from tests.benchmarks import peers
-from tests.benchmarks.__main__ import table
+from tests.benchmarks.__main__ import _device_name, table
+from tests.benchmarks.step import shares_of
 
 
 def measured(*seconds):
@@ -20,6 +27,38 @@ def test_the_table_has_medians_and_ratios_to_the_quicker_students_loop():
     *_, slower, ours = table({"measured": paths}).splitlines()
     assert slower == "| students' loop, 2 workers | 4.0 | 25 (20 to 25) | 0.50 | 50 |"
     assert ours == "| normlab | 0.5 | 200 (100 to 400) | 4.00 | 10 |"
+
+
+def test_the_table_tells_the_memory_of_a_gpu_where_one_was_used():
+    on_gpu = [each | {"gpu_mib": 3.0} for each in measured(1.0)]
+    head, _, ours = table({"measured": {"normlab": on_gpu}}).splitlines()
+    assert head.endswith("| peak MiB of tensors on the GPU |")
+    assert ours == "| normlab | 1.0 | 100 (100 to 100) | – | 10 | 3 |"
+
+
+def test_the_device_has_a_name_on_systems_that_tell_nothing(tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor : 0\nmodel name : Fast One\nprocessor : 1\nmodel name : Fast One")
+    assert _device_name("cpu", told) == "Fast One"
+    assert _device_name("cpu", tmp_path / "none") in (
+        platform.processor(),
+        platform.machine(),
+    )
+
+
+def test_the_share_of_dropout_has_its_multiplications():
+    x = torch.rand(2**20, requires_grad=True)
+    layer = nn.Dropout(0.3)
+    with quick_dropout(layer):
+        layer(x)
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            y = layer(x)
+            gradients = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert len(gradients) == 1
+    times = {each.key: each.self_cpu_time_total for each in recorded.key_averages()}
+    assert times["aten::mul"] > 0
+    named = sum(times[key] for key in ("aten::mul", "aten::random_", "aten::ge", "aten::mul_"))
+    assert named / sum(times.values()) <= shares_of(recorded)["dropout"] <= 1
 
 
 def test_without_the_students_loop_there_is_no_ratio():

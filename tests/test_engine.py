@@ -1,6 +1,10 @@
 """The fast ways through an epoch compute what the plain one computes."""
 
+import copy
 import math
+import warnings
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from torch import nn
 
 import normlab as nl
 from normlab import engines, graphs
-from normlab.dropout import dropout
+from normlab.dropout import dropout, quick_dropout
 from normlab.engine import CpuEngine, PlainEngine
 from normlab.graphs import GraphEngine
 from normlab.norms import NORMS
@@ -214,6 +218,38 @@ def test_the_gradient_of_dropout_is_its_mask(layout):
     assert 0.3 < 1 - kept.float().mean() < 0.5
 
 
+class DroppingInPlace(nn.Module):
+    """Uses the tensor that went into its dropout, and not what the dropout returned."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = 2 * x
+        self.layer(y)
+        return y
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.4, inplace=True), nn.Dropout2d(0.4, inplace=True)])
+def test_dropout_in_place_changes_what_it_is_given(layer):
+    torch.manual_seed(0)
+    x = torch.ones(64, 32, 4, 4, requires_grad=True)
+    of = SimpleNamespace(first=0, last=64, total=64)  # for Dropout2d, which is else torch's own
+    with quick_dropout(DroppingInPlace(layer), of):
+        y = DroppingInPlace(layer)(x)
+    y.sum().backward()
+    assert 0.3 < (y == 0).float().mean() < 0.5
+    assert torch.allclose(x.grad, y.detach(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("probability", [0.999995, 1.0])
+def test_a_layer_that_drops_about_everything_is_torch_s(probability):
+    layer = nn.Dropout(probability)
+    with quick_dropout(layer):
+        assert (layer(torch.ones(1000)) == 0).float().mean() > 0.99
+
+
 def test_dropout_is_put_back_after_training(few_digits):
     network = nl.build_network("mnist-l1", dropout=0.2, seed=0)
     nl.fit(network, few_digits, nl.Recipe(epochs=1), device="cpu", progress=False)
@@ -238,6 +274,27 @@ def test_a_network_that_cannot_run_channels_last_takes_the_plain_path(few_digits
     run = nl.fit(Viewing(), few_digits, recipe, device="cpu", progress=False)
     assert run.config["from"]["engine"] == "plain"
     assert "view" in run.config["from"]["because"]
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_the_layout_is_changed_once_and_changed_back_after_errors_too(
+    kind, few_digits, monkeypatch
+):
+    network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
+    layouts, move = [], network.to
+
+    def to(**options):
+        layouts.extend(filter(None, [options.get("memory_format")]))
+        return move(**options)
+
+    monkeypatch.setattr(network, "to", to)
+    fit_with(kind, monkeypatch, few_digits, nl.Recipe(epochs=2), network=network)
+    assert layouts == [torch.channels_last, torch.contiguous_format]
+    monkeypatch.setattr(kind, "collect", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_with(kind, monkeypatch, few_digits, nl.Recipe(epochs=2), network=network)
+    assert layouts == [torch.channels_last, torch.contiguous_format] * 2
+    assert all(weight.is_contiguous() for weight in network.parameters())
 
 
 def test_apple_s_gpus_take_the_plain_path(few_digits):
@@ -299,6 +356,138 @@ def test_a_network_that_cannot_be_captured_takes_the_plain_path(few_digits, monk
     assert run.config["from"]["engine"] == "plain"
     assert "not permitted" in run.config["from"]["because"]
     assert_close(run, plain, 1e-6)
+
+
+def test_a_last_batch_of_one_is_explained_when_it_is_captured(digits, monkeypatch):
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10)
+    )  # 28×28 to 1×1
+    data = digits.subset(train=33, test=10)
+    with pytest.raises(ValueError, match=r"no variance: use a batch_size other than 32$"):
+        fit_with(GraphEngine, monkeypatch, data, nl.Recipe(batch_size=32), network=network)
+
+
+def sent_down_the_plain_path(network, data, monkeypatch, because):
+    """Trains what no graph can be made of; the plain loop must have given the same."""
+    plain = fit_with(PlainEngine, monkeypatch, data, RECIPE, network=copy.deepcopy(network))
+    monkeypatch.setattr(engines, "_fastest", lambda *_: (GraphEngine, "a test"))
+    with pytest.warns(UserWarning, match=f"takes the plain path: .*{because}"):
+        run = nl.fit(network, data, RECIPE, device="cpu", progress=False)
+    assert run.config["from"]["engine"] == "plain"
+    assert_close(run, plain, 1e-12)
+
+
+RECIPE = nl.Recipe(epochs=2, batch_size=32)
+
+
+class OwnNorm(nn.Module):
+    """A running variance as students write it: `update` gets the module and a batch's variance."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.register_buffer("var", torch.ones(1, 4, 1, 1))
+        self.plain = torch.ones(1, 4, 1, 1)
+        self.late, self.steps = None, 0
+        self.update = update
+
+    def forward(self, x):
+        if self.training:
+            self.update(self, x.detach().var((0, 2, 3), keepdim=True))
+        scale = self.late if self.late is not None else self.plain
+        return x / (self.var * scale + self.steps).sqrt()
+
+
+def own_network(update):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 5, stride=4), OwnNorm(update), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4 * 36, 10))
+
+
+def mean(old, new):
+    return new if old is None else 0.9 * old + 0.1 * new
+
+
+@pytest.mark.parametrize("name", ["var", "plain", "late"])
+def test_state_that_a_forward_assigns_anew_is_no_part_of_a_graph(name, few_digits, monkeypatch):
+    network = own_network(lambda norm, var: setattr(norm, name, mean(getattr(norm, name), var)))
+    sent_down_the_plain_path(network, few_digits, monkeypatch, rf"give 1\.{name} a new value")
+
+
+def test_a_count_in_python_is_no_part_of_a_graph(few_digits, monkeypatch):
+    network = own_network(lambda norm, var: setattr(norm, "steps", norm.steps + 1))
+    sent_down_the_plain_path(network, few_digits, monkeypatch, r"give 1\.steps a new value")
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_hooks_are_no_part_of_a_graph(register, few_digits, monkeypatch):
+    network = own_network(lambda *_: None)
+    getattr(network[2], f"register_{register}")(lambda *_: None)
+    sent_down_the_plain_path(network, few_digits, monkeypatch, "have hooks")
+
+
+@pytest.mark.parametrize("name", ["var", "plain"])
+def test_state_that_a_forward_changes_in_place_begins_as_it_was(name, few_digits, monkeypatch):
+    def update(norm, var):
+        getattr(norm, name).mul_(0.9).add_(var, alpha=0.1)
+
+    runs = [
+        fit_with(kind, monkeypatch, few_digits, RECIPE, network=own_network(update))
+        for kind in (GraphEngine, PlainEngine)
+    ]
+    states = [getattr(run.network[1], name) for run in runs]
+    torch.testing.assert_close(*states)
+    assert_close(*runs, 1e-3)
+
+
+def test_the_cause_of_a_failed_capture_is_said_and_not_its_end(few_digits, monkeypatch):
+    """torch.cuda.graph raises an error of its own when it is left by one."""
+
+    def capture(engine, step):
+        try:
+            raise TypeError("a student's error\nand where it was")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(GraphEngine, "capture", capture)
+    network = own_network(lambda *_: None)
+    sent_down_the_plain_path(network, few_digits, monkeypatch, "graph: a student's error$")
+
+
+def test_a_memory_that_is_full_in_a_capture_is_known(few_digits, monkeypatch):
+    def capture(engine, step):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(GraphEngine, "capture", capture)
+    with pytest.raises(RuntimeError, match=r"the memory of cpu is too small"):
+        fit_with(GraphEngine, monkeypatch, few_digits, RECIPE)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_the_generator_takes_part_in_no_capture_after_a_failed_one(error, monkeypatch):
+    generator = Mock()
+    generator.graphsafe_set_state.side_effect = error
+    monkeypatch.setattr(torch.cuda, "default_generators", (Mock(), generator))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    graphs._leave_capture(torch.device("cuda"))
+    graphs._leave_capture(torch.device("cuda:1"))
+    graphs._leave_capture(torch.device("cpu"))
+    fresh = generator.clone_state.return_value
+    assert generator.graphsafe_set_state.call_args_list == [call(fresh), call(fresh)]
+
+
+def test_one_warning_of_torch_is_silenced_in_the_warm_ups(recwarn):
+    with graphs._warming_up():
+        warnings.warn("This instance was constructed with capturable=True or some", stacklevel=1)
+        warnings.warn("another one", stacklevel=1)
+    assert [str(each.message) for each in recwarn] == ["another one"]
+
+
+def test_nothing_of_the_graphs_is_kept_by_gradients(few_digits, monkeypatch):
+    run = fit_with(GraphEngine, monkeypatch, few_digits, RECIPE)
+    assert all(weight.grad is None for weight in run.network.parameters())
 
 
 def test_a_full_gpu_is_said_in_one_sentence(few_digits, monkeypatch):

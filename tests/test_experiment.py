@@ -11,6 +11,7 @@ import torch
 import normlab as nl
 from normlab.experiment import load_assignment_data
 from normlab.plans import in_flight, seed_numbers
+from normlab.runs import RunFolder
 
 FOLDERS = ["bn-l1", "gn", "ln"]
 
@@ -233,6 +234,27 @@ def test_a_diverging_variant_is_named(tiny, tiny_assignment):
     variants = (nl.Variant("BN", "bn"), nl.Variant("GN high", "gn", changes={"lr": 1e30}))
     with pytest.raises(FloatingPointError, match=r"^GN high, seed 3: the training loss became"):
         run(replace(tiny_assignment, variants=variants), tiny, seeds=[3])
+
+
+def test_all_others_are_trained_before_a_diverging_one_is_named(tiny, tiny_assignment, tmp_path):
+    variants = (
+        nl.Variant("GN high", "gn", changes={"lr": 1e30}),
+        nl.Variant("LN high", "ln", changes={"lr": 1e30}),
+        nl.Variant("BN", "bn"),
+    )
+    with (
+        pytest.warns(UserWarning, match="^GN high, seed 0: the training .*; the others go on"),
+        pytest.raises(FloatingPointError, match=r"^GN high, seed 0"),
+    ):
+        run(replace(tiny_assignment, variants=variants), tiny, tmp_path)
+    assert RunFolder(tmp_path / "bn" / "seed-0").is_finished()
+
+
+def test_without_a_directory_nothing_is_trained_in_vain(tiny, tiny_assignment, watch):
+    variants = (nl.Variant("GN high", "gn", changes={"lr": 1e30}), nl.Variant("BN", "bn"))
+    with pytest.raises(FloatingPointError, match=r"^GN high, seed 0"):
+        run(replace(tiny_assignment, variants=variants), tiny)
+    assert watch.epochs == 1
 
 
 def test_the_data_set_of_the_assignment_is_loaded(tiny, tiny_assignment, monkeypatch):

@@ -14,6 +14,7 @@ from torch import nn
 
 import normlab as nl
 from normlab.engine import CpuEngine
+from normlab.fitting import Job, fit_together
 from normlab.runs import RunFolder
 
 AUGMENT = ("shift:1", "flip")
@@ -323,6 +324,41 @@ def test_without_a_directory_nothing_is_written(tiny, tiny_network, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_config_tells_in_which_way_each_epoch_was_trained(tiny, tiny_network, tmp_path):
+    network, directory = tiny_network("gn"), tmp_path / "run"
+
+    def go_on_until(batch, engine):
+        def interrupt(number, _):
+            if number == batch:
+                raise KeyboardInterrupt
+
+        stop = on_training_batch(network, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(network, tiny, RECIPE, directory, engine=engine)
+        stop()
+
+    go_on_until(6 + 1, "plain")
+    go_on_until(1, "plain")  # no epoch of it
+    go_on_until(6 + 1, "plain")
+    run = fit(network, tiny, RECIPE, directory)
+    (first,) = run.config["from"]["before"]
+    assert first["until_epoch"] == 2
+    assert (first["engine"], first["because"]) == ("plain", "asked for by engine='plain'")
+    assert (first["computes_in"], first["device"]) == ("float32", "cpu")
+    assert first["threads"] == run.config["from"]["threads"] == torch.get_num_threads()
+    assert run.config["from"]["engine"] == "cpu-channels-last"
+    assert fit(network, tiny, RECIPE, directory).config == run.config
+
+
+def test_a_run_that_goes_on_in_the_same_way_tells_one(tiny, tiny_network, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(tiny_network("gn"), tiny, RECIPE, tmp_path)
+    run = fit(tiny_network("gn"), tiny, RECIPE, tmp_path)
+    assert "before" not in run.config["from"]
+
+
 # --- networks and recipes that cannot work ---------------------------------------------------
 
 
@@ -393,6 +429,120 @@ def test_a_loss_that_is_no_number_is_explained_and_finished_epochs_are_kept(
     with pytest.raises(FloatingPointError, match=f"in epoch {len(kept) + 1}"):
         fit(network, tiny, recipe, tmp_path, engine=engine)
     assert (tmp_path / "history.csv").read_text().splitlines()[1:] == kept
+
+
+# --- several at once -------------------------------------------------------------------------
+
+
+def three_jobs(tiny_network, folder=None, **changes):
+    """Three networks to train at once; `changes` are the recipe of the second one."""
+    recipes = (RECIPE, RECIPE.replace(**changes), RECIPE)
+    return [
+        Job(tiny_network("gn", seed), recipe, folder and folder / str(seed), f"number {seed}")
+        for seed, recipe in enumerate(recipes)
+    ]
+
+
+def test_several_at_once_give_what_each_gives_alone(tiny, tiny_network):
+    runs = fit_together(three_jobs(tiny_network), tiny, device="cpu", progress=False)
+    for seed, run in enumerate(runs):
+        assert_same_run(run, fit(tiny_network("gn", seed), tiny))
+
+
+def test_one_that_diverges_does_not_keep_the_others_from_their_end(tiny, tiny_network, tmp_path):
+    for _ in range(2):  # the same call again finds the others done, and says the same
+        jobs = three_jobs(tiny_network, tmp_path, lr=1e30)
+        with pytest.raises(FloatingPointError, match=r"^number 1: the training loss became"):
+            fit_together(jobs, tiny, device="cpu", progress=False)
+        finished = [RunFolder(job.directory).is_finished() for job in jobs]
+        assert finished == [True, False, True]
+    kept = fit(tiny_network("gn", 2), tiny, directory=tmp_path / "2")
+    assert_same_run(kept, fit(tiny_network("gn", 2), tiny))
+
+
+def test_an_interrupt_of_several_loses_no_finished_epoch_of_any(tiny, tiny_network, tmp_path):
+    jobs = three_jobs(tiny_network, tmp_path)
+
+    def interrupt(number, _):
+        if number == 6 + 3:
+            raise KeyboardInterrupt
+
+    stop = on_training_batch(jobs[1].network, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit_together(jobs, tiny, device="cpu", progress=False)
+    stop()
+    kept = [len(RunFolder(job.directory).history_so_far()) for job in jobs]
+    assert kept == [2, 1, 1]
+    for seed, run in enumerate(fit_together(jobs, tiny, device="cpu", progress=False)):
+        assert_same_run(run, fit(tiny_network("gn", seed), tiny))
+
+
+class SmallMemory:
+    """Stands in for a GPU that has room for so many trainings: `method` fails in one too many."""
+
+    def __init__(self, monkeypatch, room, method="prepare", error=torch.OutOfMemoryError):
+        self.opened, open_now = [], set()
+        prepare, close, fails = CpuEngine.prepare, CpuEngine.close, getattr(CpuEngine, method)
+
+        def opening(engine):
+            open_now.add(engine)
+            self.opened.append(len(open_now))
+            return failing(engine) if method == "prepare" else prepare(engine)
+
+        def failing(engine, *arguments):
+            if len(open_now) > room and (method == "prepare" or engine.epoch == 1):
+                raise error("MPS backend out of memory (MPS allocated: 18.13 GB)")
+            return fails(engine, *arguments)
+
+        def closing(engine):
+            open_now.discard(engine)
+            close(engine)
+
+        monkeypatch.setattr(CpuEngine, method, failing)
+        monkeypatch.setattr(CpuEngine, "prepare", opening)
+        monkeypatch.setattr(CpuEngine, "close", closing)
+
+
+@pytest.mark.parametrize("method", ["prepare", "train"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # CUDA's and Apple's
+@pytest.mark.parametrize("room", [1, 2])
+def test_where_memory_is_short_fewer_are_trained_at_once(
+    method, error, room, tiny, tiny_network, monkeypatch
+):
+    expected = [fit(tiny_network("gn", seed), tiny) for seed in range(3)]
+    memory = SmallMemory(monkeypatch, room, method, error)
+    runs = fit_together(three_jobs(tiny_network), tiny, device="cpu", progress=False)
+    for run, alone in zip(runs, expected, strict=True):
+        assert_same_run(run, alone)
+    assert memory.opened[0] == 1
+    assert len(memory.opened) > 3
+
+
+def test_one_that_is_too_large_by_itself_is_named(tiny, tiny_network, tmp_path, monkeypatch):
+    jobs = three_jobs(tiny_network, tmp_path)
+
+    def prepare(engine):
+        if engine.network is jobs[1].network:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return ""
+
+    monkeypatch.setattr(CpuEngine, "prepare", prepare)
+    with pytest.raises(RuntimeError, match=r"too small for number 1 in batches of 16: use a small"):
+        fit_together(jobs, tiny, device="cpu", progress=False)
+    finished = [RunFolder(job.directory).is_finished() for job in jobs]
+    assert finished == [True, False, True]
+
+
+def test_networks_that_draw_random_numbers_get_ready_one_after_another(
+    tiny, tiny_network, monkeypatch
+):
+    memory = SmallMemory(monkeypatch, room=3)
+    jobs = [Job(tiny_network(dropout=0.3), RECIPE.replace(epochs=1)) for _ in range(3)]
+    fit_together(jobs, tiny, device="cpu", progress=False)
+    assert memory.opened == [1, 1, 1]
+
+
+# --- warnings --------------------------------------------------------------------------------
 
 
 def test_a_network_that_learns_nothing_is_worth_one_warning(tiny, tiny_network):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -172,12 +173,17 @@ def test_a_killed_process_goes_on_from_its_checkpoint(tiny, two_cores, tmp_path)
     assert after[:1] == before  # to the second that it took: it was not trained again
 
 
-def test_a_process_that_is_killed_again_is_named(tiny, two_cores, tmp_path):
-    assignment = own_assignment(killing(tmp_path / "killed", once=False))
-    with pytest.raises(RuntimeError, match=r"killed twice.*LN, seed 0.*goes on"):
-        nl.run_assignment(
-            assignment, data=tiny, directory=tmp_path / "runs", device="cpu", progress=False
-        )
+def test_a_process_that_is_killed_again_is_named_and_the_others_are_trained(
+    tiny, two_cores, tmp_path
+):
+    build = killing(tmp_path / "killed", once=False)
+    assignment = own_assignment(build, labels=("LN", "BN", "IN", "None"))
+    runs = tmp_path / "runs"
+    with pytest.raises(RuntimeError, match=r"trained LN, seed 0 was killed, and again .*goes on"):
+        nl.run_assignment(assignment, data=tiny, directory=runs, device="cpu", progress=False)
+    finished = {v.label: RunFolder(runs / v.folder / "seed-0").is_finished() for v in
+                assignment.variants}  # fmt: skip
+    assert finished == {"LN": False, "BN": True, "IN": True, "None": True}
 
 
 def test_a_loss_that_diverges_in_a_process_is_said_here(tiny, two_cores):
@@ -185,6 +191,21 @@ def test_a_loss_that_diverges_in_a_process_is_said_here(tiny, two_cores):
     assignment = nl.Assignment(**vars(assignment) | {"recipe": nl.Recipe(epochs=2, lr=1e30)})
     with pytest.raises(FloatingPointError, match=r"seed 0: the (training|test) loss became"):
         nl.run_assignment(assignment, data=tiny, device="cpu", progress=False)
+
+
+def test_one_that_diverges_leaves_those_beside_it_and_after_it_to_be_trained(
+    tiny, two_cores, tmp_path
+):
+    assignment = own_assignment(small_network)
+    high = nl.Variant("High", "ln", changes={"lr": 1e30})
+    assignment = replace(assignment, variants=(high, *assignment.variants))
+    with (
+        pytest.warns(UserWarning, match="^High, seed 0: the training .*; the others go on"),
+        pytest.raises(FloatingPointError, match=r"^High, seed 0"),
+    ):
+        nl.run_assignment(assignment, data=tiny, directory=tmp_path, device="cpu", progress=False)
+    for name in ("bn", "ln"):
+        assert RunFolder(tmp_path / name / "seed-0").is_finished()
 
 
 def test_processes_map_the_images_instead_of_copying_them(tiny, tmp_path):

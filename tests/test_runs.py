@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
-from normlab.runs import COLUMNS, _describe, identity, remove_run, weights_digest
+from normlab.runs import COLUMNS, _describe, identity, remove_run, stretches, weights_digest
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1, augment=("flip",))
 FILES = {"config.json", "history.csv", "predictions.safetensors", "weights.safetensors"}
@@ -94,6 +94,20 @@ def test_the_config_says_what_the_run_is_and_where_it_came_from(run, folder, tin
     assert config["from"]["torch"] == torch.__version__
     assert config["from"]["device"] == "cpu"
     assert config["from"]["data_source"] == tiny.source
+
+
+def test_each_way_of_computing_is_told_with_the_epoch_until_which_it_was_taken():
+    slow, fast = {"engine": "plain", "threads": 2}, {"engine": "cpu-channels-last", "threads": 2}
+    old = {"engine": "plain"}  # as runs were kept before threads were
+    assert stretches({}, slow, 0) == []
+    assert stretches(slow | {"date": "today"}, slow | {"date": "tomorrow"}, 3) == []
+    assert stretches(slow, fast, 0) == []
+    assert stretches(old, slow, 1) == [{"until_epoch": 1, **old}]
+    before = stretches(slow, fast, 3)
+    assert before == [{"until_epoch": 3, **slow}]
+    assert stretches(fast | {"before": before}, fast, 5) == before
+    assert stretches(fast | {"before": before}, slow, 3) == before
+    assert stretches(fast | {"before": before}, slow, 5) == [*before, {"until_epoch": 5, **fast}]
 
 
 def test_no_file_names_a_place_on_the_machine(run, folder, tmp_path):

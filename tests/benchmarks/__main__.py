@@ -29,6 +29,7 @@ from tests.benchmarks.paths import OURS, PATHS
 def main() -> None:
     """Measures, prints the table, writes the JSON."""
     options = _options()
+    device = _device_name(options.device)  # whatever may fail, before anything is measured
     assignment = find_assignment(options.assignment)
     labels = [v.label for v in assignment.variants if v.norm != "ln-elementwise"][:3]
     paths = [path for path in _installed() if not options.paths or path in options.paths]
@@ -48,7 +49,7 @@ def main() -> None:
             }
             results.append(_run(job))
             print(f"{repetition + 1}/{options.repeats} {path}: {results[-1]}", flush=True)
-    report = _report(options, labels, measured)
+    report = _report(options, device, labels, measured)
     print(f"\n{table(report)}")
     if options.out:
         write_json(Path(options.out), report)
@@ -88,12 +89,16 @@ def _run(job: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _report(options: argparse.Namespace, labels: list[str], measured: dict) -> dict:
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            processor = line.split(":")[1].strip()
-            break
+def _device_name(device: str, about: Path = Path("/proc/cpuinfo")) -> str:
+    """What the device is sold as, as far as the system tells."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = about.read_text().splitlines() if about.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _report(options: argparse.Namespace, device: str, labels: list[str], measured: dict) -> dict:
     return {
         "assignment": options.assignment,
         "variants": labels,
@@ -103,7 +108,7 @@ def _report(options: argparse.Namespace, labels: list[str], measured: dict) -> d
         "peer_images": options.peer_images,
         "dropout": options.dropout,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor,
+        "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -113,7 +118,7 @@ def _report(options: argparse.Namespace, labels: list[str], measured: dict) -> d
 
 
 def table(report: dict) -> str:
-    """The measurements as a Markdown table."""
+    """The measurements as a Markdown table, with the memory of a GPU where one was used."""
     rates = {
         path: [one["images"] / one["seconds"] for one in results]
         for path, results in report["measured"].items()
@@ -121,18 +126,21 @@ def table(report: dict) -> str:
     students = max(
         (statistics.median(rates[path]) for path in rates if "students" in path), default=0
     )
+    on_gpu = any("gpu_mib" in one for results in report["measured"].values() for one in results)
     lines = [
-        "| path | seconds | images a second, median (range) | ratio | peak MiB of a process |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| path | seconds | images a second, median (range) | ratio | peak MiB of a process |"
+        + " peak MiB of tensors on the GPU |" * on_gpu,
+        "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * on_gpu,
     ]
     for path, some in rates.items():
         middle = statistics.median(some)
         seconds = statistics.median(one["seconds"] for one in report["measured"][path])
         peak = max(one["peak_mib"] for one in report["measured"][path])
         ratio = f"{middle / students:.2f}" if students else "–"
+        on_it = max(one.get("gpu_mib", 0) for one in report["measured"][path])
         lines.append(
             f"| {path} | {seconds:,.1f} | {middle:,.0f} ({min(some):,.0f} to {max(some):,.0f}) "
-            f"| {ratio} | {peak:,.0f} |"
+            f"| {ratio} | {peak:,.0f} |" + f" {on_it:,.0f} |" * on_gpu
         )
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ PEERS = {
     "fastai": (peers.fastai, 0),
 }
 PATHS = (*PEERS, *OURS)
+UNITS_A_MIB = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, else KiB
 
 
 def measure(job: dict) -> dict:
@@ -90,12 +91,12 @@ def _peak_memory() -> float:
     """MiB of the largest process, this one or one that it started and that has ended."""
     get_reusable_executor().shutdown(wait=True)  # what joblib keeps for the next call
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(one.ru_maxrss for one in usage) / 1024
+    return max(one.ru_maxrss for one in usage) / UNITS_A_MIB
 
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(io.StringIO()):
         result = measure(json.loads(sys.argv[1]))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         result["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
     print(json.dumps(result))
