@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.attributes import Attributes, has_hooks
 from normlab.data import Batches
 from normlab.engine import Counted, PlainEngine, batch_sizes
 from normlab.penalties import l1_penalty
@@ -57,7 +58,7 @@ class GraphEngine(PlainEngine):
 
     def prepare(self) -> str:
         """Captures the steps, then puts back what the warm-ups changed."""
-        if any(map(_has_hooks, self.network.modules())):
+        if any(map(has_hooks, self.network.modules())):
             return "its layers have hooks, which are Python and no part of a CUDA graph"
         self.network.to(memory_format=torch.channels_last)
         self.batches.memory_format = self.tests.memory_format = torch.channels_last
@@ -141,12 +142,12 @@ class GraphEngine(PlainEngine):
                     state[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
 
     @contextmanager
-    def _restored(self) -> Iterator["_Attributes"]:
+    def _restored(self) -> Iterator[Attributes]:
         """Afterwards all values are as before, in place, where the graphs find them.
 
         What the optimiser made of its state in between begins at nothing.
         """
-        attributes = _Attributes(self.network)
+        attributes = Attributes(self.network)
         known = [*self.network.parameters(), *attributes.tensors(), *self._optimizer_state()]
         before = [tensor.detach().clone() for tensor in known]
         try:
@@ -223,48 +224,6 @@ class GraphEngine(PlainEngine):
         self.sums[part, 0].add_(loss)
         self.sums[part, 1].add_(right)
         self.sums[part, 2].add_(penalty * len(labels))
-
-
-class _Attributes:
-    """The buffers and other attributes that a network's modules have, as they are now."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._before = [
-            (path, here, dict(here))
-            for path, module in network.named_modules()
-            for here in (module._buffers, vars(module))
-        ]
-
-    def tensors(self) -> list[Tensor]:
-        """Each tensor once."""
-        values = [value for *_, before in self._before for value in before.values()]
-        return list({id(value): value for value in values if isinstance(value, Tensor)}.values())
-
-    def changed(self) -> list[str]:
-        """Names of tensors and numbers that are others by now, not just changed in place."""
-        return [
-            f"{path}.{name}".lstrip(".")
-            for path, here, before in self._before
-            for name in here.keys() | before.keys()
-            if name != "training" and _differ(here.get(name), before.get(name))
-        ]
-
-    def put_back(self) -> None:
-        """Makes all of them the objects that they were."""
-        for _, here, before in self._before:
-            here.clear()
-            here.update(before)
-
-
-def _differ(now: object, before: object) -> bool:
-    if isinstance(now, Tensor) or isinstance(before, Tensor):
-        return now is not before
-    return isinstance(now, int | float) and now != before
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
 
 
 def _cause(error: RuntimeError) -> str:

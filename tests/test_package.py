@@ -61,6 +61,7 @@ ORDER = (
     "allocator",
     "compiler",
     "engine",
+    "attributes",
     "graphs",
     "replica_engine",
     "engines",
