@@ -20,7 +20,7 @@ from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
 from normlab.fitting import check_trainable
 from normlab.penalties import l1_penalty
-from normlab.plots import COLOURS, LINES, MARKERS
+from normlab.plots import COLOURS, LINES, MARKERS, places_of
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.seeding import seeded
 from normlab.training import device_of
@@ -223,8 +223,9 @@ def plot_rates(
         raise ValueError("there are no range tests to plot")
     if ax is None:
         _, ax = pyplot.subplots(figsize=(6.8, 4.2), layout="constrained")
-    for place, (label, result) in enumerate(results.items()):
-        _draw(ax, result, label, place)
+    places = places_of(list(results))
+    for label, result in results.items():
+        _draw(ax, result, label, places[label])
     top = max(result.smoothed[0] for result in results.values())
     ax.set_ylim(0, 1.6 * top)  # what diverges leaves the frame
     ax.set_xscale("log")
