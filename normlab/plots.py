@@ -365,12 +365,14 @@ def _mark_diverged(ax: Axes, curves: dict[str, DataFrame], places: dict[str, int
     height = 0.0
     for label, points in curves.items():
         diverged = points.index[points["mean"].isna()]
+        if diverged.empty:  # a line without points outside the frame would upset the layout
+            continue
         colour = COLOURS[places[label] % len(COLOURS)]
         shift = ScaledTranslation(0, (height + 6) / 72, ax.figure.dpi_scale_trans)
         where = ax.get_xaxis_transform() + shift
         look = {"color": colour, "markersize": 5, "clip_on": False, "transform": where}
         ax.plot(diverged, [1.0] * len(diverged), "x", **look)
-        height += 8 if len(diverged) else 0
+        height += 8
     return height
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import joblib
 import pytest
 import torch
+from matplotlib import pyplot
 
 import normlab as nl
 from normlab import cluster, parallel, sweeps
@@ -304,12 +305,23 @@ def test_the_plot_marks_what_diverged_and_tells_rates_apart():
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["BN, rate 0.1", "BN, rate 1", "GN, rate 0.1", "GN, rate 1"]
     crosses = [line for line in ax.lines if line.get_marker() == "x"]
-    assert [list(line.get_xdata()) for line in crosses] == [[], [8], [], [8]]
-    heights = [line.get_transform().transform((8, 1.0))[1] for line in crosses[1::2]]
+    assert [list(line.get_xdata()) for line in crosses] == [[8], [8]]
+    heights = [line.get_transform().transform((8, 1.0))[1] for line in crosses]
     frame, title = ax.get_window_extent(), ax.title.get_window_extent()
     assert frame.y1 < heights[0] < heights[1] < title.y0  # no accuracies, and each is seen
     with pytest.raises(ValueError, match="no runs to plot"):
         nl.plot_sweep(table_of([]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_sweeps_fit_beside_each_other():
+    rows = [("BN", size, 0.1, seed, 0.5 + seed / 10) for size in (2, 4) for seed in (0, 1)]
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    for ax in axes:
+        nl.plot_sweep(table_of(rows), ax=ax)
+    axes[1].set_ylim(52, 56)
+    figure.canvas.draw()
+    assert axes[0].get_position().width > 0.3
 
 
 def looks_of(ax) -> dict[str, tuple]:
