@@ -6,6 +6,7 @@ figure. None calls `show`: a notebook shows its figures by itself, a script save
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ Runs = Mapping[str, Run | Sequence[Run]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Which of them a norm has in every sweep and range test, so that figures can be compared.
+_PLACES = {"BN": 0, "GN": 1, "LN": 2, "IN": 3, "none": 4}
 
 _NAMES = {
     "train_loss": ("Training loss", "cross-entropy (nats per image)"),
@@ -302,7 +305,7 @@ def plot_sweep(
     """A curve for each variant over the batch sizes or the rates of a sweep.
 
     Points are means over seeds with bars of one standard deviation. Where the other of the two was
-    swept as well, each of its values has a curve of its own. A cross at the lower edge marks where
+    swept as well, each of its values has a curve of its own. A cross above the frame marks where
     the loss of a run diverged.
 
     Args:
@@ -320,22 +323,35 @@ def plot_sweep(
     (other,) = set(axes) - {x}
     ax = ax if ax is not None else _axes(6.8, 4.2)
     by = ["variant", other] if len(table[other].unique()) > 1 else ["variant"]
-    for place, (names, rows) in enumerate(table.groupby(by, sort=False)):
+    curves = {}
+    for names, rows in table.groupby(by, sort=False):
         label = names[0] if len(names) == 1 else f"{names[0]}, {_SWEPT[other]} {names[1]:g}"
-        _draw_swept(ax, rows, x, quantity, label, place)
-    _annotate_sweep(ax, table, x, quantity)
+        curves[label] = rows.groupby(x)[quantity].agg(
+            mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
+        )
+    places = places_of(list(curves))
+    for label, points in curves.items():
+        _draw_swept(ax, points, quantity, label, places[label])
+    above = _mark_diverged(ax, curves, places)
+    _annotate_sweep(ax, table, x, quantity, above)
     return ax.figure
+
+
+def places_of(labels: Sequence[str]) -> dict[str, int]:
+    """Which colour, line and marker each label has: a norm has its own in every figure.
+
+    Other labels take those that no norm has, or the first ones where none is a norm.
+    """
+    free = itertools.count(len(_PLACES) if any(label in _PLACES for label in labels) else 0)
+    return {label: _PLACES[label] if label in _PLACES else next(free) for label in labels}
 
 
 _SWEPT = {"batch_size": "batch size", "base_lr": "rate"}
 
 
-def _draw_swept(ax: Axes, rows: DataFrame, x: str, quantity: str, label: str, place: int) -> None:
-    """Means and standard deviations over seeds, and crosses where there is none to be had."""
+def _draw_swept(ax: Axes, points: DataFrame, quantity: str, label: str, place: int) -> None:
+    """Means and standard deviations over seeds; none where a run diverged."""
     scale = 100 if quantity.endswith("accuracy") else 1
-    points = rows.groupby(x)[quantity].agg(
-        mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
-    )
     look = place % len(COLOURS)
     ax.errorbar(
         points.index,
@@ -349,9 +365,27 @@ def _draw_swept(ax: Axes, rows: DataFrame, x: str, quantity: str, label: str, pl
         linewidth=1.5,
         label=label,
     )
-    diverged = points.index[points["mean"].isna()]
-    edge = [0.02 + 0.035 * place] * len(diverged)  # one above the other, so that each is seen
-    ax.plot(diverged, edge, "x", color=COLOURS[look], transform=ax.get_xaxis_transform())
+
+
+def _mark_diverged(ax: Axes, curves: dict[str, DataFrame], places: dict[str, int]) -> float:
+    """Crosses above the frame, where they do not pass for values; returns how high they reach.
+
+    That is in points; each label has a line of its own.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    height = 0.0
+    for label, points in curves.items():
+        diverged = points.index[points["mean"].isna()]
+        if diverged.empty:  # a line without points outside the frame would upset the layout
+            continue
+        colour = COLOURS[places[label] % len(COLOURS)]
+        shift = ScaledTranslation(0, (height + 6) / 72, ax.figure.dpi_scale_trans)
+        where = ax.get_xaxis_transform() + shift
+        look = {"color": colour, "markersize": 5, "clip_on": False, "transform": where}
+        ax.plot(diverged, [1.0] * len(diverged), "x", **look)
+        height += 8
+    return height
 
 
 def _bars(mean: Series, sd: Series, quantity: str) -> list[Series]:
@@ -360,7 +394,8 @@ def _bars(mean: Series, sd: Series, quantity: str) -> list[Series]:
     return [sd.clip(upper=mean), sd.clip(upper=highest - mean)]
 
 
-def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str) -> None:
+def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str, above: float) -> None:
+    """Names everything; the title stands so many points above the frame."""
     from matplotlib.ticker import NullLocator
 
     name, unit = _NAMES[quantity]
@@ -370,12 +405,12 @@ def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str) -> None:
     ax.set_xticks(values, [f"{value:g}" for value in values])
     ax.xaxis.set_minor_locator(NullLocator())
     named = {"batch_size": "batch size (images)", "base_lr": "learning rate"}[x]
-    diverged = " (cross: a run diverged)" if table[quantity].isna().any() else ""
+    diverged = " (crosses above the frame: a run diverged)" if above else ""
     ax.set_xlabel(named + diverged)
     ax.set_ylabel(unit)
     counts = table.groupby(["variant", "batch_size", "base_lr"])["seed"].count()
     seeds = f"mean ± sd of {counts.max()} seeds" if counts.max() > 1 else "one seed"
-    ax.set_title(f"{name}, last epoch, {seeds}")
+    ax.set_title(f"{name}, last epoch, {seeds}", pad=6 + above)
     ax.grid(alpha=0.3, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)

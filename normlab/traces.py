@@ -9,27 +9,29 @@ import numpy as np
 
 from normlab.checks import one_of, whole_number
 from normlab.plots import COLOURS
-from normlab.watching import CONVOLUTION, KINDS, WATCHED, Watch
+from normlab.watching import CONVOLUTION, KINDS, NORM, WATCHED, Watch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# What to call each quantity, its factor, and whether its sizes differ so much that only a
-# logarithmic axis shows them all.
+# The title of each quantity, what its axis says, its factor, and whether its sizes may differ so
+# much that only a logarithmic axis shows them all.
 _NAMES = {
-    "mean": ("mean of the activations", 1, False),
-    "std": ("standard deviation of the activations", 1, True),
-    "dead": ("dead channels (%)", 100, False),
-    "weight_norm": ("norm of the weights", 1, True),
-    "gradient_norm": ("norm of the gradient", 1, True),
-    "small_weights": ("weights below 0.001 (%)", 100, False),
-    "rate": ("learning rate", 1, True),
-    "effective_rate": ("effective rate, rate / ‖w‖²", 1, True),
-    "running_mean": ("running mean, averaged over channels", 1, False),
-    "running_variance": ("running variance, averaged over channels", 1, True),
+    "mean": ("Mean of the activations", "mean", 1, False),
+    "std": ("Standard deviation of the activations", "standard deviation", 1, True),
+    "dead": ("Dead channels", "dead channels (%)", 100, False),
+    "weight_norm": ("Length of the weights", "‖w‖", 1, True),
+    "gradient_norm": ("Length of the gradient", "‖gradient‖", 1, True),
+    "small_weights": ("Weights below 0.001", "small weights (%)", 100, False),
+    "rate": ("Learning rate", "rate", 1, True),
+    "effective_rate": ("Effective rate", "rate / ‖w‖²", 1, True),
+    "running_mean": ("BN's running mean", "mean over channels", 1, False),
+    "running_variance": ("BN's running variance", "mean over channels", 1, True),
 }
+_DECADE = 10  # the least ratio for which a logarithmic axis has ticks to read
+_BESIDE = 8  # how many times as wide a panel's values may be as those of the one beside it
 
 
 def plot_watch(
@@ -47,12 +49,14 @@ def plot_watch(
     Args:
         watches: what `watch` returned, or its `frame`, by label.
         quantity: one of `watching.WATCHED`.
-        kind: of the layers, "convolution" or "norm".
+        kind: of the layers, "convolution", "linear" or "norm".
 
     Raises `ValueError` for an unknown quantity or kind, and where there is nothing to draw.
     """
     one_of(quantity, WATCHED, "quantity")
-    name, scale, logarithmic = _NAMES.get(quantity, (quantity.replace("_", " "), 1, False))
+    plain = quantity.replace("_", " ")
+    what, name, scale, logarithmic = _NAMES.get(quantity, (plain.capitalize(), plain, 1, False))
+    what = what.replace("the activations", "the norms' outputs") if kind == NORM else what
     frames = _frames(watches)
     tables = {
         label: scale * _table(label, frame, quantity, kind) for label, frame in frames.items()
@@ -65,11 +69,18 @@ def plot_watch(
         ax.set_title(label)
         ax.set_xlabel("training step")
     axes[0][0].set_ylabel(name)
-    if logarithmic and all((table.min() > 0).all() for table in tables.values()):
+    if logarithmic and _ratio(list(tables.values())) >= _DECADE:
         axes[0][0].set_yscale("log")  # of all panels
     _depth_bar(figure, axes, depth, kind)
-    figure.suptitle(title if title is not None else f"{name[0].upper()}{name[1:]}", fontsize=11)
+    figure.suptitle(title if title is not None else what, fontsize=11)
     return figure
+
+
+def _ratio(tables: list[DataFrame]) -> float:
+    """The largest value by the smallest; 0 where not all are positive."""
+    values = np.concatenate([table.to_numpy().ravel() for table in tables])
+    lowest, highest = np.nanmin(values), np.nanmax(values)
+    return highest / lowest if lowest > 0 else 0.0
 
 
 def plot_activations(
@@ -83,12 +94,13 @@ def plot_activations(
 
     Each watch has a column, each time a row. In it, from left to right, the layers in the order in
     which they run: the median, and bands that hold the middle 50 % and 90 % of the values. A row
-    shares its axis, so that activations that vanish with depth are seen to.
+    shares its axis, so that activations that vanish with depth are seen to; where those of one
+    panel are far wider than those of another, it is logarithmic beyond the dotted lines.
 
     Args:
         watches: what `watch` returned, or its `frame`, by label.
         times: how many of the recorded steps, spread from the first to the last.
-        kind: of the layers, "convolution" or "norm".
+        kind: of the layers, "convolution", "linear" or "norm".
 
     Raises `ValueError` for an unknown kind, and where there is nothing to draw.
     """
@@ -107,6 +119,8 @@ def plot_activations(
             _write_step(axes[row][column], tables[0].index[place])
         axes[0][column].set_title(label)
         axes[-1][column].set_xlabel(f"{kind}, from the first to the last")
+    for some in axes:
+        _compress(some)
     axes[rows // 2][0].set_ylabel("activation")
     what = "Activations by depth: median, middle 50 % and 90 %"
     figure.suptitle(title if title is not None else what, fontsize=11)
@@ -185,6 +199,17 @@ def _draw_bands(ax: Axes, percentiles: list) -> None:
     ax.fill_between(places, low, high, color=COLOURS[0], alpha=0.35, linewidth=0)
     ax.plot(places, middle, color=COLOURS[0], marker="o", markersize=3, linewidth=1.4)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _compress(axes: np.ndarray) -> None:
+    """Makes a row's axis logarithmic far from 0 if the narrowest panel would be flat otherwise."""
+    widest = [np.abs(ax.dataLim.intervaly).max() for ax in axes]
+    edge = float(f"{min(widest):.0e}")  # a round number
+    if edge and max(widest) > _BESIDE * edge:
+        axes[0].set_yscale("symlog", linthresh=edge)  # of all panels of the row
+        for ax in axes:
+            for height in (-edge, edge):
+                ax.axhline(height, color="black", linestyle=":", linewidth=0.6, alpha=0.5)
 
 
 def _write_step(ax: Axes, step: int) -> None:

@@ -23,9 +23,10 @@ from normlab.penalties import small_share
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-CONVOLUTION, NORM = "convolution", "norm"
+CONVOLUTION, LINEAR, NORM = "convolution", "linear", "norm"
 KINDS = {
     CONVOLUTION: (nn.modules.conv._ConvNd,),
+    LINEAR: (nn.Linear,),
     NORM: (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm),
 }
 
@@ -52,7 +53,8 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
         inside.frame()
 
     Args:
-        network: with convolutions; it is left as it is, and trains to the same weights.
+        network: with convolutions or linear layers; it is left as it is, and trains to the same
+            weights.
         every: records the steps 0, `every`, 2 · `every`, …, where step n is the one that n changes
             of the weights came before.
 
@@ -62,18 +64,20 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
 
     - "mean", "std", "percentile_5", …, "percentile_95" of the layer's output over the whole batch,
       the percentiles from a sample of some 8,000 values;
-    - "dead", for a convolution that a ReLU follows, directly or after other layers: the share of
-      its channels that the ReLU makes 0 for all images of the batch at all positions;
+    - "dead", for a convolution or linear layer that a ReLU follows, directly or after other layers:
+      the share of its channels that the ReLU makes 0 for all images of the batch at all positions;
     - "weight_norm" and "gradient_norm", Euclidean, of the layer's `weight` before the step; the
       gradient is that of the whole loss, with its penalty, before the optimiser changes it;
-    - "small_weights", of convolutions: the share of weights with |w| < 10⁻³;
-    - "rate" and "effective_rate", of convolutions: the learning rate of the step, and rate / ‖w‖²,
+    - "small_weights", of convolutions and linear layers: the share of weights with |w| < 10⁻³;
+    - "rate" and "effective_rate", of the same: the learning rate of the step, and rate / ‖w‖²,
       which is what counts for SGD where a norm makes the weights' length meaningless (van
-      Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017). Muon and AdamW
-      take steps that do not depend on the gradient's size, so that for them it is rate / ‖w‖;
+      Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017). It is recorded
+      for every optimiser; but the steps of Muon and AdamW do not depend on the gradient's size, so
+      that with them rate / ‖w‖ would count, "rate" / "weight_norm";
     - "running_mean" and "running_variance" of BN: means over its channels, after the batch.
 
-    Raises `ValueError` for a network without parameters or convolutions, and `every` below 1.
+    Raises `ValueError` for a network without parameters, without convolutions and linear layers,
+    and for `every` below 1.
     """
     instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
     return Watch(network, every=whole_number(every, "every"))
@@ -97,7 +101,7 @@ class Watch:
         self._step: int | None = None  # the number of the step to record, if it is one
         self._counted = True
         self._values: dict[tuple[str, str], Tensor] = {}  # of the forward pass, until a step
-        self._last: nn.Module | None = None  # the convolution that ran last
+        self._last: nn.Module | None = None  # the layer with channels that ran last
         self._relus: _Relus | None = None  # there only while a pass is being recorded
         self._handles = [
             register_module_forward_pre_hook(self._before),
@@ -155,7 +159,7 @@ class Watch:
     def _after(self, module: nn.Module, _: object, output: object) -> None:
         if self._relus is not None and module in self._layers and isinstance(output, Tensor):
             name, kind = self._layers[module]
-            self._last = module if kind == CONVOLUTION else self._last
+            self._last = module if kind != NORM else self._last
             self._add(name, _distribution(output))
         if module is self.network:
             self._end_pass()
@@ -166,11 +170,14 @@ class Watch:
             self._relus = None
 
     def _add_dead(self, output: Tensor) -> None:
-        """Of a ReLU's output, for the convolution before it, if none came between."""
-        if self._last is None or output.dim() < 3 or output.shape[1] != self._last.out_channels:
+        """Of a ReLU's output, for the layer before it, if none came between."""
+        if self._last is None:
             return
-        self._add(self._layers[self._last][0], {"dead": _dead_share(output)})
-        self._last = None
+        name, kind = self._layers[self._last]
+        axis, channels = _channels_of(self._last, kind)
+        if output.dim() > (2 if kind == CONVOLUTION else 1) and output.shape[axis] == channels:
+            self._add(name, {"dead": _dead_share(output, axis)})
+            self._last = None
 
     def _add(self, layer: str, values: dict[str, Tensor]) -> None:
         self._values |= {(layer, quantity): value for quantity, value in values.items()}
@@ -213,9 +220,14 @@ def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
         for kind, classes in KINDS.items()
         if isinstance(layer, classes)
     }
-    if all(kind != CONVOLUTION for _, kind in layers.values()):
-        raise ValueError(f"{what} has no convolution to watch")
+    if all(kind == NORM for _, kind in layers.values()):
+        raise ValueError(f"{what} has no convolution or linear layer to watch")
     return layers
+
+
+def _channels_of(layer: nn.Module, kind: str) -> tuple[int, int]:
+    """On which axis of its output a layer has its channels, and how many."""
+    return (1, layer.out_channels) if kind == CONVOLUTION else (-1, layer.out_features)
 
 
 def _refuse_capture() -> None:
@@ -277,9 +289,9 @@ def _spread(values: Tensor, axis: int, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _dead_share(output: Tensor) -> Tensor:
-    """The share of channels that are 0 everywhere in a ReLU's output (N, C, …)."""
-    highest = output.amax(dim=[axis for axis in range(output.dim()) if axis != 1])
+def _dead_share(output: Tensor, axis: int) -> Tensor:
+    """The share of the channels on an axis that are 0 everywhere in a ReLU's output."""
+    highest = output.movedim(axis, 0).flatten(1).amax(dim=1)
     return (highest == 0).double().mean()
 
 
@@ -304,7 +316,7 @@ def _weights(layer: nn.Module, kind: str, rate: float | None) -> dict[str, Tenso
     values["weight_norm"] = length = layer.weight.norm()
     if layer.weight.grad is not None:
         values["gradient_norm"] = layer.weight.grad.norm()
-    if kind == CONVOLUTION:
+    if kind != NORM:
         values["small_weights"] = small_share(layer.weight)
         if rate is not None:
             values["rate"] = torch.full_like(length, rate)

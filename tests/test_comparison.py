@@ -58,6 +58,14 @@ def test_in_other_worlds_no_more_exclude_zero(world):
     assert np.mean(excluded) <= 0.06  # the 5 % that are promised, and chance
 
 
+@pytest.mark.parametrize(("seeds", "most"), [(2, 0.06), (3, 0.095)])
+@pytest.mark.parametrize("luck", [0.05, 0.1, 0.2])
+def test_where_the_luck_of_the_seeds_decides_no_more_exclude_zero_than_is_said(seeds, most, luck):
+    rng = np.random.default_rng(0)
+    excluded = [interval(simulated(rng, seeds, luck=luck)).excludes_zero for _ in range(1000)]
+    assert np.mean(excluded) <= most
+
+
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_a_large_difference_is_mostly_found(seeds):
     """An interval so wide that it never excludes 0 would pass the tests above."""
@@ -114,6 +122,13 @@ def test_seeds_needed_agree_with_the_power_of_a_paired_t_test(points, least, mos
         limit = stats.t.ppf(0.975, seeds - 1)
         power = stats.nct.sf(limit, seeds - 1, effect * math.sqrt(seeds))
         assert (power >= 0.8) == enough
+
+
+def test_two_seeds_add_the_margins_of_seeds_and_images():
+    chance = Chance(of_a_seed=2 * 0.003**2, of_images=0.004**2, of_cells=0.0, images=1000)
+    by_seeds, by_images = stats.t.ppf(0.975, 1) * 0.003, stats.norm.ppf(0.975) * 0.004
+    assert chance.margin(2) == pytest.approx(math.hypot(by_seeds, by_images))
+    assert chance.power(0.03, 2) < 0.5 < chance.power(0.03, 5)
 
 
 def test_no_number_of_seeds_makes_up_for_few_images():
@@ -179,7 +194,10 @@ def test_a_difference_says_itself_in_a_sentence():
         "-2.00 ± 0.60 points over 3 seeds: distinguishable"
     )
     few_images = difference(0.001, 0.01, images=0.004**2)
-    assert str(few_images).endswith("by no number of seeds on these 10,000 test images")
+    assert str(few_images).endswith(
+        "not distinguishable; a difference as small as this needs more than these 10,000 test "
+        "images, however many seeds"
+    )
 
 
 def test_a_plus_in_a_label_is_not_read_as_one_of_the_difference():
@@ -206,6 +224,15 @@ def test_mcnemar_is_the_sum_of_binomial_probabilities(only_first, only_second):
     total, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total
     assert mcnemar(first, second) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_mcnemar_wants_to_know_what_is_right_rather_than_the_classes():
+    labels, predicted = np.array([1, 2, 0, 3]), np.array([1, 0, 2, 3])
+    with pytest.raises(TypeError, match="whether each image is right: run"):
+        mcnemar(predicted, labels)
+    with pytest.raises(TypeError, match="whether each image is right"):
+        mcnemar(predicted == labels, predicted)
+    assert mcnemar(predicted == labels, [True, False, True, True]) == 1.0
 
 
 def test_mcnemar_wants_the_same_images():

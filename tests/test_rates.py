@@ -209,6 +209,20 @@ def test_each_label_has_a_curve_with_its_suggestion_marked():
     assert ax.get_ylim()[1] < 5  # what diverges leaves the frame
 
 
+def test_a_norm_has_its_colour_whatever_stands_beside_it():
+    rates = np.geomspace(1e-4, 10, 101)
+    found = judged(rates, np.geomspace(2, 1, 101))
+
+    def colours(*labels):
+        ax = nl.plot_rates(dict.fromkeys(labels, found)).axes[0]
+        curves = [line for line in ax.lines if not line.get_label().startswith("_")]
+        return {line.get_label().partition(":")[0]: line.get_color() for line in curves}
+
+    few, more = colours("none, He", "GN"), colours("BN", "GN", "LN", "none, He")
+    assert few == {label: more[label] for label in few}
+    assert len(set(more.values())) == 4
+
+
 def test_a_result_draws_itself():
     rates = np.geomspace(1e-4, 10, 101)
     found = judged(rates, np.geomspace(2, 1, 101))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import joblib
 import pytest
 import torch
+from matplotlib import pyplot
 
 import normlab as nl
 from normlab import cluster, parallel, sweeps
@@ -304,9 +305,40 @@ def test_the_plot_marks_what_diverged_and_tells_rates_apart():
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["BN, rate 0.1", "BN, rate 1", "GN, rate 0.1", "GN, rate 1"]
     crosses = [line for line in ax.lines if line.get_marker() == "x"]
-    assert [list(line.get_xdata()) for line in crosses] == [[], [8], [], [8]]
+    assert [list(line.get_xdata()) for line in crosses] == [[8], [8]]
+    heights = [line.get_transform().transform((8, 1.0))[1] for line in crosses]
+    frame, title = ax.get_window_extent(), ax.title.get_window_extent()
+    assert frame.y1 < heights[0] < heights[1] < title.y0  # no accuracies, and each is seen
     with pytest.raises(ValueError, match="no runs to plot"):
         nl.plot_sweep(table_of([]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_sweeps_fit_beside_each_other():
+    rows = [("BN", size, 0.1, seed, 0.5 + seed / 10) for size in (2, 4) for seed in (0, 1)]
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    for ax in axes:
+        nl.plot_sweep(table_of(rows), ax=ax)
+    axes[1].set_ylim(52, 56)
+    figure.canvas.draw()
+    assert axes[0].get_position().width > 0.3
+
+
+def looks_of(ax) -> dict[str, tuple]:
+    curves = zip(ax.containers, ax.get_legend_handles_labels()[1], strict=True)
+    return {label: (line.get_color(), line.get_marker()) for (line, *_), label in curves}
+
+
+def test_a_norm_looks_the_same_in_every_sweep():
+    def sweep_of(*labels):
+        return table_of([(label, size, 0.1, 0, 0.5) for label in labels for size in (2, 4)])
+
+    few = looks_of(nl.plot_sweep(sweep_of("none, He", "BN", "GN")).axes[0])
+    more = looks_of(nl.plot_sweep(sweep_of("none", "none, He", "LN", "GN", "BN", "IN")).axes[0])
+    assert few == {label: more[label] for label in few}
+    assert len(set(more.values())) == 6
+    mine = looks_of(nl.plot_sweep(sweep_of("mine", "yours")).axes[0])
+    assert list(mine.values()) == [more["BN"], more["GN"]]  # the first two looks
 
 
 @pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 1e30)])

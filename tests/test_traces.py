@@ -58,6 +58,32 @@ def test_what_may_be_negative_has_a_linear_axis():
     assert list(lines_of(figure.axes[0])) == ["a.norm", "b.norm", "c.norm"]
 
 
+def test_sizes_within_a_decade_have_a_linear_axis():
+    frame = made_up(("a", "b"))
+    frame.loc[frame["quantity"] == "std", "value"] = 2.0
+    assert nl.plot_watch({"BN": frame}, "std").axes[0].get_yscale() == "linear"
+
+
+def test_title_and_axis_say_whose_outputs_they_are_and_do_not_repeat_each_other():
+    frame = made_up()
+    norms = frame[frame["quantity"] == "std"].assign(kind="norm")
+    figure = nl.plot_watch({"BN": norms}, "std", kind="norm")
+    assert figure.get_suptitle() == "Standard deviation of the norms' outputs"
+    assert figure.axes[0].get_ylabel() == "standard deviation"
+    figure = nl.plot_watch({"BN": frame}, "running_mean", kind="norm")
+    assert figure.get_suptitle() != figure.axes[0].get_ylabel()
+    figure.canvas.draw()
+    assert figure._suptitle.get_window_extent().width < figure.bbox.width
+
+
+def test_activations_that_would_be_flat_beside_others_have_a_compressed_axis():
+    wide = made_up()
+    wide.loc[wide["step"] == 40, "value"] *= 20
+    figure = nl.plot_activations({"BN": made_up(), "none": wide}, times=2)
+    assert [ax.get_yscale() for ax in figure.axes] == ["linear", "linear", "symlog", "symlog"]
+    assert len(figure.axes[2].lines) == 3  # the median, and where the scale changes
+
+
 def test_a_single_record_is_visible():
     figure = nl.plot_watch({"BN": made_up(steps=(0,))}, "std", title="Once")
     assert all(line.get_marker() == "o" for line in figure.axes[0].lines)

@@ -58,24 +58,21 @@ def by_hand(network: nn.Module, some: list, *, l1: float) -> list[dict]:
     for step, (images, labels) in enumerate(some):
         convolved = network.conv(images)
         normed = network.norm(convolved)
-        logits = network.linear(network.pool(normed.clamp(min=0)).flatten(1))
+        pooled = network.pool(normed.clamp(min=0)).flatten(1)
+        logits = network.linear(pooled)
         penalty = network.conv.weight.abs().sum() + network.linear.weight.abs().sum()
         weights = list(network.parameters())
         loss = F.cross_entropy(logits, labels) + l1 * penalty
         gradients = torch.autograd.grad(loss, weights)
         by_weight = dict(zip(map(id, weights), gradients, strict=True))
-        filters = network.conv.weight
+        rate, dead = 0.5 / (1 + step), sum(not (normed[:, c] > 0).any() for c in range(8)) / 8
+        filters, last = network.conv.weight, network.linear.weight
         met.append(
             {
                 "conv": described(convolved)
-                | {
-                    "dead": sum(not (normed[:, c] > 0).any() for c in range(8)) / 8,
-                    "weight_norm": filters.square().sum().sqrt().item(),
-                    "gradient_norm": by_weight[id(filters)].square().sum().sqrt().item(),
-                    "small_weights": (filters.abs() < 1e-3).sum().item() / filters.numel(),
-                    "rate": 0.5 / (1 + step),
-                    "effective_rate": 0.5 / (1 + step) / filters.square().sum().item(),
-                },
+                | {"dead": dead}
+                | of_weights(filters, by_weight[id(filters)], rate),
+                "linear": described(logits) | of_weights(last, by_weight[id(last)], rate),
                 "norm": described(normed)
                 | {
                     "weight_norm": network.norm.weight.square().sum().sqrt().item(),
@@ -90,6 +87,17 @@ def by_hand(network: nn.Module, some: list, *, l1: float) -> list[dict]:
     return met
 
 
+def of_weights(weight: torch.Tensor, gradient: torch.Tensor, rate: float) -> dict[str, float]:
+    square = weight.square().sum().item()
+    return {
+        "weight_norm": square**0.5,
+        "gradient_norm": gradient.square().sum().sqrt().item(),
+        "small_weights": (weight.abs() < 1e-3).sum().item() / weight.numel(),
+        "rate": rate,
+        "effective_rate": rate / square,
+    }
+
+
 def running(norm: nn.Module) -> dict[str, float]:
     if not isinstance(norm, nn.BatchNorm2d):
         return {}
@@ -100,7 +108,7 @@ def running(norm: nn.Module) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("step", [0, 2, 4])
-@pytest.mark.parametrize("layer", ["conv", "norm"])
+@pytest.mark.parametrize("layer", ["conv", "norm", "linear"])
 def test_every_number_is_the_one_computed_by_hand(trained, step, layer):
     watched, met = trained
     assert values_of(watched, step, layer) == pytest.approx(met[step][layer], rel=1e-4, abs=1e-6)
@@ -113,8 +121,9 @@ def test_only_the_steps_asked_for_are_recorded(trained):
     assert list(frame.columns) == ["step", "layer", "kind", "quantity", "value"]
     assert sorted(set(frame["step"])) == [0, 2, 4]
     assert set(frame["quantity"]) <= set(nl.watching.WATCHED)
-    assert list(dict.fromkeys(frame["layer"])) == ["conv", "norm"]
+    assert list(dict.fromkeys(frame["layer"])) == ["conv", "norm", "linear"]
     assert set(frame["kind"][frame["layer"] == "conv"]) == {"convolution"}
+    assert set(frame["kind"][frame["layer"] == "linear"]) == {"linear"}
 
 
 def test_percentiles_of_a_large_output_come_from_a_fair_sample():
@@ -148,7 +157,7 @@ class Student(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.first(x))
         x = self.relu(self.second(x)).mean((2, 3))
-        return self.relu(self.head(x))  # has nothing to do with the convolutions
+        return self.relu(self.head(x))  # has channels of its own
 
 
 def one_step(network: nn.Module, **options) -> nl.Watch:
@@ -180,6 +189,25 @@ def test_dead_channels_belong_to_the_convolution_wherever_the_norm_stands(order)
     # The norm takes the bias of the convolution away, and its own comes too late for the ReLU.
     assert values_of(watched, 0, "0")["dead"] == pytest.approx(1 / 4)
     assert "dead" not in values_of(watched, 0, "2" if order == "ReLU, norm" else "1")
+
+
+def test_a_network_of_linear_layers_is_watched_with_its_dead_units():
+    first, last = nn.Linear(144, 6), nn.Linear(6, 4)
+    with torch.no_grad():
+        first.bias.copy_(torch.tensor([0.0, -1e3, 0.0, -1e3, -1e3, 1e3]))
+    watched = one_step(nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Dropout(0.1), last))
+    assert values_of(watched, 0, "1")["dead"] == pytest.approx(3 / 6)
+    assert values_of(watched, 0, "4")["weight_norm"] > 0
+    assert "dead" not in values_of(watched, 0, "4")
+    assert nl.plot_watch({"MLP": watched}, "dead", kind="linear").axes
+
+
+def test_linear_layers_have_their_channels_on_the_last_axis():
+    first = nn.Linear(12, 5)
+    with torch.no_grad():
+        first.bias.copy_(torch.tensor([-1e3, 1.0, 1.0, 1.0, 1.0]))
+    network = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(12 * 5, 4))  # (N, 1, 12, 5)
+    assert values_of(one_step(network), 0, "0")["dead"] == pytest.approx(1 / 5)
 
 
 def test_a_channel_that_one_image_wakes_is_not_dead():
@@ -300,8 +328,9 @@ def test_fit_on_the_cpu_is_watched_on_its_fast_path(tiny, tiny_network):
     with nl.watch(twin, every=2) as plain:
         nl.fit(twin, tiny, RECIPE, device="cpu", progress=False, engine="plain")
     ours, theirs = watched.frame(), plain.frame()
-    first = ours["step"] == 0
-    for name in ("std", "weight_norm"):  # the dropout draws differ, but they come later
+    before_dropout = ours["kind"] != "linear"  # whose draws differ
+    first = (ours["step"] == 0) & before_dropout
+    for name in ("std", "weight_norm"):
         chosen = first & (ours["quantity"] == name)
         assert ours["value"][chosen].to_numpy() == pytest.approx(
             theirs["value"][chosen].to_numpy(), rel=1e-4
@@ -433,7 +462,7 @@ def test_a_loop_of_ones_own_draws_the_same_random_numbers(tiny_network):
     ("network", "options", "message"),
     [
         (nn.ReLU(), {}, "ReLU has no parameters, so that there is no training to watch"),
-        (nn.Linear(2, 2), {}, "Linear has no convolution to watch"),
+        (nn.BatchNorm1d(2), {}, "BatchNorm1d has no convolution or linear layer to watch"),
         (nn.Conv2d(1, 1, 1), {"every": 0}, "every must be at least 1, not 0"),
     ],
 )
