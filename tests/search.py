@@ -58,7 +58,10 @@ TRIALS: dict[str, dict] = {
         "batch_size": 32,
     },
 }
-FIELDS = ("norm", "trial", "epochs", "accuracy", "loss", "train_loss", "seconds")
+FIELDS = (
+    *("norm", "trial", "epochs", "accuracy", "loss", "train_loss", "seconds"),
+    *("batch_size", "augment"),  # empty in rows from before they were kept
+)
 
 
 def main() -> None:
@@ -92,9 +95,11 @@ def _options() -> argparse.Namespace:
 
 def _row(label: str, run: nl.Run, epochs: int) -> dict:
     norm, _, trial = label.partition(", ")
-    values = (norm, trial, epochs, f"{run.last['test_accuracy']:.4f}")
-    losses = (f"{run.last[name]:.4f}" for name in ("test_loss", "train_loss"))
-    return dict(zip(FIELDS, (*values, *losses, f"{run.seconds:.0f}"), strict=True))
+    last, recipe = run.last, run.recipe
+    measured = [f"{last[name]:.4f}" for name in ("test_accuracy", "test_loss", "train_loss")]
+    values = (norm, trial, epochs, *measured, f"{run.seconds:.0f}")
+    how = (recipe.batch_size, " ".join(recipe.augment))
+    return dict(zip(FIELDS, (*values, *how), strict=True))
 
 
 def _keep(path: Path, rows: list[dict]) -> None:
