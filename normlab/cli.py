@@ -311,7 +311,8 @@ class _Redraw:
 
 
 def _draw_sweep(table, figure: Path) -> None:
-    from normlab.plots import plot_sweep, save_figure
+    from normlab.plots import save_figure
+    from normlab.sweep_plots import plot_sweep
 
     save_figure(plot_sweep(table), figure)
 

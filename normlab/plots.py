@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from pandas import DataFrame, Series
     from torch import Tensor
 
 Runs = Mapping[str, Run | Sequence[Run]]
@@ -36,7 +35,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Which of them a norm has in every sweep and range test, so that figures can be compared.
 _PLACES = {"BN": 0, "GN": 1, "LN": 2, "IN": 3, "none": 4}
 
-_NAMES = {
+NAMES = {
     "train_loss": ("Training loss", "cross-entropy (nats per image)"),
     "train_accuracy": ("Training accuracy", "accuracy (%)"),
     "test_loss": ("Test loss", "cross-entropy (nats per image)"),
@@ -59,7 +58,7 @@ def plot_curves(
     """
     one_of(quantity, QUANTITIES, "quantity")
     groups = _grouped(runs)
-    ax = ax if ax is not None else _axes(6.4, 4.2)
+    ax = ax if ax is not None else new_axes(6.4, 4.2)
     _draw_panels([(ax, groups, quantity, title if title is not None else _title(groups, quantity))])
     return ax.figure
 
@@ -88,7 +87,8 @@ def _grouped(runs: Runs) -> dict[str, list[Run]]:
     return groups
 
 
-def _axes(width: float, height: float) -> Axes:
+def new_axes(width: float, height: float) -> Axes:
+    """The axes of a figure of their own; sizes in inches."""
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
@@ -134,9 +134,18 @@ def _looks(labels: list[str]) -> dict[str, dict]:
     return looks
 
 
+def places_of(labels: Sequence[str]) -> dict[str, int]:
+    """Which colour, line and marker each label has: a norm has its own in every figure.
+
+    Other labels take those that no norm has, or the first ones where none is a norm.
+    """
+    free = itertools.count(len(_PLACES) if any(label in _PLACES for label in labels) else 0)
+    return {label: _PLACES[label] if label in _PLACES else next(free) for label in labels}
+
+
 def _title(groups: dict[str, list[Run]], quantity: str) -> str:
     """The quantity's name and what the images are."""
-    name, configs = _NAMES[quantity][0], [run.config for some in groups.values() for run in some]
+    name, configs = NAMES[quantity][0], [run.config for some in groups.values() for run in some]
     if all("validation_images" in config["is"]["data"] for config in configs):
         name = name.replace("Test", "Validation")
     sources = {config["from"]["data_source"] for config in configs}
@@ -148,7 +157,7 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str)
 
     ax.set_title(title)
     ax.set_xlabel("epoch")
-    ax.set_ylabel(_NAMES[quantity][1])
+    ax.set_ylabel(NAMES[quantity][1])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if quantity.endswith("loss") and any(line.get_ydata()[-1] > 0 for line in ax.lines):
         _logarithmic(ax)
@@ -295,127 +304,6 @@ def plot_panels(panels: Mapping[str, Runs], quantity: str = "test_accuracy") -> 
     return figure
 
 
-def plot_sweep(
-    table: DataFrame,
-    x: str | None = None,
-    quantity: str = "test_accuracy",
-    *,
-    ax: Axes | None = None,
-) -> Figure:
-    """A curve for each variant over the batch sizes or the rates of a sweep.
-
-    Points are means over seeds with bars of one standard deviation. Where the other of the two was
-    swept as well, each of its values has a curve of its own. A cross above the frame marks where
-    the loss of a run diverged.
-
-    Args:
-        table: as from `run_sweep`.
-        x: "batch_size" or "base_lr"; without it, whichever has more values.
-        quantity: "test_accuracy", "test_loss", "train_accuracy" or "train_loss".
-
-    Raises `ValueError` for an empty table or an unknown name.
-    """
-    if table.empty:
-        raise ValueError("there are no runs to plot")
-    axes = ("batch_size", "base_lr")
-    x = one_of(x, axes, "axis") if x else max(axes, key=lambda name: table[name].nunique())
-    one_of(quantity, [name for name in QUANTITIES if name in table], "quantity")
-    (other,) = set(axes) - {x}
-    ax = ax if ax is not None else _axes(6.8, 4.2)
-    by = ["variant", other] if len(table[other].unique()) > 1 else ["variant"]
-    curves = {}
-    for names, rows in table.groupby(by, sort=False):
-        label = names[0] if len(names) == 1 else f"{names[0]}, {_SWEPT[other]} {names[1]:g}"
-        curves[label] = rows.groupby(x)[quantity].agg(
-            mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
-        )
-    places = places_of(list(curves))
-    for label, points in curves.items():
-        _draw_swept(ax, points, quantity, label, places[label])
-    above = _mark_diverged(ax, curves, places)
-    _annotate_sweep(ax, table, x, quantity, above)
-    return ax.figure
-
-
-def places_of(labels: Sequence[str]) -> dict[str, int]:
-    """Which colour, line and marker each label has: a norm has its own in every figure.
-
-    Other labels take those that no norm has, or the first ones where none is a norm.
-    """
-    free = itertools.count(len(_PLACES) if any(label in _PLACES for label in labels) else 0)
-    return {label: _PLACES[label] if label in _PLACES else next(free) for label in labels}
-
-
-_SWEPT = {"batch_size": "batch size", "base_lr": "rate"}
-
-
-def _draw_swept(ax: Axes, points: DataFrame, quantity: str, label: str, place: int) -> None:
-    """Means and standard deviations over seeds; none where a run diverged."""
-    scale = 100 if quantity.endswith("accuracy") else 1
-    look = place % len(COLOURS)
-    ax.errorbar(
-        points.index,
-        points["mean"] * scale,
-        _bars(points["mean"] * scale, points["sd"].fillna(0) * scale, quantity),
-        color=COLOURS[look],
-        linestyle=LINES[look],
-        marker=MARKERS[look],
-        markersize=4,
-        capsize=2.5,
-        linewidth=1.5,
-        label=label,
-    )
-
-
-def _mark_diverged(ax: Axes, curves: dict[str, DataFrame], places: dict[str, int]) -> float:
-    """Crosses above the frame, where they do not pass for values; returns how high they reach.
-
-    That is in points; each label has a line of its own.
-    """
-    from matplotlib.transforms import ScaledTranslation
-
-    height = 0.0
-    for label, points in curves.items():
-        diverged = points.index[points["mean"].isna()]
-        if diverged.empty:  # a line without points outside the frame would upset the layout
-            continue
-        colour = COLOURS[places[label] % len(COLOURS)]
-        shift = ScaledTranslation(0, (height + 6) / 72, ax.figure.dpi_scale_trans)
-        where = ax.get_xaxis_transform() + shift
-        look = {"color": colour, "markersize": 5, "clip_on": False, "transform": where}
-        ax.plot(diverged, [1.0] * len(diverged), "x", **look)
-        height += 8
-    return height
-
-
-def _bars(mean: Series, sd: Series, quantity: str) -> list[Series]:
-    """How far the bars reach down and up: not where no accuracy and no loss can lie."""
-    highest = 100 if quantity.endswith("accuracy") else math.inf
-    return [sd.clip(upper=mean), sd.clip(upper=highest - mean)]
-
-
-def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str, above: float) -> None:
-    """Names everything; the title stands so many points above the frame."""
-    from matplotlib.ticker import NullLocator
-
-    name, unit = _NAMES[quantity]
-    values = sorted(table[x].unique())
-    if len(values) > 1:
-        ax.set_xscale("log", base=2)
-    ax.set_xticks(values, [f"{value:g}" for value in values])
-    ax.xaxis.set_minor_locator(NullLocator())
-    named = {"batch_size": "batch size (images)", "base_lr": "learning rate"}[x]
-    diverged = " (crosses above the frame: a run diverged)" if above else ""
-    ax.set_xlabel(named + diverged)
-    ax.set_ylabel(unit)
-    counts = table.groupby(["variant", "batch_size", "base_lr"])["seed"].count()
-    seeds = f"mean ± sd of {counts.max()} seeds" if counts.max() > 1 else "one seed"
-    ax.set_title(f"{name}, last epoch, {seeds}", pad=6 + above)
-    ax.grid(alpha=0.3, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-
-
 def plot_confusion(
     matrix: Tensor, classes: Sequence[str], *, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
@@ -431,7 +319,7 @@ def plot_confusion(
             f"{len(classes)} classes"
         )
     side = 0.52 * len(classes) + 1.6
-    ax = ax if ax is not None else _axes(side, side)
+    ax = ax if ax is not None else new_axes(side, side)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     np.fill_diagonal(share, 0)
     top = max(share.max(), 0.01)  # so that one or two mistakes stay pale

@@ -76,6 +76,7 @@ ORDER = (
     "comparison",
     "fairness",
     "plots",
+    "sweep_plots",
     "traces",
     "rates",
     "galleries",
