@@ -196,7 +196,8 @@ def test_a_loss_that_diverges_in_a_process_is_said_here(tiny, two_cores):
 def test_one_that_diverges_leaves_those_beside_it_and_after_it_to_be_trained(
     tiny, two_cores, tmp_path
 ):
-    assignment = own_assignment(small_network)
+    # Five jobs of which two are begun: whatever its place in time, others are left behind the first.
+    assignment = own_assignment(small_network, labels=("BN", "LN", "IN", "None"))
     high = nl.Variant("High", "ln", changes={"lr": 1e30})
     assignment = replace(assignment, variants=(high, *assignment.variants))
     with (
@@ -204,7 +205,7 @@ def test_one_that_diverges_leaves_those_beside_it_and_after_it_to_be_trained(
         pytest.raises(FloatingPointError, match=r"^High, seed 0"),
     ):
         nl.run_assignment(assignment, data=tiny, directory=tmp_path, device="cpu", progress=False)
-    for name in ("bn", "ln"):
+    for name in ("bn", "ln", "in", "none"):
         assert RunFolder(tmp_path / name / "seed-0").is_finished()
 
 
