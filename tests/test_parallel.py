@@ -196,7 +196,7 @@ def test_a_loss_that_diverges_in_a_process_is_said_here(tiny, two_cores):
 def test_one_that_diverges_leaves_those_beside_it_and_after_it_to_be_trained(
     tiny, two_cores, tmp_path
 ):
-    # Five jobs of which two are begun: whatever its place in time, others are left behind the first.
+    # Five jobs, two of them begun at once: some are left whenever the first one ends.
     assignment = own_assignment(small_network, labels=("BN", "LN", "IN", "None"))
     high = nl.Variant("High", "ln", changes={"lr": 1e30})
     assignment = replace(assignment, variants=(high, *assignment.variants))
