@@ -2,15 +2,17 @@
 
     python -m tests.search cifar10-norms --data-root DATA
     python -m tests.search mnist-l1 --data-root DATA --norms ln --trials "muon 0.05 centred"
+    python -m tests.search cifar10-norms --data-root DATA --epochs 20 --seeds 3 --trials rates
 
-Each trial trains the assignment's network by its recipe with a few fields changed, for 3 epochs on
-nine tenths of the training images, and is tested on the last tenth; the test set is not looked at.
-What is done is kept in the output folder and is not trained again. The rows go to
-`notebooks/results/search/NETWORK.csv`, in which those of earlier calls stay.
+Each trial trains the assignment's network by its recipe with a few fields changed, on nine tenths
+of the training images, and is tested on the last tenth; the test set is not looked at. The rows go
+to `notebooks/results/search/NETWORK.csv`; what is there is not trained again.
 """
 
 import argparse
 import csv
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import normlab as nl
@@ -33,6 +35,8 @@ TRIALS: dict[str, dict] = {
     "muon 0.02 centred": {**MUON, "lr": 0.02, "centred": True},
     "muon 0.05 centred": CENTRED,
     "muon 0.1 centred": {**MUON, "lr": 0.1, "centred": True},
+    "muon 0.2 centred": {**MUON, "lr": 0.2, "centred": True},
+    "muon 0.4 centred": {**MUON, "lr": 0.4, "centred": True},
     "muon 0.05 centred, batch 32": {**CENTRED, "batch_size": 32},
     "muon 0.05 centred, batch 128": {**CENTRED, "batch_size": 128},
     "muon 0.05 centred, decay 0.1": {**CENTRED, "weight_decay": 0.1},
@@ -58,28 +62,36 @@ TRIALS: dict[str, dict] = {
         "batch_size": 32,
     },
 }
+RATES = tuple(f"muon {rate} centred" for rate in (0.05, 0.1, 0.02, 0.2))  # the likeliest first
 FIELDS = (
     *("norm", "trial", "epochs", "accuracy", "loss", "train_loss", "seconds"),
     *("batch_size", "augment"),  # empty in rows from before they were kept
+    "seed",
 )
 
 
 def main() -> None:
-    """Trains what is missing and writes the table."""
+    """Trains what is missing, a seed of everything before the next, and writes the table."""
     options = _options()
     assignment = nl.ASSIGNMENTS[options.assignment]
+    table = Path("notebooks/results/search") / f"{assignment.name}.csv"
     data = load_assignment_data(assignment, root=options.data_root).with_validation(VALIDATION)
-    variants = [
-        nl.Variant(f"{norm}, {trial}", norm, changes={"batch_size": 64, **TRIALS[trial]})
-        for trial in options.trials
-        for norm in options.norms
-    ]
-    search = nl.Assignment(**vars(assignment) | {"variants": tuple(variants)})
-    results = nl.run_assignment(
-        search, data=data, epochs=options.epochs, directory=options.out / assignment.name
-    )
-    rows = [_row(label, runs[0], options.epochs) for label, runs in results.runs.items()]
-    _keep(Path("notebooks/results/search") / f"{assignment.name}.csv", rows)
+    place = options.out / f"{assignment.name}-{options.epochs}"
+    for seed in range(options.seeds):
+        variants = [
+            nl.Variant(f"{norm}, {trial}", norm, changes={"batch_size": 64, **TRIALS[trial]})
+            for trial in _trials(options.trials)
+            for norm in options.norms
+        ]
+        done = _read(table)
+        left = [v for v in variants if _key(_planned(assignment, v, options, seed)) not in done]
+        if not left:
+            continue
+        search = replace(assignment, variants=tuple(left))
+        results = nl.run_assignment(
+            search, data=data, epochs=options.epochs, seeds=[seed], directory=place
+        )
+        _keep(table, [_row(label, runs[0]) for label, runs in results.runs.items()])
 
 
 def _options() -> argparse.Namespace:
@@ -87,38 +99,67 @@ def _options() -> argparse.Namespace:
     parser.add_argument("assignment", choices=nl.ASSIGNMENTS)
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--norms", nargs="+", default=("bn", "gn", "ln"))
-    parser.add_argument("--trials", nargs="+", choices=TRIALS, default=tuple(TRIALS))
+    parser.add_argument("--trials", nargs="+", choices=(*TRIALS, "rates"), default=tuple(TRIALS))
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
     return parser.parse_args()
 
 
-def _row(label: str, run: nl.Run, epochs: int) -> dict:
+def _trials(names: Sequence[str]) -> list[str]:
+    """The names, with those of all rates in the place of "rates"."""
+    return [trial for name in names for trial in (RATES if name == "rates" else (name,))]
+
+
+def _planned(
+    assignment: nl.Assignment, variant: nl.Variant, options: argparse.Namespace, seed: int
+) -> dict:
+    """The part of a row that is known before the training."""
+    recipe = assignment.recipe_for(variant, seed=seed, epochs=options.epochs)
+    return _about(variant.label, recipe)
+
+
+def _about(label: str, recipe: nl.Recipe) -> dict:
     norm, _, trial = label.partition(", ")
-    last, recipe = run.last, run.recipe
-    measured = [f"{last[name]:.4f}" for name in ("test_accuracy", "test_loss", "train_loss")]
-    values = (norm, trial, epochs, *measured, f"{run.seconds:.0f}")
-    how = (recipe.batch_size, " ".join(recipe.augment))
-    return dict(zip(FIELDS, (*values, *how), strict=True))
+    return {
+        "norm": norm,
+        "trial": trial,
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "augment": " ".join(recipe.augment),
+        "seed": recipe.seed,
+    }
+
+
+def _row(label: str, run: nl.Run) -> dict:
+    measured = {"accuracy": "test_accuracy", "loss": "test_loss", "train_loss": "train_loss"}
+    numbers = {name: f"{run.last[column]:.4f}" for name, column in measured.items()}
+    return _about(label, run.recipe) | numbers | {"seconds": f"{run.seconds:.0f}"}
+
+
+def _read(path: Path) -> dict[tuple, dict]:
+    """The rows of the table by their keys; none if there is no table."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as file:
+        return {_key(row): row for row in csv.DictReader(file)}
 
 
 def _keep(path: Path, rows: list[dict]) -> None:
     """Adds the rows to the table, in the place of those of the same trial."""
-    kept = {}
-    if path.is_file():
-        with open(path, newline="") as file:
-            kept = {_key(row): row for row in csv.DictReader(file)}
-    kept |= {_key(row): row for row in rows}
+    kept = _read(path) | {_key(row): row for row in rows}
     with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(kept.values(), key=_key))
+        writer.writerows(kept[key] for key in sorted(kept))
     for row in sorted(rows, key=lambda row: (row["norm"], -float(row["accuracy"]))):
         print(f"{row['norm']:15} {row['trial']:30} {float(row['accuracy']):.2%}")
 
 
-def _key(row: dict) -> tuple[str, str, str]:
-    return row["norm"], row["trial"], str(row["epochs"])
+def _key(row: dict) -> tuple:
+    """What tells a trial from another: two of the same name may differ in their batches."""
+    names = ("norm", "trial", "epochs", "batch_size", "augment", "seed")
+    return tuple(str(row[name] or 0) for name in names)
 
 
 if __name__ == "__main__":
