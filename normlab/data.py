@@ -152,9 +152,10 @@ class Dataset:
         """
         about = {name: getattr(self, name) for name in ("name", "source", "test_name")}
         about |= {"classes": json.dumps(self.classes), "seal": self._seal(key)}
+        arrays = {part: np.ascontiguousarray(getattr(self, part)) for part in _PARTS}
         with written_aside(path) as aside:
             try:
-                save_file({part: _array(getattr(self, part)) for part in _PARTS}, aside, about)
+                save_file(arrays, aside, about)
             except SafetensorError as error:  # a full disk, for instance
                 raise OSError(None, str(error)) from error
 
@@ -170,11 +171,10 @@ class Dataset:
                 parts = {part: file.get_tensor(part) for part in _PARTS}
             names = {name: about[name] for name in ("name", "source", "test_name")}
             data = cls(**names, **parts, classes=tuple(json.loads(about["classes"])))
-            intact = data._seal(key) == about["seal"]
+            if data._seal(key) != about["seal"]:
+                raise ValueError("what was kept is something else")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the data set kept in {path} is damaged: delete it") from error
-        if not intact:
-            raise ValueError(f"the data set kept in {path} is damaged: delete it")
         return data
 
     def subset(
@@ -223,10 +223,6 @@ class Dataset:
 
 _PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(values.numpy())
 
 
 def _as_images(images: object, what: str) -> Tensor:

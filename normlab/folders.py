@@ -40,7 +40,8 @@ def load_folder(
     listing = {part: _list_classes(folder / part, unread) for part in ("train", "test")}
     if listing["train"].keys() != listing["test"].keys():
         odd = sorted(listing["train"].keys() ^ listing["test"].keys())[0]
-        raise ValueError(f"class {odd!r} of {folder} must be both in train and in test")
+        where = readable(folder)
+        raise ValueError(f"class {odd!r} of {where} must be both in train and in test")
     _warn_of_unread(unread, folder)
     counts = {part: [len(some) for some in classes.values()] for part, classes in listing.items()}
     files = [file for part in listing.values() for some in part.values() for file in some]

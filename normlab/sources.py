@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import importlib.util
 import math
 import os
 import shutil
@@ -12,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from normlab.folders import load_folder, resized
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download counts as failed
 
-CODE = __loader__.get_data(__file__)  # see folders.CODE
+CODE = __loader__.get_data(__file__)  # as folders.CODE
 
 _IDX_FILES = (
     "train-images-idx3-ubyte",
@@ -148,11 +148,8 @@ def _checked_shape(shape: object) -> tuple[int, int, int] | None:
 
 def _load_digits(shape: tuple[int, int, int]) -> Dataset:
     """The digits, which are kept as well: importing scikit-learn takes some 3 s."""
-    package = importlib.util.find_spec("sklearn")
-    if package is None:
-        raise ModuleNotFoundError("the digits come with scikit-learn: pip install scikit-learn")
-    settings = (shape, CODE, folders.CODE)
-    return cached("digits", [Path(package.origin)], lambda: _read_digits(shape), settings)
+    settings = (shape, version("scikit-learn"), CODE, folders.CODE)
+    return cached("digits", [], lambda: _read_digits(shape), settings)
 
 
 def _read_digits(shape: tuple[int, int, int]) -> Dataset:
