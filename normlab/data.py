@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from normlab.augment import parse_augmentation
@@ -24,8 +25,9 @@ class Dataset:
 
     Args:
         name: short name, such as "mnist".
-        train_images, test_images: uint8 (N, C, H, W).
-        train_labels, test_labels: int64 (N,), from 0 to len(classes) − 1.
+        train_images, test_images: uint8 (N, C, H, W), tensors or numpy arrays, which are copied.
+        train_labels, test_labels: (N,) of any whole numbers, kept as int64, from 0 to
+            len(classes) − 1.
         classes: the name of each class.
         source: what the images are, as figures should name them; never a path.
         test_name: what the second part is, "test" or "validation".
@@ -45,9 +47,11 @@ class Dataset:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
         for part in ("train", "test"):
-            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            _check_images(images, f"{part}_images")
+            images = _as_images(getattr(self, f"{part}_images"), f"{part}_images")
+            labels = _as_labels(getattr(self, f"{part}_labels"), f"{part}_labels")
             _check_labels(labels, f"{part}_labels", len(images), len(self.classes))
+            object.__setattr__(self, f"{part}_images", images)
+            object.__setattr__(self, f"{part}_labels", labels)
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
                 f"train_images are of shape {tuple(self.train_images.shape[1:])} but test_images "
@@ -136,35 +140,41 @@ class Dataset:
     def _copies(self) -> dict[tuple[bool, torch.device], tuple[Tensor, Tensor]]:
         return {}
 
-    def save(self, path: Path) -> None:
-        """Keeps the data set in one file, which `Dataset.open` maps into memory."""
-        about = {
-            "name": self.name,
-            "classes": json.dumps(self.classes),
-            "source": self.source,
-            "test_name": self.test_name,
-            "fingerprint": self.fingerprint,
-        }
+    def _seal(self, key: str) -> str:
+        """SHA-256 over all that is kept, and over a key that is not kept beside it."""
+        whole = (key, self.name, self.source, self.test_name, self.fingerprint)
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+    def save(self, path: Path, *, key: str = "") -> None:
+        """Keeps the data set in one file, which `Dataset.open` maps into memory.
+
+        Raises `OSError` if it cannot be written.
+        """
+        about = {name: getattr(self, name) for name in ("name", "source", "test_name")}
+        about |= {"classes": json.dumps(self.classes), "seal": self._seal(key)}
+        arrays = {part: np.ascontiguousarray(getattr(self, part)) for part in _PARTS}
         with written_aside(path) as aside:
-            save_file({part: getattr(self, part).contiguous() for part in _PARTS}, aside, about)
+            try:
+                save_file(arrays, aside, about)
+            except SafetensorError as error:  # a full disk, for instance
+                raise OSError(None, str(error)) from error
 
     @classmethod
-    def open(cls, path: Path) -> "Dataset":
+    def open(cls, path: Path, *, key: str = "") -> "Dataset":
         """The data set kept in a file; processes that open it share one copy of the images.
 
-        Raises `ValueError` if the file is not whole.
+        Raises `ValueError` if the file is not whole, or was saved with another key.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata()
                 parts = {part: file.get_tensor(part) for part in _PARTS}
-            names = {key: about[key] for key in ("name", "source", "test_name")}
+            names = {name: about[name] for name in ("name", "source", "test_name")}
             data = cls(**names, **parts, classes=tuple(json.loads(about["classes"])))
-            intact = data.fingerprint == about["fingerprint"]
+            if data._seal(key) != about["seal"]:
+                raise ValueError("what was kept is something else")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the data set kept in {path} is damaged: delete it") from error
-        if not intact:
-            raise ValueError(f"the data set kept in {path} is damaged: delete it")
         return data
 
     def subset(
@@ -212,20 +222,40 @@ class Dataset:
 
 
 _PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def _check_images(images: Tensor, what: str) -> None:
+def _as_images(images: object, what: str) -> Tensor:
+    """uint8 images (N, C, H, W), of a tensor or of a numpy array, which is copied."""
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        images = torch.from_numpy(np.array(images, order="C"))
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(f"{what} must be a uint8 tensor with values from 0 to 255, not {kind}")
+        raise TypeError(
+            f"{what} must be a uint8 tensor or numpy array with values from 0 to 255, not {kind}"
+        )
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"{what} must be of shape (N, C, H, W), not {tuple(images.shape)}")
+    if images.shape[3] in (1, 3) and images.shape[1] > 4:
+        raise ValueError(
+            f"{what} must be of shape (N, C, H, W), not {tuple(images.shape)} with the channels "
+            "last: move them by images.transpose(0, 3, 1, 2), or permute if it is a tensor"
+        )
+    return images
+
+
+def _as_labels(labels: object, what: str) -> Tensor:
+    """int64 labels, of whole numbers in a tensor, an array, a Series or a list."""
+    values = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    if not isinstance(values, Tensor) and values.dtype.kind in "iu":
+        values = torch.from_numpy(values.astype(np.int64))
+    if not isinstance(values, Tensor) or values.dtype not in _WHOLE:
+        kind = getattr(labels, "dtype", f"{type(labels).__name__} of {values.dtype}")
+        raise TypeError(f"{what} must be whole numbers, best an int64 tensor, not {kind}")
+    return values.long()
 
 
 def _check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        kind = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"{what} must be an int64 tensor, not {kind}")
     if labels.shape != (images,):
         raise ValueError(f"{what} must be of shape ({images},), not {tuple(labels.shape)}")
     lowest, highest = int(labels.min()), int(labels.max())

@@ -11,13 +11,17 @@ from pathlib import Path
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it becomes `path`, on failure it is gone.
 
+    `path` keeps the permissions that it has; a new file gets those of the user's other files.
     Raises `OSError` with a sentence that names `path` when it cannot be written (no permission,
     a full disk).
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        permissions = (path if path.exists() else aside).stat().st_mode
         yield aside
+        aside.chmod(permissions)  # safetensors makes a file that nobody else may read
         os.replace(aside, path)
     except OSError as error:
         raise type(error)(f"cannot write {path}: {error.strerror}") from error

@@ -1,24 +1,31 @@
 """Where images come from: bundled digits, files already here, a download, a folder of images."""
 
+import hashlib
 import http.client
-import importlib.util
+import math
 import os
 import shutil
 import socket
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from normlab import folders
 from normlab.cache import cache_folder, cached
 from normlab.checks import nearest, whole_number
 from normlab.data import Dataset
 from normlab.folders import load_folder, resized
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download counts as failed
+
+CODE = __loader__.get_data(__file__)  # as folders.CODE
 
 _IDX_FILES = (
     "train-images-idx3-ubyte",
@@ -33,28 +40,37 @@ _CIFAR_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch
 class Source:
     """A data set that torchvision can download."""
 
-    title: str
-    torchvision_name: str  # the class in torchvision.datasets
+    title: str  # and, without the hyphen, torchvision's name
     files: tuple[str, ...]  # what it leaves below the data root
     address: str  # the official page
+    classes: tuple[str, ...] = ()  # where no file names them
+    digests: tuple[str, ...] = ()  # SHA-256 of the files, where torchvision checks none
 
 
 SOURCES = {
     "mnist": Source(
         "MNIST",
-        "MNIST",
         tuple(f"MNIST/raw/{name}" for name in _IDX_FILES),
         "http://yann.lecun.com/exdb/mnist/",
+        tuple("0123456789"),
+        (
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ),
     ),
     "fashion-mnist": Source(
         "Fashion-MNIST",
-        "FashionMNIST",
         tuple(f"FashionMNIST/raw/{name}" for name in _IDX_FILES),
         "https://github.com/zalandoresearch/fashion-mnist",
+        (
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
     ),
     "cifar10": Source(
         "CIFAR-10",
-        "CIFAR10",
         tuple(f"cifar-10-batches-py/{name}" for name in _CIFAR_FILES),
         "https://www.cs.toronto.edu/~kriz/cifar.html",
     ),
@@ -73,19 +89,20 @@ def load_dataset(
 
     Args:
         name: "digits" (bundled, no download), "mnist", "fashion-mnist", "cifar10", or a folder
-            with `train/<class>/*` and `test/<class>/*` of png or jpg images.
+            with `train/<class>/*` and `test/<class>/*` of images in any format of Pillow's.
         root: a folder that holds data or shall receive it; without it, or when it holds none, the
             folder in NORMLAB_DATA is looked at, then normlab's own cache folder.
         download: whether to fetch what is nowhere to be found.
         input_shape: (C, H, W) to convert the images to; a folder of images that differ in size
             needs it.
 
-    A decoded data set is kept as one file in the cache folder, so that the next load is quick.
+    The images of a folder, once decoded, are kept as one file in the cache folder, so that the
+    next load is quick. MNIST of other files than the original ones is called "MNIST, changed".
     Raises `ValueError` for an unknown name or damaged files, `FileNotFoundError` for missing
     ones, `OSError` for a download that failed; nothing half-written stays behind.
     """
     check_dataset_name(name)
-    _check_input_shape(input_shape)
+    input_shape = _checked_shape(input_shape)
     if name == "digits":
         return _load_digits(input_shape or (1, 28, 28))
     if name in SOURCES:
@@ -98,6 +115,8 @@ def check_dataset_name(name: str | os.PathLike) -> None:
     """Raises an error unless `name` is a data set's or a folder's."""
     if name in DATASETS or Path(name).expanduser().is_dir():
         return
+    if Path(name).expanduser().exists():
+        raise ValueError(f"{str(name)!r} is a file: unpack it, and name the folder of its images")
     if isinstance(name, str) and not set(name) & {"/", "\\", "."}:
         raise ValueError(
             f"unknown data set {name!r}: it must be one of {', '.join(DATASETS)} or a folder of "
@@ -114,13 +133,14 @@ def data_roots(root: Path | None = None) -> list[Path]:
     return [*asked, cache_folder() / "data"]
 
 
-def _check_input_shape(shape: tuple[int, int, int] | None) -> None:
+def _checked_shape(shape: object) -> tuple[int, int, int] | None:
+    """(C, H, W) as integers, of a tuple, a list, an array, a tensor or a Series."""
     if shape is None:
-        return
-    if len(tuple(shape)) != 3 or shape[0] not in (1, 3):
+        return None
+    sides = np.asarray(shape).tolist()
+    if not isinstance(sides, list) or len(sides) != 3 or sides[0] not in (1, 3):
         raise ValueError(f"input_shape must be (C, H, W) with 1 or 3 channels, not {shape!r}")
-    for side in shape[1:]:
-        whole_number(side, "a side of input_shape")
+    return tuple(whole_number(side, "each number of input_shape") for side in sides)
 
 
 # --- bundled digits --------------------------------------------------------------------------
@@ -128,10 +148,8 @@ def _check_input_shape(shape: tuple[int, int, int] | None) -> None:
 
 def _load_digits(shape: tuple[int, int, int]) -> Dataset:
     """The digits, which are kept as well: importing scikit-learn takes some 3 s."""
-    package = importlib.util.find_spec("sklearn")
-    if package is None:
-        raise ModuleNotFoundError("the digits come with scikit-learn: pip install scikit-learn")
-    return cached("digits", [Path(package.origin)], lambda: _read_digits(shape), extra=(shape,))
+    settings = (shape, version("scikit-learn"), CODE, folders.CODE)
+    return cached("digits", [], lambda: _read_digits(shape), settings)
 
 
 def _read_digits(shape: tuple[int, int, int]) -> Dataset:
@@ -159,20 +177,13 @@ def _read_digits(shape: tuple[int, int, int]) -> Dataset:
 
 def _converted(data: Dataset, shape: tuple[int, int, int]) -> Dataset:
     """The same data set with images of another shape (C, H, W)."""
-    if data.input_shape == tuple(shape):
+    if data.input_shape == shape:
         return data
-    parts = {}
-    for part in ("train_images", "test_images"):
-        pieces = [resized(some, shape) for some in getattr(data, part).split(4096)]
-        parts[part] = torch.cat(pieces)
-    return Dataset(
-        data.name,
-        parts["train_images"],
-        data.train_labels,
-        parts["test_images"],
-        data.test_labels,
-        data.classes,
-        f"{data.source} as {'×'.join(map(str, shape))}",
+    return replace(
+        data,
+        train_images=resized(data.train_images, shape),
+        test_images=resized(data.test_images, shape),
+        source=f"{data.source} as {'×'.join(map(str, shape))}",
     )
 
 
@@ -183,54 +194,50 @@ def _load_known(name: str, root: Path | None, download: bool) -> Dataset:
     """A data set of torchvision's, or the JPEG copy of CIFAR-10, wherever it lies."""
     source = SOURCES[name]
     for place in data_roots(root):
-        files = [place / file for file in source.files]
-        if all(file.is_file() for file in files):
-            return cached(name, files, lambda place=place: _read_known(name, place))
+        if all(os.path.isfile(place / file) for file in source.files):
+            return _read_cifar10(place) if name == "cifar10" else _read_idx(name, place)
         pictures = place / "cifar10"
-        if name == "cifar10" and (pictures / "train").is_dir():
+        if name == "cifar10" and os.path.isdir(pictures / "train"):
             return load_folder(pictures, None, name=name, title="CIFAR-10 (JPEG copy)")
     if not download:
         raise FileNotFoundError(_not_found(name, root, f"{source.title} is not on this machine"))
-    place = _download(name, root)
-    files = [place / file for file in source.files]
-    return cached(name, files, lambda: _read_known(name, place))
+    return _load_known(name, _download(name, root), download=False)
 
 
-def _read_known(name: str, place: Path) -> Dataset:
-    """Reads torchvision's files below `place`; a damaged one is named."""
-    import torchvision
+def _read_idx(name: str, place: Path) -> Dataset:
+    """Reads the four files of MNIST or Fashion-MNIST; a damaged one is named."""
+    source, parts, digests = SOURCES[name], [], ()
+    for file in source.files:
+        content = np.fromfile(place / file, np.uint8)
+        digests += (hashlib.sha256(content).hexdigest(),)
+        sides, start = ((28, 28), 16) if "images" in file else ((), 8)
+        count, rest = divmod(len(content) - start, math.prod(sides))
+        header = struct.pack(f">{start // 4}I", 2049 + len(sides), max(count, 0), *sides)
+        if count < 1 or rest or bytes(content[:start]) != header:
+            raise _damaged(place / file, "its header and its size do not fit together")
+        parts.append(content[start:].reshape(count, *sides))
+        if not sides and (count != len(parts[-2]) or parts[-1].max() >= len(source.classes)):
+            raise _damaged(place / file, "its labels do not fit to the images")
+    title = source.title if source.digests in ((), digests) else f"{source.title}, changed"
+    train, test = parts[0][:, None], parts[2][:, None]  # (N, 1, 28, 28)
+    return Dataset(name, train, parts[1], test, parts[3], source.classes, title)
 
-    source = SOURCES[name]
-    reader = getattr(torchvision.datasets, source.torchvision_name)
+
+def _read_cifar10(place: Path) -> Dataset:
+    """Reads the batches of CIFAR-10 below `place`, whose check sums torchvision knows."""
+    from torchvision.datasets import CIFAR10
+
     try:
-        parts = [reader(place, train=train, download=False) for train in (True, False)]
+        parts = [CIFAR10(place, train=train) for train in (True, False)]
     except Exception as error:  # torchvision raises whatever the damage happens to provoke
-        raise ValueError(
-            f"{_damaged_file(name, place)} is damaged ({error or type(error).__name__}): "
-            "delete it and load the data set again"
-        ) from error
-    tensors = []
-    for part in parts:
-        pixels = torch.as_tensor(part.data)
-        images = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
-        tensors += [images.contiguous(), torch.as_tensor(part.targets)]
-    classes = [label.split(" - ")[0] for label in parts[0].classes]  # "7 - seven" is plain "7"
-    return Dataset(name, *tensors, tuple(classes), source.title)
+        why = str(error) or type(error).__name__
+        raise _damaged(place / "cifar-10-batches-py", why) from error
+    arrays = [some for part in parts for some in (part.data.transpose(0, 3, 1, 2), part.targets)]
+    return Dataset("cifar10", *arrays, parts[0].classes, SOURCES["cifar10"].title)
 
 
-def _damaged_file(name: str, place: Path) -> Path:
-    """Which file cannot be read: for MNIST's the one that its header contradicts."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    for file in SOURCES[name].files:
-        try:
-            if file.endswith("idx3-ubyte"):
-                read_image_file(str(place / file))
-            elif file.endswith("idx1-ubyte"):
-                read_label_file(str(place / file))
-        except Exception:  # whatever it is, this is the file
-            return place / file
-    return (place / SOURCES[name].files[0]).parent
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({why}): delete it and load the data set again")
 
 
 def _download(name: str, root: Path | None) -> Path:
@@ -238,12 +245,11 @@ def _download(name: str, root: Path | None) -> Path:
     import torchvision
 
     source = SOURCES[name]
-    reader = getattr(torchvision.datasets, source.torchvision_name)
+    reader = getattr(torchvision.datasets, source.title.replace("-", ""))
     place = _writable(data_roots(root))
     with tempfile.TemporaryDirectory(prefix=".normlab-", dir=place) as aside, _socket_timeout():
         try:
-            for train in (True, False):  # the second call finds everything there
-                reader(aside, train=train, download=True)
+            reader(aside, train=True, download=True)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reason = " ".join(str(error).split())
             why = f"{source.title} could not be downloaded ({reason})"

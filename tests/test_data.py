@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -79,14 +80,21 @@ def test_a_constant_channel_is_centred_and_not_divided_by_zero(coloured):
 
 WRONG = {
     "float images": ("train_images", lambda old: old.float(), TypeError, "uint8.*float32"),
-    "images of numpy": ("test_images", lambda old: old.numpy(), TypeError, "uint8"),
+    "floats of numpy": ("test_images", lambda old: old.numpy() / 255, TypeError, "uint8.*float64"),
+    "channels last": ("train_images", lambda old: old.permute(0, 2, 3, 1), ValueError, "last"),
+    "channels of numpy last": (
+        *("train_images", lambda old: old.permute(0, 2, 3, 1).numpy(), ValueError),
+        r"\(30, 6, 4, 3\).*transpose\(0, 3, 1, 2\)",
+    ),
     "images in a list": ("train_images", lambda old: old.tolist(), TypeError, "uint8.*list"),
     "no channel axis": ("train_images", lambda old: old[:, 0], ValueError, r"\(N, C, H, W\)"),
     "no training images": ("train_images", lambda old: old[:0], ValueError, r"\(0, 3, 6, 4\)"),
     "no test images": ("test_images", lambda old: old[:0], ValueError, r"\(0, 3, 6, 4\)"),
     "float labels": ("train_labels", lambda old: old.float(), TypeError, "int64.*float32"),
-    "int32 labels": ("test_labels", lambda old: old.int(), TypeError, "int64.*int32"),
-    "labels in a list": ("test_labels", lambda old: old.tolist(), TypeError, "int64.*list"),
+    "labels of numpy": ("test_labels", lambda old: old.numpy() / 1, TypeError, "whole.*float64"),
+    "no labels": ("test_labels", lambda old: None, TypeError, "whole numbers.*NoneType"),
+    "names as labels": ("test_labels", lambda old: ["x"] * 6, TypeError, "whole numbers.*list"),
+    "truths as labels": ("test_labels", lambda old: old > 0, TypeError, "whole numbers.*bool"),
     "label too high": ("train_labels", lambda old: old + 1, ValueError, "holds 3: 3 classes"),
     "label below 0": ("test_labels", lambda old: old - 1, ValueError, "holds -1"),
     "a label too few": ("train_labels", lambda old: old[1:], ValueError, r"\(30,\), not \(29,\)"),
@@ -105,6 +113,72 @@ def test_a_data_set_that_does_not_fit_together_is_refused(coloured, case):
         nl.Dataset(**parts)
     if field != "classes":
         assert field in str(caught.value)
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+IMAGES_AS = {
+    "array": lambda images: images.numpy(),
+    "array that cannot be written": lambda images: read_only(images.numpy()),
+    "turned array": lambda images: images.permute(0, 2, 3, 1).numpy().copy().transpose(0, 3, 1, 2),
+    "array read backwards": lambda images: images.flip(0).numpy()[::-1],
+}
+LABELS_AS = {
+    **{f"array of {kind}": lambda y, kind=kind: y.numpy().astype(kind) for kind in ("i4", "u1")},
+    "array of the other byte order": lambda labels: labels.numpy().astype(">i8"),
+    "Series": lambda labels: pd.Series(labels.numpy(), index=range(7, 7 + len(labels))),
+    "list": lambda labels: labels.tolist(),
+    "int32 tensor": lambda labels: labels.int(),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", IMAGES_AS | LABELS_AS)
+def test_arrays_and_series_count_like_tensors(coloured, kind):
+    change = (IMAGES_AS | LABELS_AS)[kind]
+    what = "images" if kind in IMAGES_AS else "labels"
+    fields = [f"{part}_{what}" for part in ("train", "test")]
+    changed = {name: change(getattr(coloured, name).clone()) for name in fields}
+    data = nl.Dataset(**parts_of(coloured) | changed | {"classes": np.array(["x", "y", "z"])})
+    assert data.fingerprint == coloured.fingerprint
+    assert data.train_labels.dtype == torch.int64
+    images, labels = next(iter(data.loader(batch_size=4)))
+    assert (images.shape, labels.dtype) == ((4, 3, 6, 4), torch.int64)
+
+
+def test_a_data_set_does_not_change_with_the_array_it_was_made_of(coloured):
+    array = coloured.train_images.numpy().copy()
+    data = replace(coloured, train_images=array)
+    array[:] = 0
+    assert data.fingerprint == coloured.fingerprint
+
+
+@pytest.mark.parametrize("form", ["the same images twice", "turned"])
+def test_whatever_images_a_data_set_holds_can_be_kept(coloured, tmp_path, form):
+    images, labels = coloured.train_images, coloured.train_labels
+    if form == "turned":
+        images = images.contiguous(memory_format=torch.channels_last)
+    data = replace(coloured, train_images=images, test_images=images, test_labels=labels)
+    data.save(tmp_path / "data.safetensors")
+    assert nl.Dataset.open(tmp_path / "data.safetensors").fingerprint == data.fingerprint
+
+
+def test_a_data_set_opens_with_the_key_it_was_kept_with(coloured, tmp_path):
+    path = tmp_path / "data.safetensors"
+    coloured.save(path, key="one")
+    assert nl.Dataset.open(path, key="one").fingerprint == coloured.fingerprint
+    for other in ("", "other"):
+        with pytest.raises(ValueError, match="is damaged: delete it"):
+            nl.Dataset.open(path, key=other)
+
+
+def test_a_full_disk_is_told_in_a_sentence(digits, tmp_path, full_disk):
+    with full_disk(), pytest.raises(OSError, match=r"cannot write .*data: .*too large"):
+        digits.save(tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the order of the images -----------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files that are whole or not there, also when the disk is full."""
 
 import json
+import os
 
 import pytest
 
@@ -56,6 +57,21 @@ def test_who_reads_the_old_file_meanwhile_reads_all_of_it(tmp_path):
         write_bytes(path, b"new")
         assert reader.read() == b"old"
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions")
+@pytest.mark.parametrize("before", [None, 0o600, 0o664])
+def test_a_file_keeps_its_permissions_and_a_new_one_has_the_usual_ones(tmp_path, before):
+    path, usual = tmp_path / "file.txt", tmp_path / "usual"
+    usual.touch()
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    with written_aside(path) as aside:
+        aside.unlink()
+        os.close(os.open(aside, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors does it
+    expected = usual.stat().st_mode & 0o777 if before is None else before
+    assert path.stat().st_mode & 0o777 == expected
 
 
 def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):

@@ -142,17 +142,15 @@ def test_no_module_goes_through_the_public_names(module):
 def test_the_requirements_are_what_is_imported():
     imported = {name.split(".")[0] for module in ORDER for name in imports_of(parsed(module))}
     imported -= {*sys.stdlib_module_names, "normlab"}
-    imported -= {
-        "IPython",
-        "PIL",
-    }  # in a notebook's kernel only; what torchvision reads images with
+    imported -= {"IPython"}  # in a notebook's kernel only
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert set(EXTRAS) <= imported
     for package, extra in EXTRAS.items():
         assert package in declared(config["options.extras_require"][extra])
         assert package in declared(config["options.extras_require"]["test"])
-    names = {{"sklearn": "scikit-learn"}.get(name, name) for name in imported - set(EXTRAS)}
+    other_names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    names = {other_names.get(name, name) for name in imported - set(EXTRAS)}
     assert names == declared(config["options"]["install_requires"])
 
 
