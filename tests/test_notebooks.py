@@ -14,6 +14,7 @@ import pytest
 
 import normlab as nl
 from normlab.pages import fill_pages, read_results
+from normlab.report import report_text, results_as_dict
 from normlab.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -223,44 +224,6 @@ def run_cells(cells: list[str], names: dict) -> dict:
     return names
 
 
-@pytest.fixture(scope="session")
-def decoded(tmp_path_factory) -> Path:
-    """A cache folder for all notebooks: CIFAR-10 takes a while to decode."""
-    return tmp_path_factory.mktemp("decoded")
-
-
-@pytest.fixture
-def only_loading(monkeypatch, tmp_path, real_data_root, decoded) -> set[str]:
-    """Trains nothing, and notes the folders and the rows of tables that were taken instead."""
-    taken = set()
-
-    def load(self, network):
-        taken.add(self.directory.resolve().as_posix())
-        return loaded(self, network)
-
-    def sweep(*arguments, **options):
-        table = run_sweep(*arguments, **options)
-        taken.update(table["run"])
-        return table
-
-    def train(*_, **__):
-        pytest.fail("a kept run was not taken: see what was printed")
-
-    loaded, run_sweep = RunFolder.load, nl.run_sweep
-    monkeypatch.setattr(RunFolder, "load", load)
-    monkeypatch.setattr(nl, "run_sweep", sweep)
-    looked_at = SimpleNamespace(last={"test_accuracy": 0.5})  # for which no run was kept
-    monkeypatch.setattr(nl, "fit", lambda *_, **__: looked_at)
-    monkeypatch.setattr("normlab.fitting.make_engine", train)
-    monkeypatch.setattr("normlab.parallel.WORTHWHILE", float("inf"))  # not in other processes
-    monkeypatch.setenv("NORMLAB_DATA", str(real_data_root))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(decoded))
-    monkeypatch.delenv("NORMLAB_SMOKE", raising=False)
-    (tmp_path / "results").symlink_to(ROOT / "notebooks" / "results")
-    monkeypatch.chdir(tmp_path)
-    return taken
-
-
 def kept_in(folder: str) -> set[str]:
     """The folders of the runs, and the digests in tables, that lie in the results of that name."""
     found = set()
@@ -283,8 +246,51 @@ def test_every_kept_run_belongs_to_a_notebook():
     assert set.union(*map(kept_in, WITH_KEPT_RUNS.values())) == kept_in("")
 
 
-@pytest.mark.parametrize("path", WITH_KEPT_RUNS, ids=lambda path: path.stem)
-def test_every_kept_run_is_loaded_by_the_very_call_of_its_notebook(path, only_loading):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder like that of the notebooks, with a cache: CIFAR-10 takes a while to decode."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    (folder / "results").symlink_to(ROOT / "notebooks" / "results")
+    return folder
+
+
+@pytest.fixture(scope="module", params=WITH_KEPT_RUNS, ids=lambda path: path.stem)
+def loaded(request, place, real_data_root):
+    """A notebook, its variables after the cells that load kept runs, and what these took.
+
+    Whatever would be trained in the place of a kept run is an error.
+    """
+    taken = set()
+
+    def load(self, network):
+        taken.add(self.directory.resolve().as_posix())
+        return load_run(self, network)
+
+    def sweep(*arguments, **options):
+        table = run_sweep(*arguments, **options)
+        taken.update(table["run"])
+        return table
+
+    def train(*_, **__):
+        pytest.fail("a kept run was not taken: see what was printed")
+
+    load_run, run_sweep = RunFolder.load, nl.run_sweep
+    looked_at = SimpleNamespace(last={"test_accuracy": 0.5})  # for which no run was kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "load", load)
+        patch.setattr(nl, "run_sweep", sweep)
+        patch.setattr(nl, "fit", lambda *_, **__: looked_at)
+        patch.setattr("normlab.fitting.make_engine", train)
+        patch.setattr("normlab.parallel.WORTHWHILE", float("inf"))  # not in other processes
+        patch.setenv("NORMLAB_DATA", str(real_data_root))
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        patch.delenv("NORMLAB_SMOKE", raising=False)
+        patch.chdir(place)
+        variables = run_to_the_kept_runs(request.param)
+    return request.param, variables, taken
+
+
+def run_to_the_kept_runs(path: Path) -> dict:
     given = MEASURED.get(path.stem, dict)()
     cells = cells_that_load(path, set(given))
     dataset = re.search(r'^DATASET = .* else "(\w+)"', "\n".join(cells), re.M)[1]
@@ -292,5 +298,50 @@ def test_every_kept_run_is_loaded_by_the_very_call_of_its_notebook(path, only_lo
         nl.load_dataset(dataset, download=False)
     except FileNotFoundError:
         pytest.skip(f"NORMLAB_DATA names a folder without {dataset}")
-    run_cells(cells, {"__name__": "notebook", **given})
-    assert only_loading >= kept_in(WITH_KEPT_RUNS[path])
+    return run_cells(cells, {"__name__": "notebook", **given})
+
+
+def test_every_kept_run_is_loaded_by_the_very_call_of_its_notebook(loaded):
+    path, _, taken = loaded
+    assert taken >= kept_in(WITH_KEPT_RUNS[path])
+
+
+def test_the_published_results_are_those_of_the_kept_runs(loaded):
+    """Where this fails after a change, `normlab run` with the folder for --out writes them anew."""
+    path, variables, _ = loaded
+    of_name = {v.assignment.name: v for v in variables.values() if isinstance(v, nl.Results)}
+    folders = sorted((ROOT / "notebooks" / "results").glob(f"{WITH_KEPT_RUNS[path]}*/results.json"))
+    for folder in (file.parent for file in folders):
+        results = of_name[folder.name]
+        fresh = json.loads(json.dumps(results_as_dict(results)))
+        assert flat(json.loads((folder / "results.json").read_text())) == flat(fresh)
+        assert (folder / "results.csv").read_text() == results.table().to_csv(index=False)
+        assert (folder / "report.md").read_text() == report_text(results)
+
+
+def flat(value: object, key: str = "") -> dict:
+    """The numbers and words of nested dicts and lists by their places; numbers to ten digits."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, each in inner for k, v in flat(each, f"{key}/{name}").items()}
+    return {key: float(f"{value:.10g}") if isinstance(value, float) else value}
+
+
+def test_the_published_results_without_kept_runs_agree_with_themselves():
+    """Those of the README's first command, which takes a minute: its runs are not kept."""
+    without = [kept for kept in KEPT.values() if not (kept["folder"] / "runs").is_dir()]
+    assert [kept["folder"].name for kept in without] == ["digits"]
+    for variant in without[0]["variants"]:
+        (run,) = variant["runs"]  # of a single seed, so there is neither spread nor difference
+        assert (variant["seeds"], variant["sd"], without[0].get("differences", [])) == (
+            1,
+            None,
+            [],
+        )
+        assert variant["test_accuracy"] == run["test_accuracy"] <= variant["best_accuracy"]
+        assert (variant["test_accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+        assert variant["seconds"] == run["seconds"]
+        network = nl.build_network(**variant["network"])
+        assert variant["parameters"] == sum(weight.numel() for weight in network.parameters())
+        page = (without[0]["folder"] / "report.md").read_text()
+        assert f"| {100 * variant['best_accuracy']:.2f} in epoch {variant['best_epoch']} |" in page
