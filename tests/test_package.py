@@ -69,6 +69,7 @@ ORDER = (
     "analysis",
     "progress",
     "fitting",
+    "parcels",
     "parallel",
     "assignments",
     "plans",
