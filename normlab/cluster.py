@@ -105,7 +105,7 @@ class Cluster:
         Raises `ConnectionError` or `RuntimeError` if the cluster fails.
         """
         task = partial(_train_away, train, load, data.fingerprint, normlab.__version__)
-        train_all(train, plans, data, partial(self._by_workers, task), after_each)
+        train_all(partial(self._by_workers, task), train, plans, data, after_each)
 
     def _by_workers(self, task: Callable, parcels: Sequence[Parcel]) -> Outcomes:
         results: SimpleQueue = SimpleQueue()

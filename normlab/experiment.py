@@ -199,12 +199,16 @@ def _train_side_by_side(
     """Trains what is left in processes beside this one, if all plans together are worth it."""
     if left and are_worth_processes(plans, data):
         judge, options = partial(_judge, data), {"progress": progress, "to_the_end": to_the_end}
-        side_by_side(_train, left, data, after_each=judge, **options)
+        side_by_side(_train, left, data, after_each=judge, train_here=_later, **options)
 
 
 def _judge(data: Dataset, plan: Plan, _: object) -> None:
     """Says here what a process that trains beside others keeps to itself."""
     warn_if_at_chance(plan.label, RunFolder(plan.directory).history_so_far(), plan.recipe, data)
+
+
+def _later(_: Job, __: Dataset) -> None:
+    """What other processes cannot train is trained afterwards, like everything on a GPU."""
 
 
 def _train(job: Job, data: Dataset) -> None:

@@ -73,23 +73,22 @@ def side_by_side(
     progress: bool = True,
     after_each: AfterEach = nothing_more,
     to_the_end: bool = True,
+    train_here: Train | None = None,
 ) -> None:
     """Calls `train(job, data)`, which fills the job's folder, in processes of one thread each.
 
-    They are started for this call, and end with this process. The images are in one file that all
-    of them map. The rest is as for `train_all`.
+    They are started for this call, and end with this process. The rest is as for `train_all`.
     """
-    with scratch_folder() as folder, _Watch(plans, show=progress):
-        data.save(folder / "data.safetensors")
-        apart = functools.partial(_in_processes, train, folder / "data.safetensors")
-        train_all(train, plans, data, apart, after_each, to_the_end=to_the_end)
+    apart = functools.partial(_in_processes, train, data, progress)
+    here = train_here or train
+    train_all(apart, here, plans, data, after_each, to_the_end=to_the_end)
 
 
 def train_all(
-    train: Train,
+    apart: Callable[[Sequence[Parcel]], Outcomes],
+    train_here: Train,
     plans: Sequence[Planned],
     data: Dataset,
-    apart: Callable[[Sequence[Parcel]], Outcomes],
     after_each: AfterEach,
     *,
     to_the_end: bool = True,
@@ -99,11 +98,12 @@ def train_all(
     Raises the first error of a plan once the others are done, or at once without `to_the_end`.
 
     Args:
-        apart: gives the parcels to processes that call `train` with their jobs.
-        after_each: called here with a plan and what `train` returned, once its folder is filled.
+        apart: has other processes train the jobs of parcels.
+        train_here: does the same in this process.
+        after_each: called here with a plan and what its training returned.
     """
     left, errors = len(plans), []
-    with closing(_outcomes(train, plans, data, apart)) as outcomes:
+    with closing(_outcomes(apart, train_here, plans, data)) as outcomes:
         for plan, outcome in outcomes:
             left -= 1
             if not isinstance(outcome, Exception):
@@ -118,10 +118,10 @@ def train_all(
 
 
 def _outcomes(
-    train: Train,
+    apart: Callable[[Sequence[Parcel]], Outcomes],
+    train_here: Train,
     plans: Sequence[Planned],
     data: Dataset,
-    apart: Callable[[Sequence[Parcel]], Outcomes],
 ) -> Iterator[tuple[Planned, object]]:
     """What became of each plan, as soon as it is known."""
     parcels, here = pack_all(plans, data)
@@ -131,37 +131,45 @@ def _outcomes(
             yield parcel.plan, outcome
         else:
             here.append((parcel.plan, reason))
-    for number, (plan, reason) in enumerate(here):
-        if number == 0:
-            more = f" and {len(here) - 1} more" if len(here) > 1 else ""
-            warn(f"{plan.label}{more}: trained in this process, not beside it: {reason}")
-        yield plan, _caught(train, plan.job(data), data)
+    if here:
+        plan, reason = here[0]
+        more = f" and {len(here) - 1} more" if len(here) > 1 else ""
+        warn(f"{plan.label}{more}: trained in this process, not beside it: {reason}")
+    for plan, _ in here:
+        yield plan, _caught(train_here, plan.job(data), data)
 
 
 def _caught(task: Callable, *arguments: object) -> object:
-    """What the task returns, or the error that it raises: joblib, given one, may lose it."""
+    """What the task returns, or the error that it raises."""
     try:
         return task(*arguments)
     except Exception as error:
         return error
 
 
-def _in_processes(train: Train, file: Path, parcels: Sequence[Parcel]) -> Outcomes:
-    """When a process is killed, joblib ends them all: the runs that were under way are then taken
-    up from their checkpoints, one after another, so that one whose process is killed again takes no
+def _in_processes(
+    train: Train, data: Dataset, progress: bool, parcels: Sequence[Parcel]
+) -> Outcomes:
+    """The images are in one file that all processes map.
+
+    When a process is killed, joblib ends them all: the runs that were under way are then taken up
+    from their checkpoints, one after another, so that one whose process is killed again takes no
     other with it, and the rest goes on as ever.
     """
     left = list(parcels)
-    work = functools.partial(_portion, functools.partial(_train_alone, train, file), left)
-    while left:
-        for parcel in (yield from work(*rounds(tuple(left))[0], file)):
-            if (yield from work([parcel], 1, file)):
-                left.remove(parcel)
-                yield parcel, _killed(parcel.plan.label)
+    with scratch_folder() as folder, _Watch([each.plan for each in parcels], show=progress):
+        file = folder / "data.safetensors"
+        data.save(file)
+        work = functools.partial(_portion, functools.partial(_train_alone, train, file), file, left)
+        while left:
+            for parcel in (yield from work(*rounds(tuple(left))[0])):
+                if (yield from work([parcel], 1)):
+                    left.remove(parcel)
+                    yield parcel, _killed(parcel.plan.label)
 
 
 def _portion(
-    task: Callable, left: list[Parcel], parcels: Sequence[Parcel], workers: int, file: Path
+    task: Callable, file: Path, left: list[Parcel], parcels: Sequence[Parcel], workers: int
 ) -> Iterator[tuple[Parcel, object]]:
     """Does the parcels in so many processes, and takes those that are done from `left`.
 
@@ -234,6 +242,7 @@ class WorkersLost(RuntimeError):
 
 
 def _numbered(number: int, task: Callable, sent: tuple) -> tuple:
+    """An error comes home as a result: joblib, given one, may lose it."""
     outcome = _caught(task, sent)
     if isinstance(outcome, Exception):
         trace = "".join(traceback.format_exception(outcome))
