@@ -25,15 +25,16 @@ import normlab
 from normlab.cache import cache_folder
 from normlab.checks import warn
 from normlab.data import Dataset
-from normlab.parallel import AfterEach, WorkersLost, train_quietly, work_off
-from normlab.plans import Plan
+from normlab.parallel import AfterEach, Outcomes, Train, WorkersLost, quiet, train_all, work_off
+from normlab.parcels import Parcel, unpack
+from normlab.plans import Plan, digest_of
 from normlab.runs import RunFolder
 
 if TYPE_CHECKING:
     from distributed import Client, Worker
 
 SECONDS_TO_ANSWER = 10
-MOST_BYTES = 100_000  # of what is sent for a run
+MOST_BYTES = 100_000  # of the function that loads the images, which goes with each run
 
 # The threads of one worker would share torch's random states: they train one after another.
 _one_at_a_time = threading.Lock()
@@ -62,11 +63,11 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.client.close()
 
-    def check_size(self, load: Callable[[], Dataset], plan: Plan) -> None:
+    def check_size(self, load: Callable[[], Dataset]) -> None:
         """Raises `ValueError` if `load`, sent with each run, holds the images."""
         from distributed.protocol import pickle
 
-        size = len(pickle.dumps((load, plan)))
+        size = len(pickle.dumps(load))
         if size > MOST_BYTES:
             raise ValueError(
                 f"each run would be sent with {size:,} bytes: data must be a function that loads "
@@ -86,13 +87,13 @@ class Cluster:
 
     def train(
         self,
-        train: Callable[[Plan, Dataset], object],
+        train: Train,
         plans: Sequence[Plan],
         load: Callable[[], Dataset],
         data: Dataset,
         after_each: AfterEach,
     ) -> None:
-        """Calls `train(plan, load())` on the workers.
+        """Calls `train(job, load())` on the workers, as `train_all` does.
 
         A plan whose worker dies is given to another one, which goes on from the last finished
         epoch if it is on the same machine.
@@ -101,24 +102,19 @@ class Cluster:
             load: returns the images, on the worker; a partial of `load_dataset`, say.
             data: the images here; those of a worker must be the same.
 
-        Raises `ConnectionError` or `RuntimeError` if the cluster fails, and the first error of a
-        plan when the others are done.
+        Raises `ConnectionError` or `RuntimeError` if the cluster fails.
         """
         task = partial(_train_away, train, load, data.fingerprint, normlab.__version__)
+        train_all(partial(self._by_workers, task), train, plans, data, after_each)
+
+    def _by_workers(self, task: Callable, parcels: Sequence[Parcel]) -> Outcomes:
         results: SimpleQueue = SimpleQueue()
-        errors: list[Exception] = []
-        arguments = (self.client, task, plans, results)
+        arguments = (self.client, task, parcels, results)
         threading.Thread(target=_work_off, args=arguments, daemon=True).start()
         while (result := _next(results, self.client)) is not None:
             if isinstance(result, BaseException):
                 raise result
-            plan, outcome = result
-            if isinstance(outcome, Exception):
-                errors.append(outcome)
-            else:
-                after_each(plan, outcome)
-        if errors:
-            raise errors[0]
+            yield result
 
 
 # --- the client -------------------------------------------------------------------------------
@@ -182,7 +178,9 @@ def _version_asker() -> Callable[[], str | None]:
     return version
 
 
-def _work_off(client: Client, task: Callable, plans: Sequence[Plan], results: SimpleQueue) -> None:
+def _work_off(
+    client: Client, task: Callable, parcels: Sequence[Parcel], results: SimpleQueue
+) -> None:
     """Puts what the workers return into `results`, at last None or the error that ended it.
 
     In a thread of its own, because joblib waits forever for a task whose workers all died.
@@ -193,17 +191,13 @@ def _work_off(client: Client, task: Callable, plans: Sequence[Plan], results: Si
             # With a single thread joblib would not use the cluster at all, but train here.
             config["backend"].effective_n_jobs = lambda n_jobs: max(threads(n_jobs), 2)
             # All at once, so that workers that join later find something to do.
-            done = partial(_put, results)
-            work_off(task, plans, done, n_jobs=-1, pre_dispatch="all")
+            for result in work_off(task, parcels, n_jobs=-1, pre_dispatch="all"):
+                results.put(result)
         results.put(None)
     except CancelledError:
         results.put(_gone())
     except Exception as error:
         results.put(error)
-
-
-def _put(results: SimpleQueue, plan: Plan, result: object) -> None:
-    results.put((plan, result))
 
 
 def _next(results: SimpleQueue, client: Client) -> tuple | BaseException | None:
@@ -255,11 +249,11 @@ def _gone() -> ConnectionError:
 
 
 def _train_away(
-    train: Callable[[Plan, Dataset], object],
+    train: Train,
     load: Callable[[], Dataset],
     fingerprint: str,
     version: str,
-    plan: Plan,
+    sent: tuple,
 ) -> tuple[object, dict[str, bytes]]:
     """Trains on a worker; returns what `train` does, and the files of the finished run.
 
@@ -270,11 +264,12 @@ def _train_away(
             f"worker {_own_address()} has normlab {normlab.__version__}, the client {version}: "
             "install the same version there"
         )
-    with _one_at_a_time:
+    with _one_at_a_time, quiet():
         data = _images_here(load, fingerprint, _own_address)
-        place = _place(plan.digest(data))
+        job = unpack(sent, data)
+        place = _place(digest_of(job.what))
         with _alone_in(place):
-            result = train_quietly(train, replace(plan, directory=place), data)
+            result = train(replace(job, directory=place), data)
             return result, RunFolder(place).pack()
 
 

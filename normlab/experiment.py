@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,8 @@ from normlab.checks import instance, one_of
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engines import ENGINES
-from normlab.fitting import fit_together, warn_if_at_chance
+from normlab.files import scratch_folder
+from normlab.fitting import Job, fit_together, warn_if_at_chance
 from normlab.networks import NETWORKS
 from normlab.parallel import say_others_go_on, side_by_side
 from normlab.plans import (
@@ -152,7 +152,7 @@ def run_assignment(
     data = data if data is not None else load_assignment_data(assignment)
     instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
-        place = Path(directory or stack.enter_context(TemporaryDirectory(prefix="normlab-")))
+        place = Path(directory or stack.enter_context(scratch_folder()))
         plans = plan_runs(assignment, numbers, epochs, place)
         check_plans(plans, data, device)
         if fresh:
@@ -199,7 +199,7 @@ def _train_side_by_side(
     """Trains what is left in processes beside this one, if all plans together are worth it."""
     if left and are_worth_processes(plans, data):
         judge, options = partial(_judge, data), {"progress": progress, "to_the_end": to_the_end}
-        side_by_side(_train, left, data, after_each=judge, **options)
+        side_by_side(_train, left, data, after_each=judge, train_here=_later, **options)
 
 
 def _judge(data: Dataset, plan: Plan, _: object) -> None:
@@ -207,5 +207,9 @@ def _judge(data: Dataset, plan: Plan, _: object) -> None:
     warn_if_at_chance(plan.label, RunFolder(plan.directory).history_so_far(), plan.recipe, data)
 
 
-def _train(plan: Plan, data: Dataset) -> None:
-    fit_together([plan.job(data)], data, device="cpu", progress=False)
+def _later(_: Job, __: Dataset) -> None:
+    """What other processes cannot train is trained afterwards, like everything on a GPU."""
+
+
+def _train(job: Job, data: Dataset) -> None:
+    fit_together([job], data, device="cpu", progress=False)

@@ -2,9 +2,14 @@
 
 import json
 import os
+import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -60,3 +65,30 @@ def remove_leftovers(directory: Path) -> None:
     """Removes what a killed process was writing aside in `directory`."""
     for leftover in directory.glob(".*.part"):
         leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder while the block lasts; removes those of processes that were killed.
+
+    Its lock tells whether somebody still uses it, which the number of a process would not: it may
+    be that of another container, or given anew.
+    """
+    place = Path(tempfile.gettempdir())
+    for lock in place.glob("normlab-*.lock"):
+        with suppress(OSError, Timeout):  # another user's, or in use
+            _remove_scratch(lock, timeout=0)
+    lock = place / f"normlab-{secrets.token_hex(8)}.lock"
+    try:
+        with FileLock(lock):
+            lock.with_suffix("").mkdir(mode=0o700)
+            yield lock.with_suffix("")
+    finally:
+        _remove_scratch(lock)
+
+
+def _remove_scratch(lock: Path, *, timeout: float = -1) -> None:
+    if not lock.is_symlink():
+        with FileLock(lock, timeout=timeout):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink(missing_ok=True)

@@ -74,12 +74,23 @@ def fit(
 
 @dataclass
 class Job:
-    """What `fit_together` trains: a network, how, where to keep it, and what to call it."""
+    """What `fit_together` trains: a network, how, where to keep it, and what to call it.
+
+    `what` is its `identity`, where that is known: a process that a network was sent to could not
+    tell from what source it comes.
+    """
 
     network: nn.Module
     recipe: Recipe
     directory: Path | None = None
     label: str | None = None
+    what: dict | None = None
+
+
+def identified(job: Job, data: Dataset) -> Job:
+    """The job with its identity; the network is moved to the CPU."""
+    move(job.network, torch.device("cpu"), job.recipe)
+    return replace(job, what=identity(job.network, data, job.recipe))
 
 
 def fit_together(
@@ -153,10 +164,10 @@ def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
 
     Raises `ValueError` if the folder holds another run.
     """
-    _move(job.network, device, job.recipe)
+    move(job.network, device, job.recipe)
     if job.directory is None:
         return False
-    return RunFolder(job.directory).open(identity(job.network, data, job.recipe))
+    return RunFolder(job.directory).open(job.what or identity(job.network, data, job.recipe))
 
 
 class _Training:
@@ -165,7 +176,7 @@ class _Training:
     def __init__(
         self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
     ) -> None:
-        self.network, self.recipe, self.data = job.network, job.recipe, data
+        self.network, self.recipe, self.data, self.what = job.network, job.recipe, data, job.what
         self.device, self.choice, self.progress = device, engine, progress
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
@@ -175,7 +186,7 @@ class _Training:
         self.engine: PlainEngine | None = None
         check_trainable(job.network, data)
         with self._explaining():
-            _move(job.network, device, job.recipe)
+            move(job.network, device, job.recipe)
         _check_agreement(job, data)
         self.loaded = from_first(lambda: is_done(job, data, device))
 
@@ -224,7 +235,7 @@ class _Training:
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        what = identity(self.network, self.data, self.recipe)
+        what = self.what or identity(self.network, self.data, self.recipe)
         self.config = {"is": what, "from": provenance(self.data, self.device)}
         self.engine, why = make_engine(self.choice, *self._ingredients())
         self._resume()
@@ -384,7 +395,8 @@ def _check_agreement(job: Job, data: Dataset) -> None:
             )
 
 
-def _move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
+def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
+    """Moves the network to the device, in the recipe's dtype."""
     if device.type == "mps" and recipe.dtype == "float64":
         raise ValueError("dtype 'float64' is not available on device 'mps': use device='cpu'")
     network.to(device=device, dtype=DTYPES[recipe.dtype])

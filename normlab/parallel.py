@@ -7,15 +7,13 @@ the histories there for its display, and afterwards finds the runs finished.
 
 import functools
 import os
-import tempfile
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import joblib
 import torch
@@ -23,6 +21,9 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from normlab.checks import warn
 from normlab.data import Dataset
+from normlab.files import scratch_folder
+from normlab.fitting import Job
+from normlab.parcels import Parcel, Planned, StaysHere, mismatch, pack_all, unpack
 from normlab.progress import Progress, make_progress
 from normlab.runs import RunFolder
 
@@ -33,19 +34,13 @@ WORTHWHILE = 3e11
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class Planned(Protocol):
-    """A run to be done: a picklable object with these."""
-
-    label: str
-    directory: Path
-    epochs: int
-
-
+Train = Callable[[Job, Dataset], object]
+Outcomes = Iterator[tuple[Parcel, object]]  # what was returned, or the error that was raised
 AfterEach = Callable[[Planned, object], None]
 
 
-def nothing_more(job: Planned, result: object) -> None:
-    """What there is to do after a job if nobody waits for it."""
+def nothing_more(plan: Planned, result: object) -> None:
+    """What there is to do after a run if nobody waits for it."""
 
 
 def is_worthwhile(jobs: Sequence, multiply_adds: float) -> bool:
@@ -71,69 +66,133 @@ def rounds(jobs: Sequence) -> list[tuple[Sequence, int]]:
 
 
 def side_by_side(
-    train: Callable[[Planned, Dataset], object],
-    jobs: Sequence[Planned],
+    train: Train,
+    plans: Sequence[Planned],
     data: Dataset,
     *,
     progress: bool = True,
     after_each: AfterEach = nothing_more,
     to_the_end: bool = True,
+    train_here: Train | None = None,
 ) -> None:
     """Calls `train(job, data)`, which fills the job's folder, in processes of one thread each.
 
-    The images are in one file that all processes map. When a process is killed, joblib ends them
-    all: the jobs that were under way are then taken up from their checkpoints, one after another,
-    so that one whose process is killed again takes no other with it, and the rest goes on as ever.
-
-    Raises the first error of a job once the others are done, or at once without `to_the_end`, and
-    `RuntimeError` that names the jobs whose processes were killed again.
+    They are started for this call, and end with this process. The rest is as for `train_all`.
     """
-    left, errors, killed = list(jobs), [], []
+    apart = functools.partial(_in_processes, train, data, progress)
+    here = train_here or train
+    train_all(apart, here, plans, data, after_each, to_the_end=to_the_end)
 
-    def done(job: Planned, outcome: object) -> None:
-        left.remove(job)
-        if not isinstance(outcome, Exception):
-            after_each(job, outcome)
-        elif to_the_end:
-            errors.append(outcome)
-            say_others_go_on(outcome, bool(left))
-        else:
-            raise outcome
 
-    with tempfile.TemporaryDirectory(prefix="normlab-") as folder, _Watch(left, show=progress):
-        file = Path(folder) / "data.safetensors"
-        data.save(file)
-        task = functools.partial(_train_alone, train, file)
-        while left:
-            for job in _interrupted(task, *rounds(tuple(left))[0], done, left):
-                if _interrupted(task, [job], 1, done, left):
-                    left.remove(job)
-                    killed.append(job.label)
-    if killed:
-        errors.append(_killed(killed))
+def train_all(
+    apart: Callable[[Sequence[Parcel]], Outcomes],
+    train_here: Train,
+    plans: Sequence[Planned],
+    data: Dataset,
+    after_each: AfterEach,
+    *,
+    to_the_end: bool = True,
+) -> None:
+    """Has other processes train what can be sent to them, and trains the rest here afterwards.
+
+    Raises the first error of a plan once the others are done, or at once without `to_the_end`.
+
+    Args:
+        apart: has other processes train the jobs of parcels.
+        train_here: does the same in this process.
+        after_each: called here with a plan and what its training returned.
+    """
+    left, errors = len(plans), []
+    with closing(_outcomes(apart, train_here, plans, data)) as outcomes:
+        for plan, outcome in outcomes:
+            left -= 1
+            if not isinstance(outcome, Exception):
+                after_each(plan, outcome)
+            elif to_the_end:
+                errors.append(outcome)
+                say_others_go_on(outcome, left > 0)
+            else:
+                raise outcome
     if errors:
         raise errors[0]
 
 
-def _interrupted(
-    task: Callable, jobs: Sequence[Planned], workers: int, done: AfterEach, left: Sequence[Planned]
-) -> Sequence[Planned]:
-    """Does the jobs in so many processes; those under way when one was killed, which ends all.
+def _outcomes(
+    apart: Callable[[Sequence[Parcel]], Outcomes],
+    train_here: Train,
+    plans: Sequence[Planned],
+    data: Dataset,
+) -> Iterator[tuple[Planned, object]]:
+    """What became of each plan, as soon as it is known."""
+    parcels, here = pack_all(plans, data)
+    for parcel, outcome in apart(parcels) if parcels else ():
+        reason = outcome if isinstance(outcome, StaysHere) else mismatch(parcel.plan, data)
+        if reason is None:
+            yield parcel.plan, outcome
+        else:
+            here.append((parcel.plan, reason))
+    if here:
+        plan, reason = here[0]
+        more = f" and {len(here) - 1} more" if len(here) > 1 else ""
+        warn(f"{plan.label}{more}: trained in this process, not beside it: {reason}")
+    for plan, _ in here:
+        yield plan, _caught(train_here, plan.job(data), data)
 
-    Jobs are begun in their order, so that these are the first of those that are left.
-    """
+
+def _caught(task: Callable, *arguments: object) -> object:
+    """What the task returns, or the error that it raises."""
     try:
-        # For a single process joblib would take this one, and change it.
-        work_off(task, jobs, done, n_jobs=max(workers, 2), backend="loky")
+        return task(*arguments)
+    except Exception as error:
+        return error
+
+
+def _in_processes(
+    train: Train, data: Dataset, progress: bool, parcels: Sequence[Parcel]
+) -> Outcomes:
+    """The images are in one file that all processes map.
+
+    When a process is killed, joblib ends them all: the runs that were under way are then taken up
+    from their checkpoints, one after another, so that one whose process is killed again takes no
+    other with it, and the rest goes on as ever.
+    """
+    left = list(parcels)
+    with scratch_folder() as folder, _Watch([each.plan for each in parcels], show=progress):
+        file = folder / "data.safetensors"
+        data.save(file)
+        work = functools.partial(_portion, functools.partial(_train_alone, train, file), file, left)
+        while left:
+            for parcel in (yield from work(*rounds(tuple(left))[0])):
+                if (yield from work([parcel], 1)):
+                    left.remove(parcel)
+                    yield parcel, _killed(parcel.plan.label)
+
+
+def _portion(
+    task: Callable, file: Path, left: list[Parcel], parcels: Sequence[Parcel], workers: int
+) -> Iterator[tuple[Parcel, object]]:
+    """Does the parcels in so many processes, and takes those that are done from `left`.
+
+    Returns those under way when a process was killed, which ends all: they are begun in their
+    order, so that these are the first of those that are left.
+    """
+    # For a single process joblib would take this one, and change it. It takes the processes of an
+    # earlier call only for the same arguments, and none of those was called with this file.
+    pool = {"n_jobs": max(workers, 2), "backend": "loky"}
+    pool |= {"initializer": _end_with_parent, "initargs": (os.getpid(), file)}
+    try:
+        for parcel, outcome in work_off(task, parcels, **pool):
+            left.remove(parcel)
+            yield parcel, outcome
     except WorkersLost:
-        return [job for job in jobs if job in left][:workers]
+        return [parcel for parcel in parcels if parcel in left][:workers]
     return []
 
 
-def _killed(labels: Sequence[str]) -> RuntimeError:
+def _killed(label: str) -> RuntimeError:
     return RuntimeError(
-        f"the process that trained {', and that of '.join(labels)} was killed, and again when no "
-        "other ran, for want of memory perhaps; the same call goes on from the last finished epoch"
+        f"the process that trained {label} was killed, and again when no other ran, for want of "
+        "memory perhaps; the same call goes on from the last finished epoch"
     )
 
 
@@ -144,36 +203,34 @@ def say_others_go_on(error: Exception, others: bool) -> None:
 
 
 def work_off(
-    task: Callable[[Planned], tuple[object, dict[str, bytes]]],
-    jobs: Sequence[Planned],
-    done: AfterEach,
+    task: Callable[[tuple], tuple[object, dict[str, bytes]]],
+    parcels: Sequence[Parcel],
     **pool: object,
-) -> None:
-    """Has joblib's workers do the task for every job, and hears of each as it is finished.
+) -> Outcomes:
+    """Has joblib's workers do the task for what is sent of every parcel.
+
+    Yields each parcel as it is finished, with a result, once its files are in the run's folder; or
+    with the error that the task raised.
 
     Args:
-        task: returns a result, and the files of the job's folder if they must be brought here.
-        done: called here with the job and that result, once its files are in its folder; or with
-            the error that the task raised.
+        task: returns the result, and the files of the run's folder if they must be brought here.
         pool: for `joblib.Parallel`.
 
     Raises `WorkersLost` if not all tasks came to an end.
     """
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **pool)
-    tasks = (joblib.delayed(_numbered)(number, task, job) for number, job in enumerate(jobs))
-    waited_for = set(range(len(jobs)))
+    tasks = (joblib.delayed(_numbered)(number, task, p.sent) for number, p in enumerate(parcels))
+    waited_for = set(range(len(parcels)))
     with warnings.catch_warnings(), closing(parallel(tasks)) as finished:
         # After an error it would count the tasks that nobody waits for any more.
         warnings.filterwarnings("ignore", message=".*tasks.*", module="joblib")
         try:
             for number, outcome in finished:
                 waited_for.remove(number)
-                if isinstance(outcome, Exception):
-                    done(jobs[number], outcome)
-                    continue
-                result, files = outcome
-                RunFolder(jobs[number].directory).receive(files)
-                done(jobs[number], result)
+                if not isinstance(outcome, Exception):
+                    outcome, files = outcome
+                    RunFolder(parcels[number].plan.directory).receive(files)
+                yield parcels[number], outcome
         except TerminatedWorkerError as error:
             raise WorkersLost from error
     if waited_for:  # joblib at times ends without the error that ended it
@@ -184,36 +241,32 @@ class WorkersLost(RuntimeError):
     """Processes ended in the middle of their work."""
 
 
-def _numbered(number: int, task: Callable, job: Planned) -> tuple:
+def _numbered(number: int, task: Callable, sent: tuple) -> tuple:
     """An error comes home as a result: joblib, given one, may lose it."""
-    try:
-        return number, task(job)
-    except Exception as error:
-        error.add_note(f"in a worker:\n{traceback.format_exc()}")
-        return number, error
+    outcome = _caught(task, sent)
+    if isinstance(outcome, Exception):
+        trace = "".join(traceback.format_exception(outcome))
+        outcome.add_note(f"in a worker:\n{trace}")
+    return number, outcome
 
 
-def _train_alone(
-    train: Callable[[Planned, Dataset], object], file: Path, job: Planned
-) -> tuple[object, dict]:
-    _end_with_parent()
-    return train_quietly(train, job, _open(file)), {}
+def _train_alone(train: Train, file: Path, sent: tuple) -> tuple[object, dict]:
+    with quiet():
+        data = _open(file)
+        return train(unpack(sent, data), data), {}
 
 
-def train_quietly(
-    train: Callable[[Planned, Dataset], object], job: Planned, data: Dataset
-) -> object:
-    """`train(job, data)` in one thread, without warnings, which would appear in no order."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """One thread, for good, and inside the block no warnings, which would appear in no order."""
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return train(job, data)
+        yield
 
 
-@functools.cache
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int, _: Path) -> None:
     """Ends this process when its parent is killed: whoever resumes the run must be alone in it."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -231,14 +284,14 @@ def _open(file: Path) -> Dataset:
 class _Watch:
     """Shows the histories of several runs as they grow."""
 
-    def __init__(self, jobs: Sequence[Planned], *, show: bool) -> None:
+    def __init__(self, plans: Sequence[Planned], *, show: bool) -> None:
         self._stop = threading.Event()
         self._stack = ExitStack()
         self._shown: list[tuple[RunFolder, Progress]] = []
-        for job in jobs:
-            bar = self._stack.enter_context(make_progress(job.label, job.epochs, 1, show=show))
-            self._shown.append((RunFolder(job.directory), bar))
-            bar.start_at(len(RunFolder(job.directory).history_so_far()))
+        for plan in plans:
+            bar = self._stack.enter_context(make_progress(plan.label, plan.epochs, 1, show=show))
+            self._shown.append((RunFolder(plan.directory), bar))
+            bar.start_at(len(RunFolder(plan.directory).history_so_far()))
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:

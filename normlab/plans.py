@@ -14,12 +14,11 @@ from torch import nn
 from normlab.assignments import Assignment, Variant, build_variant
 from normlab.checks import instance, whole_number
 from normlab.data import Dataset
-from normlab.fitting import Job, check_trainable, is_done
+from normlab.fitting import Job, check_trainable, identified, is_done
 from normlab.parallel import is_worthwhile
 from normlab.recipes import Recipe
 from normlab.replica_engine import check_shares
 from normlab.replicas import from_first, replicas
-from normlab.runs import identity
 from normlab.summaries import multiply_adds
 
 # Trainings in flight at once on a GPU, each of which holds the memory of its own captured steps.
@@ -57,8 +56,12 @@ class Plan:
 
     def digest(self, data: Dataset) -> str:
         """Twelve hexadecimal digits that tell this run from any that computes something else."""
-        what = identity(self.job(data).network, data, self.recipe)
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_of(identified(self.job(data), data).what)
+
+
+def digest_of(what: dict) -> str:
+    """The digest of a run that is `what`."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def plan_runs(

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,8 @@ from normlab.checks import instance, number, one_of, whole_number
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.experiment import load_assignment_data
-from normlab.fitting import fit_together
+from normlab.files import scratch_folder
+from normlab.fitting import Job, fit_together
 from normlab.norms import norm_name
 from normlab.parallel import AfterEach, side_by_side
 from normlab.plans import (
@@ -87,7 +87,7 @@ def run_sweep(
     cells = list(_cells(assignment, norms, batch_sizes, lrs, scaling))
     load, data = _images(data, assignment, for_workers=dask is not None)
     with ExitStack() as stack:
-        place = Path(directory or stack.enter_context(TemporaryDirectory(prefix="normlab-")))
+        place = Path(directory or stack.enter_context(scratch_folder()))
         cluster = stack.enter_context(_cluster(dask)) if dask else None  # before files change
         sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
         plans = plan_runs(sweep, seed_numbers(seeds), epochs, place / "runs")
@@ -95,7 +95,7 @@ def run_sweep(
         file = place / TABLE if directory else None
         table = SweepTable(plans, cells, data, file, progress, after_each)
         if cluster is not None:
-            cluster.check_size(load, plans[0])
+            cluster.check_size(load)
         if fresh:
             _start_anew(table, cluster, load)
         left = table.take_what_is_done(device, None if fresh else kept)
@@ -219,12 +219,12 @@ def _train_each(
         _train_here(group, data, device, after_each)
 
 
-def _attempt(plan: Plan, data: Dataset, device: str | torch.device | None) -> str | None:
+def _attempt(job: Job, data: Dataset, device: str | torch.device | None) -> str | None:
     """Trains; a loss that diverges is a result of a sweep like any other, and is returned."""
     try:
-        fit_together([plan.job(data)], data, device=device, progress=False)
+        fit_together([job], data, device=device, progress=False)
     except FloatingPointError as error:
-        return str(error).partition(": try")[0].removeprefix(f"{plan.label}: ")
+        return str(error).partition(": try")[0].removeprefix(f"{job.label}: ")
     return None
 
 
@@ -236,6 +236,6 @@ def _train_here(
     try:
         fit_together([plan.job(data) for plan in plans], data, device=device, progress=False)
     except FloatingPointError:
-        problems = [_attempt(plan, data, device) for plan in plans]
+        problems = [_attempt(plan.job(data), data, device) for plan in plans]
     for plan, problem in zip(plans, problems, strict=True):
         after_each(plan, problem)

@@ -22,6 +22,7 @@ import normlab as nl
 from normlab import cluster
 from normlab.cli import main
 from normlab.files import read_json
+from normlab.parcels import pack
 from normlab.plans import plan_runs
 from normlab.runs import RunFolder
 from normlab.sweeps import _attempt
@@ -198,13 +199,14 @@ def test_what_could_not_be_delivered_is_not_trained_again(tmp_path, monkeypatch)
     plan = plan_runs(ASSIGNMENT, [0], 1, tmp_path)[0]
     attempt = partial(_attempt, device="cpu")
     task = partial(cluster._train_away, attempt, few_digits, data.fingerprint)
-    _, lost = task(nl.__version__, plan)
-    _, again = task(nl.__version__, plan)
+    sent = pack(plan.job(data), data)
+    _, lost = task(nl.__version__, sent)
+    _, again = task(nl.__version__, sent)
     assert again == lost  # the seconds of another training would differ
     assert set(lost) == FILES
     version = nl.__version__
     monkeypatch.setattr(nl, "__version__", "99.0")
-    assert task("99.0", plan)[1] != lost  # another version may compute something else
+    assert task("99.0", sent)[1] != lost  # another version may compute something else
     monkeypatch.setattr(nl, "__version__", version)
     cluster._forget([plan.digest(data)])
     assert kept_by_workers() == []
@@ -312,8 +314,9 @@ def test_a_data_root_that_only_the_client_has(one_worker, tmp_path, monkeypatch,
 def test_a_task_is_small(one_worker, tmp_path, monkeypatch):
     sizes = []
 
-    def measured(task, plans, done, **pool):
-        sizes.extend(len(cloudpickle.dumps((task, plan))) for plan in plans)
+    def measured(task, parcels, **pool):
+        sizes.extend(len(cloudpickle.dumps((task, parcel.sent))) for parcel in parcels)
+        yield from ((parcel, "measured") for parcel in parcels)
 
     monkeypatch.setattr(cluster, "work_off", measured)
     sweep(one_worker, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])

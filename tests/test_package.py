@@ -70,6 +70,7 @@ ORDER = (
     "analysis",
     "progress",
     "fitting",
+    "parcels",
     "parallel",
     "assignments",
     "plans",

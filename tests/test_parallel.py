@@ -105,8 +105,9 @@ def test_progress_of_processes_is_shown_line_by_line(tiny, two_cores, capsys):
 
 def test_the_last_unfinished_run_is_not_trained_in_this_process(tiny, two_cores, tmp_path):
     def build(norm):
-        (tmp_path / f"{norm}-{os.getpid()}").touch()
-        return small_network(norm)
+        network = small_network(norm)
+        network.register_forward_pre_hook(lambda *_: (tmp_path / f"{norm}-{os.getpid()}").touch())
+        return network
 
     def run(**options):
         options |= {"directory": tmp_path / "runs", "device": "cpu", "progress": False}
@@ -126,14 +127,19 @@ def test_the_last_unfinished_run_is_not_trained_in_this_process(tiny, two_cores,
 
 
 def killing(marker, *, once):
-    """A `build` that kills the process in which it is called, the first time or every time."""
+    """A `build` of networks that kill other processes, the first time or every time."""
     parent = os.getpid()
 
-    def build(norm):
-        if os.getpid() != parent and norm == "ln" and not (once and marker.exists()):
+    def kill(*_):
+        if os.getpid() != parent and not (once and marker.exists()):
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return small_network(norm)
+
+    def build(norm):
+        network = small_network(norm)
+        if norm == "ln":
+            network.register_forward_pre_hook(kill)
+        return network
 
     return build
 

@@ -252,7 +252,7 @@ def test_a_single_run_that_is_left_has_as_many_threads_as_before(
     def instead(train, plans, *_, after_each, **__):
         left.append([plan.label for plan in plans])
         for plan in plans:
-            after_each(plan, train(plan, tiny))
+            after_each(plan, train(plan.job(tiny), tiny))
 
     monkeypatch.setattr(sweeps, "side_by_side", instead)
     sweep(tiny_assignment, tiny, **options)

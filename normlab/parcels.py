@@ -1,0 +1,175 @@
+"""Trainings on their way to other processes, with the networks that were built here.
+
+What the session defined or changed goes by value, as it is in this process and with the globals
+that it uses: a process that looked for it by its name might find something else, or nothing.
+"""
+
+import copy
+import io
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+from normlab.data import Dataset
+from normlab.fitting import TEST_BATCH, Job, identified, move
+from normlab.recipes import DTYPES
+from normlab.runs import RunFolder, remove_run
+from normlab.seeding import seeded
+from normlab.training import evaluating
+
+MOST_BYTES = 50_000_000  # of a parcel: a network whose class refers to all images has more
+TRIAL_IMAGES = 8
+
+# How far apart the same computation may end in two processes, which may have other numbers of
+# threads or, in a cluster, other processors: logits relative to the largest one, and the mean
+# probability of the predicted classes after a training that a GPU may have done.
+LOGITS_APART = 1e-4
+PROBABILITIES_APART = 1e-3
+
+
+class Planned(Protocol):
+    """A run to be done."""
+
+    label: str
+    directory: Path
+    epochs: int
+
+    def job(self, data: Dataset) -> Job:
+        """What is trained, its network built anew."""
+
+
+class StaysHere(Exception):
+    """Why a run is left to this process."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parcel:
+    """A run that other processes can do.
+
+    Args:
+        plan: what it is, for this process.
+        sent: its `Job` as bytes, and what its network gives here for a few images.
+    """
+
+    plan: Planned
+    sent: tuple[bytes, list] = field(repr=False)
+
+
+def pack_all(
+    plans: Sequence[Planned], data: Dataset
+) -> tuple[list[Parcel], list[tuple[Planned, StaysHere]]]:
+    """Parcels of those that can be sent, and the others with the reason."""
+    parcels, here = [], []
+    for plan in plans:
+        try:
+            parcels.append(Parcel(plan, pack(plan.job(data), data)))
+        except StaysHere as reason:
+            here.append((plan, reason))
+    return parcels, here
+
+
+def pack(job: Job, data: Dataset) -> tuple[bytes, list]:
+    """What `unpack` makes the same job of in another process; raises `StaysHere` if it cannot."""
+    job = identified(job, data)
+    content = io.BytesIO()
+    try:
+        with _session_by_value():
+            torch.save(job, content, pickle_module=cloudpickle, pickle_protocol=5)
+        logits = _trial(job, data).tolist()
+    except Exception as error:  # pickling calls a student's code, which may raise anything
+        raise StaysHere(f"its network cannot be sent to another ({error})") from error
+    if len(content.getvalue()) > MOST_BYTES:
+        raise StaysHere(f"its network would be sent with {len(content.getvalue()):,} bytes")
+    return content.getvalue(), logits
+
+
+def unpack(sent: tuple[bytes, list], data: Dataset) -> Job:
+    """The job, in the process that is to do it.
+
+    Raises `StaysHere` if the network computes something else than where it comes from: because
+    the session changed an installed package, say. Never to be called there, since loading a class
+    by value would change the one that it comes from.
+    """
+    content, logits = sent
+    try:
+        job = torch.load(io.BytesIO(content), weights_only=False)
+        found, wanted = _trial(job, data), torch.tensor(logits, dtype=torch.float64)
+        apart = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+    except Exception as error:  # as above
+        raise StaysHere(f"another cannot compute with its network ({error})") from error
+    if not apart <= LOGITS_APART:  # nor is NaN
+        raise StaysHere("another computes something else with its network")
+    return job
+
+
+def _trial(job: Job, data: Dataset) -> Tensor:
+    """Logits for a few training images, in training and in evaluation mode: float64 (2, B, C)."""
+    network = copy.deepcopy(job.network)
+    loader = data.loader(batch_size=TRIAL_IMAGES, shuffle=False, dtype=DTYPES[job.recipe.dtype])
+    images, _ = next(iter(loader))
+    with torch.no_grad(), seeded(job.recipe.seed, "trial"):
+        return torch.stack([network.train(mode)(images).double() for mode in (True, False)])
+
+
+def mismatch(plan: Planned, data: Dataset) -> StaysHere | None:
+    """Why a run that came home is not this process's, if so; its files are then removed.
+
+    The plan's network, with the weights that came, must predict what was stored beside them. A run
+    that diverged has no weights.
+    """
+    if not RunFolder(plan.directory).is_finished():
+        return None
+    job = plan.job(data)
+    move(job.network, torch.device("cpu"), job.recipe)
+    run = RunFolder(plan.directory).load(job.network)
+    images, _ = next(iter(data.loader(False, TEST_BATCH, dtype=DTYPES[job.recipe.dtype])))
+    with torch.no_grad(), evaluating(run.network), seeded(job.recipe.seed, "predictions"):
+        given = run.network(images).float().softmax(1)
+    there = given.gather(1, run.predicted[: len(images), None])[:, 0]
+    if (there - run.probability[: len(images)]).abs().mean() <= PROBABILITIES_APART:
+        return None
+    remove_run(plan.directory)
+    return StaysHere("its network predicts otherwise here, with the weights that another found")
+
+
+@contextmanager
+def _session_by_value() -> Iterator[None]:
+    """Inside the block classes and functions of the session's modules are pickled by value."""
+    known = cloudpickle.list_registry_pickle_by_value()
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if isinstance(module, ModuleType) and name == module.__name__ and name not in known
+        if _may_differ_elsewhere(module)
+    ]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _may_differ_elsewhere(module: ModuleType) -> bool:
+    """Whether a module belongs to no installed package: it may be edited, or made by hand."""
+    name = module.__name__.partition(".")[0]
+    package = vars(sys.modules.get(name, module))
+    if name in ("normlab", "torch"):  # installed or not: too much to send
+        return False
+    place = package.get("__file__") or next(iter(package.get("__path__", ())), None)
+    if place is None:  # Python's own have a specification
+        return package.get("__spec__") is None
+    folders = Path(place).resolve().parents
+    return Path(sysconfig.get_path("stdlib")).resolve() not in folders and not any(
+        folder.name in ("site-packages", "dist-packages") for folder in folders
+    )
