@@ -73,6 +73,7 @@ ORDER = (
     "assignments",
     "plans",
     "experiment",
+    "intervals",
     "comparison",
     "fairness",
     "plots",
