@@ -256,7 +256,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -> Figure:
-    """The intervals of `compare`, one below the other: filled where they exclude 0."""
+    """The intervals of `compare` or `main_effects` in rows: filled where they exclude 0."""
     from matplotlib import pyplot
 
     if not differences:
@@ -275,10 +275,11 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel("difference of test accuracy (points), with its 95 % interval")
+    ax.set_xlabel("difference of test accuracy (points), with 95 % intervals")
     counts = sorted({each.seeds for each in differences})
-    sources = ", ".join(sorted({each.source for each in differences}))
-    ax.set_title(f"Differences over {' or '.join(map(str, counts))} seeds, {sources}")
+    sources = sorted({each.source for each in differences} - {""})
+    over = f"Differences over {' or '.join(map(str, counts))} seeds"
+    ax.set_title(", ".join([over, *sources]))
     ax.grid(axis="x", alpha=0.3, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return ax.figure

@@ -516,6 +516,8 @@ def test_the_picture_shows_each_interval_in_points():
     np.testing.assert_allclose(ends, [(-0.2, 1.0), (-2.6, -1.4)], atol=1e-9)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["GN − LN", "GN − LN"]
     assert ax.get_title() == "Differences over 3 seeds, toy images"
+    groups = nl.plot_compare(nl.compare({"A": [0.9, 0.91, 0.92], "B": [0.8, 0.81, 0.82]}))
+    assert groups.axes[0].get_title() == "Differences over 3 seeds"
     with pytest.raises(ValueError, match="no differences"):
         nl.plot_compare([])
 
