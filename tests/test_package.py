@@ -75,6 +75,7 @@ ORDER = (
     "assignments",
     "plans",
     "experiment",
+    "intervals",
     "comparison",
     "fairness",
     "plots",
