@@ -128,8 +128,10 @@ class SweepTable:
         self.rows[digest] = {name: values[name] for name in COLUMNS}
 
     def frame(self) -> DataFrame:
-        """The rows so far, in the order of the plans."""
-        return _frame(self._own_rows())
+        """The rows so far, in the order of the plans; its `attrs` say what the images are."""
+        frame = _frame(self._own_rows())
+        frame.attrs["source"] = self.data.source
+        return frame
 
     def _own_rows(self) -> list[dict]:
         digests = (self.digests[plan.directory] for plan in self.plans)

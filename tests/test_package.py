@@ -33,6 +33,7 @@ SOURCE = ROOT / "normlab"
 ORDER = (
     "checks",
     "files",
+    "figures",
     "seeding",
     "replicas",
     "devices",
