@@ -71,7 +71,7 @@ def plot_curves(
     """
     one_of(quantity, QUANTITIES, "quantity")
     groups = _grouped(runs)
-    ax = ax if ax is not None else new_axes(6.4, 4.2 + legend_height(len(groups), 6.4))
+    ax = ax if ax is not None else new_axes(6.4, 4.2 + legend_height(len(groups)))
     _draw_panels([(ax, groups, quantity, title if title is not None else _title(groups, quantity))])
     return ax.figure
 
@@ -201,8 +201,8 @@ def place_legend(
     options = {"loc": inside}
     if len(names) > MOST_INSIDE:
         below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
-        options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
-        options["ncols"] = 3
+        options = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below}
+        options["ncols"] = 2
     add_legend(ax, handles, [shortened(name) for name in names], title=title, **options)
 
 
@@ -256,7 +256,7 @@ def _write_ends(ax: Axes, lines: list[Line2D], quantity: str) -> None:
     for line, end, height in zip(lines, ends, heights, strict=True):
         number = f"{end[1]:.2f} %" if quantity.endswith("accuracy") else f"{end[1]:#.3g}"
         ax.annotate(
-            f"{number} {shortened(line.get_label())}",
+            f"{number} {shortened(line.get_label(), 20)}",
             end,
             (1.035, height),
             textcoords="axes fraction",
@@ -299,7 +299,7 @@ def plot_loss_and_accuracy(runs: Runs, *, training: bool = False) -> Figure:
     groups = _grouped(runs)
     parts = ("train", "test") if training else ("test",)
     many = len(groups) > MOST_INSIDE
-    size = (12.0, 4.4 * len(parts) + legend_height(len(groups), 12.0))
+    size = (12.0, 4.4 * len(parts) + legend_height(len(groups), columns=6))
     figure, axes = pyplot.subplots(
         len(parts), 2, figsize=size, sharey="col", layout="constrained", squeeze=False
     )
@@ -320,9 +320,9 @@ def _common_legend(figure: Figure, ax: Axes, groups: dict[str, list[Run]]) -> No
     add_legend(figure, handles, [shortened(name) for name in names], title=title, **place)
 
 
-def legend_height(names: int, width: float) -> float:
+def legend_height(names: int, *, columns: int = 2) -> float:
     """How many inches a legend below the axes takes, where so many names need one."""
-    return 0.25 * math.ceil(names / (width / 2)) + 0.25 if names > MOST_INSIDE else 0
+    return 0.2 * math.ceil(names / columns) + 0.3 if names > MOST_INSIDE else 0
 
 
 @drawn
@@ -370,7 +370,8 @@ def plot_confusion(
             f"the confusion matrix is of shape {counts.shape}, which does not fit "
             f"{len(classes)} classes"
         )
-    side = 0.52 * len(classes) + 1.6
+    beside = 1 + 0.075 * max(8, *(len(shortened(name)) for name in classes))  # inches for names
+    side = max(0.52 * len(classes), 2.8) + beside
     ax = ax if ax is not None else new_axes(side, side)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     np.fill_diagonal(share, 0)
@@ -385,7 +386,8 @@ def plot_confusion(
             text = ax.text(column, row, f"{count}", ha="center", va="center", **style)
             text.set_in_layout(False)  # the axes hold it anyway; to measure thousands takes long
     _label_classes(ax, classes)
-    set_title(ax, title if title is not None else "Test images by true and predicted class")
+    heading = title if title is not None else "Test images by true and predicted class"
+    ax.set_title(fitted(heading, side - beside, size=12))
     return ax.figure
 
 

@@ -222,7 +222,7 @@ def plot_rates(
     """
     if not results:
         raise ValueError("there are no range tests to plot")
-    ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(results), 6.8))
+    ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(results)))
     places = places_of(list(results))
     found = {label: result.suggestion for label, result in results.items()}
     names = [f"{label}: {'none' if rate is None else f'{rate:g}'}" for label, rate in found.items()]

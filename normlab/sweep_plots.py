@@ -54,7 +54,7 @@ def plot_sweep(
         curves[label] = rows.groupby(x)[quantity].agg(
             mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
         )
-    ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(curves), 6.8))
+    ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(curves)))
     places = places_of(list(curves))
     looks = {label: look_of(place, place) | {"label": label} for label, place in places.items()}
     bars = [_draw_swept(ax, points, quantity, looks[label]) for label, points in curves.items()]
