@@ -92,13 +92,20 @@ def add_legend(
 
 def fitted(text: str, inches: float, *, size: float = 10) -> str:
     """The text in as many lines as it takes in letters of `size` points."""
+    text = _printable(text)
     width = max(8, int(inches * 72 / (0.56 * size)))  # letters are about half as wide as high
     return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 
 def shortened(name: str, most: int = 28) -> str:
     """The name, without its middle if it is longer than fits beside a curve or an axis."""
+    name = _printable(name)
     return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
+
+
+def _printable(text: str) -> str:
+    """The text with `?` for the bytes of a file's name that are no text, which no font has."""
+    return str(text).encode(errors="replace").decode()
 
 
 # --- colours that fit the background ----------------------------------------------------------

@@ -43,8 +43,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 to `path` in one move."""
-    write_bytes(path, text.encode())
+    """Writes `text` as UTF-8 to `path` in one move, with `?` for what a name has beside text."""
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_json(path: Path, value: object) -> None:

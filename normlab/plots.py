@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.checks import one_of
+from normlab.checks import one_of, warn
 from normlab.figures import (
     add_legend,
     drawn,
@@ -398,6 +398,16 @@ def _label_classes(ax: Axes, classes: Sequence[str]) -> None:
     ax.set_yticks(places, names)
     ax.set_xlabel("predicted class")
     ax.set_ylabel("true class")
+
+
+def save_if_drawn(draw: Callable[[], Figure], path: Path) -> bool:
+    """Saves the figure that `draw` makes; returns whether, with a warning where that fails."""
+    try:
+        save_figure(draw(), path)
+    except Exception as error:  # whatever it is: it must not cost a training its other results
+        warn(f"{path.name} could not be drawn: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
