@@ -364,6 +364,8 @@ def plot_confusion(
     The colours show the share of a true class's images; the right ones, on the diagonal, are left
     uncoloured so that the mistakes stand out.
     """
+    from matplotlib import colormaps
+
     counts = np.asarray(matrix)
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(
@@ -371,24 +373,28 @@ def plot_confusion(
             f"{len(classes)} classes"
         )
     beside = 1 + 0.075 * max(8, *(len(shortened(name)) for name in classes))  # inches for names
-    side = max(0.52 * len(classes), 2.8) + beside
+    side = max((0.52 if len(classes) <= 30 else 0.4) * len(classes), 2.8) + beside
     ax = ax if ax is not None else new_axes(side, side)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     np.fill_diagonal(share, 0)
     top = max(share.max(), 0.01)  # so that one or two mistakes stay pale
-    ax.imshow(share, cmap="Oranges", vmin=0, vmax=top)
+    # Colours of its own: matplotlib would colour each of a large table's millions of pixels.
+    ax.imshow(colormaps["Oranges"](share / top, bytes=True), interpolation="nearest")
     ax.grid(False)
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
-            weight = "bold" if row == column else "normal"
-            colour = "white" if share[row, column] > 0.65 * top else "black"
-            style = {"fontsize": 8, "fontweight": weight, "color": colour}
-            text = ax.text(column, row, f"{count}", ha="center", va="center", **style)
-            text.set_in_layout(False)  # the axes hold it anyway; to measure thousands takes long
+    _write_counts(ax, counts, pale=share <= 0.65 * top)
     _label_classes(ax, classes)
     heading = title if title is not None else "Test images by true and predicted class"
     ax.set_title(fitted(heading, side - beside, size=12))
     return ax.figure
+
+
+def _write_counts(ax: Axes, counts: np.ndarray, *, pale: np.ndarray) -> None:
+    for row, column in np.argwhere(counts):
+        weight = "bold" if row == column else "normal"
+        style = {"fontweight": weight, "color": "black" if pale[row, column] else "white"}
+        style |= {"fontsize": 8, "ha": "center", "va": "center"}
+        text = ax.text(column, row, f"{counts[row, column]}", **style)
+        text.set_in_layout(False)  # the axes hold it anyway; to measure thousands takes long
 
 
 def _label_classes(ax: Axes, classes: Sequence[str]) -> None:

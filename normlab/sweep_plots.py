@@ -47,13 +47,7 @@ def plot_sweep(
     x = one_of(x, axes, "axis") if x else max(axes, key=lambda name: table[name].nunique())
     one_of(quantity, [name for name in QUANTITIES if name in table], "quantity")
     (other,) = set(axes) - {x}
-    by = ["variant", other] if len(table[other].unique()) > 1 else ["variant"]
-    curves = {}
-    for names, rows in table.groupby(by, sort=False):
-        label = names[0] if len(names) == 1 else f"{names[0]}, {_SWEPT[other]} {names[1]:g}"
-        curves[label] = rows.groupby(x)[quantity].agg(
-            mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
-        )
+    curves = _curves(table, x, other, quantity)
     ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(curves)))
     places = places_of(list(curves))
     looks = {label: look_of(place, place) | {"label": label} for label, place in places.items()}
@@ -63,6 +57,18 @@ def plot_sweep(
     set_title(ax, title if title is not None else _title(table, quantity), pad=6 + above)
     place_legend(ax, bars, list(curves), inside="best", title=None)
     return ax.figure
+
+
+def _curves(table: DataFrame, x: str, other: str, quantity: str) -> dict[str, DataFrame]:
+    """Mean and standard deviation of the quantity for each x, by the labels of the curves."""
+    by = ["variant", other] if len(table[other].unique()) > 1 else ["variant"]
+    curves = {}
+    for names, rows in table.groupby(by, sort=False):
+        label = names[0] if len(names) == 1 else f"{names[0]}, {_SWEPT[other]} {names[1]:g}"
+        curves[label] = rows.groupby(x)[quantity].agg(
+            mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
+        )
+    return curves
 
 
 def _draw_swept(ax: Axes, points: DataFrame, quantity: str, look: dict) -> ErrorbarContainer:
