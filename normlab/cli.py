@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import normlab
+from normlab.files import user_path
 
 DESCRIPTION = "Compare batch, layer and group normalization on small convolutional networks."
 
@@ -70,7 +71,7 @@ def _add_run(commands) -> argparse.ArgumentParser:
 
 def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", help="another data set, or a folder of images")
-    command.add_argument("--data-root", type=Path, help="the folder that holds the data")
+    command.add_argument("--data-root", type=user_path, help="the folder that holds the data")
     command.add_argument("--image-size", type=int, help="resize all images to this side")
     command.add_argument("--epochs", type=int, help="passes over the training images (20)")
     command.add_argument("--seeds", type=int, default=1, help="runs of each variant (1)")
@@ -78,7 +79,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
 
 
 def _add_out(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument("--out", type=Path, help=f"output folder ({default})")
+    command.add_argument("--out", type=user_path, help=f"output folder ({default})")
     again = command.add_mutually_exclusive_group()
     again.add_argument(
         "--resume", action="store_true", help="go on with what --out holds (the default)"
@@ -114,8 +115,8 @@ def _add_report(commands) -> argparse.ArgumentParser:
         description="Fills the marked places of Markdown files and notebooks from the results.json "
         "of each folder in --results.",
     )
-    command.add_argument("pages", nargs="*", type=Path, help="README.md and notebooks/*.ipynb")
-    command.add_argument("--results", type=Path, default=Path("notebooks/results"))
+    command.add_argument("pages", nargs="*", type=user_path, help="README.md and notebooks/*.ipynb")
+    command.add_argument("--results", type=user_path, default=Path("notebooks/results"))
     command.add_argument(
         "--check", action="store_true", dest="dry", help="change nothing; status 1 if one is stale"
     )
@@ -139,7 +140,7 @@ def _add_summary(commands) -> argparse.ArgumentParser:
 def _add_data(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("data", help="fetch or check a data set")
     command.add_argument("name", metavar="NAME", help="a data set, or a folder of images")
-    command.add_argument("--data-root", type=Path, help="the folder that holds or receives it")
+    command.add_argument("--data-root", type=user_path, help="the folder that holds or receives it")
     return _simple(command, _data, check=_check_dataset_name)
 
 
@@ -181,7 +182,7 @@ def _check_training(options: argparse.Namespace, assignment, dataset: str) -> st
     assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
     pick_device(options.device)
     _check_root(options.data_root)
-    return dataset if dataset in DATASETS else Path(dataset).expanduser().resolve().name
+    return dataset if dataset in DATASETS else user_path(dataset).resolve().name
 
 
 def _check_root(root: Path | None) -> None:
@@ -225,8 +226,9 @@ def _train(options: argparse.Namespace, assignment, dataset: str, *, first: bool
 def _report_on(results, out: Path) -> None:
     from normlab.report import markdown_table, write_report
 
+    print(f"\n{markdown_table(results)}", flush=True)
     page = write_report(results, out)
-    print(f"\n{markdown_table(results)}\n\nFigures, tables and {page.name} are in {out}")
+    print(f"\nFigures, tables and {page.name} are in {out}")
     assignment, data = results.assignment, results.data
     if data.name == "digits":
         print(
@@ -258,7 +260,7 @@ def _check_sweep(options: argparse.Namespace):
     check_axes(assignment, options.norms, options.batch_sizes, options.lr, options.scaling)
     # Workers are started elsewhere, where a relative path leads to something else.
     root = options.data_root and options.data_root.resolve()
-    dataset = dataset if dataset in DATASETS else Path(dataset).expanduser().resolve()
+    dataset = dataset if dataset in DATASETS else user_path(dataset).resolve()
     load = partial(_load_images, assignment, dataset, root, options.image_size)
     return assignment, load, options.out or Path("runs") / f"sweep-{assignment.name}-{name}"
 
@@ -311,10 +313,10 @@ class _Redraw:
 
 
 def _draw_sweep(table, figure: Path) -> None:
-    from normlab.plots import save_figure
+    from normlab.plots import save_if_drawn
     from normlab.sweep_plots import plot_sweep
 
-    save_figure(plot_sweep(table), figure)
+    save_if_drawn(partial(plot_sweep, table), figure)
 
 
 # --- report -----------------------------------------------------------------------------------

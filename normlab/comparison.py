@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from normlab.checks import instance, one_of
 from normlab.experiment import Results
+from normlab.figures import drawn, ink, paper
 from normlab.intervals import Family, Interval, Sample
 
 if TYPE_CHECKING:
@@ -255,6 +256,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     return float(stats.binomtest(int(only_first), differing).pvalue) if differing else 1.0
 
 
+@drawn
 def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -> Figure:
     """The intervals of `compare` or `main_effects` in rows: filled where they exclude 0."""
     from matplotlib import pyplot
@@ -268,11 +270,11 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
         _, ax = pyplot.subplots(figsize=size, layout="constrained")
     for row, each in enumerate(differences):
         colour = "#0072B2" if each.interval.excludes_zero else "#767676"
-        fill = colour if each.interval.excludes_zero else "white"
+        fill = colour if each.interval.excludes_zero else paper()
         mean, margin = (100 * value for value in (each.interval.mean, each.interval.margin))
         ax.errorbar(mean, row, xerr=margin, fmt="o", color=colour, markerfacecolor=fill, capsize=3)
     names = [each.pair for each in differences]
-    ax.axvline(0, color="black", linewidth=0.8)
+    ax.axvline(0, color=ink(), linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("difference of test accuracy (points), with 95 % intervals")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normlab.checks import whole_number
+from normlab.figures import drawn, new_axes
 from normlab.norms import NORMS, NormKind, norm_name
 from normlab.sharing import shared_statistics
 
@@ -27,6 +28,7 @@ GAP = 0.3  # between two channels or two images of a table, in cells
 MOST_CELLS = 1024  # of a table that can still be read
 
 
+@drawn
 def plot_norm_axes(
     kinds: Sequence[str] = ("bn", "ln", "in", "gn"),
     *,
@@ -103,6 +105,7 @@ def tints(count: int) -> list[str]:
     return found
 
 
+@drawn
 def plot_shared(
     layer: nn.Module | None, values: Tensor, *, ax: Axes | None = None, title: str = ""
 ) -> Figure:
@@ -144,11 +147,9 @@ def _corner(place: tuple[int, ...], shape: tuple[int, ...]) -> tuple[float, floa
 
 
 def _table_axes(shape: tuple[int, ...]) -> Axes:
-    from matplotlib import pyplot
-
     images, channels, height, width = shape
-    size = (0.45 * channels * (width + GAP) + 0.9, 0.36 * images * (height + GAP) + 0.7)
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
+    across, down = 0.45 * channels * (width + GAP), 0.36 * images * (height + GAP)
+    return new_axes(across + 0.9, down + 0.7)
 
 
 def _draw_cell(
@@ -160,7 +161,8 @@ def _draw_cell(
     cell = Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
     text = text.replace("-0.00", "0.00").replace("-", "−")
     size = 10 if len(text) < 3 else 8
-    number = ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=size)
+    look = {"fontsize": size, "color": "black"}  # the cells are light in every style
+    number = ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", **look)
     for artist in (ax.add_patch(cell), number):
         artist.set_in_layout(False)  # the axes hold it anyway; to measure hundreds takes seconds
 
@@ -173,6 +175,7 @@ def _label_table(ax: Axes, shape: tuple[int, ...]) -> None:
     ax.set_yticks(down, [f"image {n + 1}" for n in range(images)], fontsize=8)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
+    ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.set_xlim(0, channels * (width + GAP) - GAP)
     ax.set_ylim(images * (height + GAP) - GAP, 0)

@@ -18,7 +18,7 @@ from normlab.checks import instance, one_of
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.engines import ENGINES
-from normlab.files import scratch_folder
+from normlab.files import scratch_folder, user_path
 from normlab.fitting import Job, fit_together, warn_if_at_chance
 from normlab.networks import NETWORKS
 from normlab.parallel import say_others_go_on, side_by_side
@@ -81,14 +81,15 @@ class Results(Mapping[str, list[Run]]):
         accuracy = np.array([[row["test_accuracy"] for row in run.history] for run in runs])
         by_epoch = accuracy.mean(0)
         return {
+            # On a narrow terminal pandas leaves out the columns in the middle.
             "variant": label,
-            "parameters": runs[0].parameters,
-            "seeds": len(runs),
             "test_accuracy": by_epoch[-1],
             "sd": self.spread(label),
-            "best_epoch": int(by_epoch.argmax()) + 1,
             "best_accuracy": by_epoch.max(),
+            "best_epoch": int(by_epoch.argmax()) + 1,
+            "parameters": runs[0].parameters,
             "seconds": float(np.mean([run.seconds for run in runs])),
+            "seeds": len(runs),
         }
 
 
@@ -152,13 +153,13 @@ def run_assignment(
     data = data if data is not None else load_assignment_data(assignment)
     instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
-        place = Path(directory or stack.enter_context(scratch_folder()))
+        place = user_path(directory or stack.enter_context(scratch_folder()))
         plans = plan_runs(assignment, numbers, epochs, place)
         check_plans(plans, data, device)
         if fresh:
             from_first(lambda: [remove_run(plan.directory) for plan in plans])
         elif kept is not None:
-            plans = with_kept(plans, place, Path(kept), data, device)
+            plans = with_kept(plans, place, user_path(kept), data, device)
         left = from_first(lambda: left_to_do(plans, data, device))
         if progress and replicas().is_first and len(left) < len(plans):
             say_what_is_left(len(left), len(plans))

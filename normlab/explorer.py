@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normlab.checks import one_of, warn, whole_number
 from normlab.diagrams import GAP, draw_cube, plot_shared
 from normlab.example import example_batch
+from normlab.figures import drawn
 from normlab.norms import NORMS, NormKind, divisors, make_norm, norm_name
 from normlab.seeding import generator
 
@@ -124,10 +125,12 @@ class _Form:
         self.groups.disabled = "C/G" not in NORMS[self.kind.value].averaged
         figure = _picture(self.kind.value, shape, self.groups.value)
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=80, bbox_inches="tight")
+        options = {"format": "png", "dpi": 80, "bbox_inches": "tight"}
+        figure.savefig(content, facecolor=figure.get_facecolor(), **options)
         self.image.value = content.getvalue()
 
 
+@drawn
 def _picture(kind: str, shape: Shape, groups: int) -> Figure:
     """The cube, the numbers before and after, and the counts as the title."""
     from matplotlib import pyplot

@@ -12,6 +12,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
+def user_path(path: str | Path) -> Path:
+    """The path that a user wrote, with `~` as the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder for {path}: give the whole path") from error
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it becomes `path`, on failure it is gone.
@@ -44,8 +52,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 to `path` in one move."""
-    write_bytes(path, text.encode())
+    """Writes `text` as UTF-8 to `path` in one move, with `?` for what a name has beside text."""
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -17,6 +17,7 @@ from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
 from normlab.engine import PlainEngine
 from normlab.engines import ENGINES, make_engine
+from normlab.files import user_path
 from normlab.graphs import can_overlap
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe
@@ -68,7 +69,7 @@ def fit(
         FloatingPointError: the loss became infinite or no number; finished epochs are kept.
     """
     recipe = Recipe() if recipe is None else recipe
-    job = Job(network, recipe, Path(directory) if directory else None, label)
+    job = Job(network, recipe, user_path(directory) if directory else None, label)
     return fit_together([job], data, device=device, progress=progress, engine=engine)[0]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from normlab.analysis import Mistakes
 from normlab.augment import parse_augmentation
 from normlab.checks import whole_number
 from normlab.data import Dataset
+from normlab.figures import drawn, fitted, new_axes, shortened
 from normlab.seeding import generator
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@drawn
 def plot_samples(
     data: Dataset,
     augment: Sequence[str] = (),
@@ -32,23 +34,39 @@ def plot_samples(
 
     The same seed picks the same images, so that two pictures show them before and after.
     """
-    from matplotlib import pyplot
-
-    classes = len(data.classes)
     picked = _sample(data, whole_number(per_class, "per_class"), seed)
     images = _augmented(data.train_images[picked], augment, seed)
-    size = (0.55 * per_class + 1.2, 0.55 * classes + 0.4)
-    figure, axes = pyplot.subplots(
-        classes, per_class, figsize=size, layout="constrained", squeeze=False
-    )
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    figure.suptitle(title if title is not None else _samples_title(data, augment), fontsize=10)
-    for row, name in zip(axes, data.classes, strict=True):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for ax, image in zip(axes.flat, images, strict=True):
-        ax.set(xticks=[], yticks=[])
-        _show(ax, image)
-    return figure
+    names = [shortened(name) for name in data.classes]
+    width = max(0.55 * per_class + 0.4 + 0.075 * max(map(len, names)), 2.5)
+    heading = fitted(title if title is not None else _samples_title(data, augment), width)
+    ax = new_axes(width, 0.55 * len(names) + 0.2 * heading.count("\n") + 0.4)
+    ax.figure.suptitle(heading, fontsize=10)
+    # One picture of all images: hundreds of axes take half a minute.
+    height, side = images.shape[-2:]
+    ax.imshow(_mosaic(images, per_class), interpolation="nearest", aspect="equal")
+    ax.set_yticks([(height + _gap(side)) * row + height / 2 - 0.5 for row in range(len(names))])
+    ax.set_yticklabels(names, fontsize=9)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return ax.figure
+
+
+def _gap(side: int) -> int:
+    """Pixels between images of this side."""
+    return max(1, side // 14)
+
+
+def _mosaic(images: Tensor, columns: int) -> np.ndarray:
+    """Images (N, C, H, W) of bytes row by row, on a transparent ground: (height, width, 4)."""
+    count, _, height, width = images.shape
+    down, across = height + _gap(width), width + _gap(width)
+    mosaic = np.zeros((down * (count // columns), across * columns, 4), dtype=np.uint8)
+    for place, image in enumerate(images):
+        top, left = down * (place // columns), across * (place % columns)
+        pixels = mosaic[top : top + height, left : left + width]
+        pixels[..., :3], pixels[..., 3] = image.permute(1, 2, 0), 255  # grey thrice is grey
+    return mosaic[: -_gap(width), : -_gap(width)]
 
 
 def _samples_title(data: Dataset, augment: Sequence[str]) -> str:
@@ -81,6 +99,7 @@ def _show(ax: Axes, image: Tensor) -> None:
     ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
+@drawn
 def plot_mistakes(
     mistakes: Mistakes, rows: int = 5, cols: int = 2, title: str | None = None
 ) -> Figure:
@@ -92,13 +111,13 @@ def plot_mistakes(
     from matplotlib import pyplot
 
     room = whole_number(rows, "rows") * whole_number(cols, "cols")
-    heading = _mistakes_title(mistakes, room, title, width=max(46, 26 * cols))
+    heading = _mistakes_title(mistakes, room, title, width=max(4.6, 2.4 * cols))
     if not len(mistakes):
         figure = pyplot.figure(figsize=(4.6, 0.9))
         figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)
         return figure
     rows = min(rows, -(-len(mistakes) // cols))  # no empty rows where there are few
-    size = (2.4 * cols, 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
+    size = (max(4.6, 2.4 * cols), 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
     figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(heading, fontsize=11)
     for place, ax in enumerate(axes.flat):
@@ -108,18 +127,19 @@ def plot_mistakes(
     return figure
 
 
-def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, *, width: int) -> str:
+def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, *, width: float) -> str:
     what = f"misclassified {mistakes.part} images"
     head = what.capitalize() if title is None else f"{title}: {what}"
     count = f"{mistakes.total:,} of {mistakes.tested:,}"
     if mistakes.total < room:
         count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,}"
-    return "\n".join(textwrap.fill(line, width) for line in (head, f"{mistakes.source}: {count}"))
+    return fitted(f"{head}\n{mistakes.source}: {count}", width, size=11)
 
 
 def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
     _show(ax, mistakes.images[place])
-    true, predicted = (mistakes.classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
+    classes = [shortened(name, 22) for name in mistakes.classes]
+    true, predicted = (classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
     probability = float(mistakes.probability[place])
     sure = f"{100 * probability:.1f} %" if probability < 0.9995 else "> 99.9 %"
     ax.set_title(f"true: {true}\npredicted: {predicted} ({sure})", fontsize=9)

@@ -22,6 +22,7 @@ from normlab.report import (
     ACCURACY_FIGURE,
     LOSS_FIGURE,
     TRAINING_FIGURE,
+    escaped,
     mistakes_file,
     percent,
 )
@@ -220,18 +221,19 @@ def table(kept: dict) -> str:
         f"| variant | {_COLUMNS} |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [_row(variant["variant"], variant) for variant in kept["variants"]]
+    lines += [_row(escaped(variant["variant"]), variant) for variant in kept["variants"]]
     return "\n".join(lines)
 
 
 def figures(kept: dict, beside: Path) -> str:
     """The graphs, and the misclassified images of all variants folded away below them."""
     place = Path(os.path.relpath(kept["folder"], beside)).as_posix()
-    labels = [variant["variant"] for variant in kept["variants"]]
+    variants = [variant["variant"] for variant in kept["variants"]]
+    labels = [escaped(label) for label in variants]
     mistakes = [
-        f'<img src="{place}/{mistakes_file(label)}" width="270" '
+        f'<img src="{place}/{mistakes_file(variant)}" width="270" '
         f'alt="Ten test images that {label} gets wrong">'
-        for label in labels
+        for variant, label in zip(variants, labels, strict=True)
     ]
     return "\n".join(
         [
@@ -255,8 +257,8 @@ def overview(results: Kept) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in (name for name in ASSIGNMENTS if name in results):
-        where = f"`{name}`, {results[name]['data']['source']}"
-        lines += [_row(f"{where} | {v['variant']}", v) for v in results[name]["variants"]]
+        where = f"`{name}`, {escaped(results[name]['data']['source'])}"
+        lines += [_row(f"{where} | {escaped(v['variant'])}", v) for v in results[name]["variants"]]
     return "\n".join(lines)
 
 

@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.checks import one_of
-from normlab.files import written_aside
+from normlab.checks import one_of, warn
+from normlab.figures import (
+    add_legend,
+    drawn,
+    fitted,
+    legible,
+    new_axes,
+    own_style,
+    paper,
+    shortened,
+)
+from normlab.files import user_path, written_aside
 from normlab.runs import QUANTITIES, Run
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -28,8 +39,8 @@ Runs = Mapping[str, Run | Sequence[Run]]
 """What to compare: a run, or several that differ in their seed, for each label; `Results` too."""
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart, and with each a line style and
-# a marker, which survive grey print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# a marker, which survive grey print; the last one is grey, which can be seen on black as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Which of them a norm has in every sweep and range test, so that figures can be compared.
@@ -44,8 +55,10 @@ NAMES = {
     "lr": ("Learning rate", "rate of the epoch's last step"),
     "seconds": ("Time of an epoch", "wall time (s)"),
 }
+MOST_INSIDE = 5  # names in a legend that leaves room for the curves
 
 
+@drawn
 def plot_curves(
     runs: Runs, quantity: str = "test_loss", *, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
@@ -58,7 +71,7 @@ def plot_curves(
     """
     one_of(quantity, QUANTITIES, "quantity")
     groups = _grouped(runs)
-    ax = ax if ax is not None else new_axes(6.4, 4.2)
+    ax = ax if ax is not None else new_axes(6.4, 4.2 + legend_height(len(groups)))
     _draw_panels([(ax, groups, quantity, title if title is not None else _title(groups, quantity))])
     return ax.figure
 
@@ -68,10 +81,10 @@ def _draw_panels(
 ) -> None:
     """Fills axes, which may share their limits, each with groups, a quantity and a title."""
     lines = [_draw_curves(ax, groups, quantity) for ax, groups, quantity, _ in panels]
-    for ax, groups, quantity, title in panels:
-        _annotate(ax, groups, quantity, title)
+    for (ax, groups, quantity, title), some in zip(panels, lines, strict=True):
+        _annotate(ax, quantity, title)
         if legends:
-            _legend(ax, groups, quantity)
+            _legend(ax, some, groups, quantity)
     for (ax, _, quantity, _), some in zip(panels, lines, strict=True):  # when no limit moves more
         if quantity != "lr":  # which is a setting, and ends near 0
             _write_ends(ax, some, quantity)
@@ -85,13 +98,6 @@ def _grouped(runs: Runs) -> dict[str, list[Run]]:
     if empty or not groups:
         raise ValueError(f"there are no runs to plot{' of ' if empty else ''}{', '.join(empty)}")
     return groups
-
-
-def new_axes(width: float, height: float) -> Axes:
-    """The axes of a figure of their own; sizes in inches."""
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def _draw_curves(ax: Axes, groups: dict[str, list[Run]], quantity: str) -> list[Line2D]:
@@ -119,19 +125,23 @@ def _looks(labels: list[str]) -> dict[str, dict]:
     for label in labels:
         others = [other for other in labels if label.startswith(f"{other} ")]
         families.setdefault(min(others, key=len, default=label), []).append(label)
-    looks = {}
-    for place, family in enumerate(families.values()):
-        look = place % len(COLOURS)
-        for member, label in enumerate(family):
-            line = member if len(families) < len(labels) else place
-            line = (line + place // len(COLOURS)) % len(LINES)  # an eighth looks like no other
-            looks[label] = {
-                "color": COLOURS[look],
-                "linestyle": LINES[line],
-                "marker": MARKERS[look],
-                "markerfacecolor": "white" if member else COLOURS[look],
-            }
-    return looks
+    alone = len(families) == len(labels)
+    return {
+        label: look_of(place, place if alone else member, hollow=member > 0)
+        for place, family in enumerate(families.values())
+        for member, label in enumerate(family)
+    }
+
+
+def look_of(place: int, line: int, *, hollow: bool = False) -> dict:
+    """How a curve looks: an eighth has the first one's colour, but not its line and marker."""
+    turn, colour = divmod(place, len(COLOURS))
+    return {
+        "color": COLOURS[colour],
+        "linestyle": LINES[(line + turn) % len(LINES)],
+        "marker": MARKERS[(colour + turn) % len(MARKERS)],
+        "markerfacecolor": paper() if hollow or turn else COLOURS[colour],
+    }
 
 
 def places_of(labels: Sequence[str]) -> dict[str, int]:
@@ -152,10 +162,10 @@ def _title(groups: dict[str, list[Run]], quantity: str) -> str:
     return f"{name}, {', '.join(sorted(sources))}"
 
 
-def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str) -> None:
+def _annotate(ax: Axes, quantity: str, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.set_title(title)
+    set_title(ax, title)
     ax.set_xlabel("epoch")
     ax.set_ylabel(NAMES[quantity][1])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
@@ -167,18 +177,42 @@ def _annotate(ax: Axes, groups: dict[str, list[Run]], quantity: str, title: str)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(ax: Axes, groups: dict[str, list[Run]], quantity: str) -> None:
+def set_title(ax: Axes, title: str, **options: float) -> None:
+    """A title in as many lines as the axes' figure needs for it."""
+    columns = max(1, round(ax.figure.get_figwidth() / 6.4))
+    ax.set_title(fitted(title, ax.figure.get_figwidth() / columns, size=12), **options)
+
+
+def _legend(ax: Axes, lines: list[Line2D], groups: dict[str, list[Run]], quantity: str) -> None:
     """Names the curves and says how many seeds they are of; a single run needs no name."""
-    handles, names, title = _key(ax, groups)
+    handles, names, title = _key(ax, lines, groups)
     if title or len(names) > 1:
         # A place that is free by what such curves do: matplotlib's search for one is slow.
         place = "lower right" if quantity.endswith("accuracy") else "upper right"
-        ax.legend(handles, names, frameon=False, title=title, loc=place)
+        place_legend(ax, handles, names, inside=place, title=title)
 
 
-def _key(ax: Axes, groups: dict[str, list[Run]]) -> tuple[list[Line2D], list[str], str | None]:
+def place_legend(
+    ax: Axes, handles: Sequence[Artist], names: Sequence[str], *, inside: str, title: str | None
+) -> None:
+    """A legend in the axes, or below them where it would cover the curves."""
+    from matplotlib.transforms import ScaledTranslation
+
+    options = {"loc": inside}
+    if len(names) > MOST_INSIDE:
+        below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
+        options = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below}
+        options["ncols"] = 2
+    add_legend(ax, handles, [shortened(name) for name in names], title=title, **options)
+
+
+def _key(
+    ax: Axes, lines: list[Line2D], groups: dict[str, list[Run]]
+) -> tuple[list[Artist], list[str], str | None]:
     """What a legend holds: the curves, their names, and what their bands are."""
-    handles, names = ax.get_legend_handles_labels()
+    others = [one for one in ax.get_legend_handles_labels()[0] if one not in lines]
+    handles = [*others, *lines]
+    names = [handle.get_label() for handle in handles]
     most = max(map(len, groups.values()))
     counts = {k: f"{len(some)} seed{'s' if len(some) > 1 else ''}" for k, some in groups.items()}
     if len(set(counts.values())) > 1:
@@ -222,11 +256,11 @@ def _write_ends(ax: Axes, lines: list[Line2D], quantity: str) -> None:
     for line, end, height in zip(lines, ends, heights, strict=True):
         number = f"{end[1]:.2f} %" if quantity.endswith("accuracy") else f"{end[1]:#.3g}"
         ax.annotate(
-            f"{number} {line.get_label()}",
+            f"{number} {shortened(line.get_label(), 20)}",
             end,
             (1.035, height),
             textcoords="axes fraction",
-            color=line.get_color(),
+            color=legible(line.get_color(), ax.figure.get_facecolor()),
             fontsize=9,
             va="center",
             annotation_clip=False,
@@ -254,6 +288,7 @@ def _spread(heights: list[float], *, gap: float) -> list[float]:
     return heights
 
 
+@drawn
 def plot_loss_and_accuracy(runs: Runs, *, training: bool = False) -> Figure:
     """Test loss and test accuracy side by side; with `training`, those of training above them.
 
@@ -263,16 +298,34 @@ def plot_loss_and_accuracy(runs: Runs, *, training: bool = False) -> Figure:
 
     groups = _grouped(runs)
     parts = ("train", "test") if training else ("test",)
-    size = (12.0, 4.4 * len(parts))
+    many = len(groups) > MOST_INSIDE
+    size = (12.0, 4.4 * len(parts) + legend_height(len(groups), columns=6))
     figure, axes = pyplot.subplots(
         len(parts), 2, figsize=size, sharey="col", layout="constrained", squeeze=False
     )
     names = [f"{part}_{kind}" for part in parts for kind in ("loss", "accuracy")]
     titles = [_title(groups, name) for name in names]
-    _draw_panels(list(zip(axes.flat, [groups] * len(names), names, titles, strict=True)))
+    panels = list(zip(axes.flat, [groups] * len(names), names, titles, strict=True))
+    _draw_panels(panels, legends=not many)
+    if many:
+        _common_legend(figure, axes.flat[0], groups)
     return figure
 
 
+def _common_legend(figure: Figure, ax: Axes, groups: dict[str, list[Run]]) -> None:
+    """Names the curves of all panels once, below them."""
+    handles, names, title = _key(ax, ax.get_lines(), groups)
+    columns = min(len(names), int(figure.get_figwidth() / 2))
+    place = {"loc": "outside lower center", "ncols": columns}
+    add_legend(figure, handles, [shortened(name) for name in names], title=title, **place)
+
+
+def legend_height(names: int, *, columns: int = 2) -> float:
+    """How many inches a legend below the axes takes, where so many names need one."""
+    return 0.2 * math.ceil(names / columns) + 0.3 if names > MOST_INSIDE else 0
+
+
+@drawn
 def plot_panels(panels: Mapping[str, Runs], quantity: str = "test_accuracy") -> Figure:
     """A panel of curves for each key, three beside each other, all with the same axes.
 
@@ -296,14 +349,13 @@ def plot_panels(panels: Mapping[str, Runs], quantity: str = "test_accuracy") -> 
     _draw_panels(
         list(zip(used, groups, [quantity] * len(used), panels, strict=True)), legends=False
     )
-    handles, names, title = _key(used[0], groups[0])
-    place = {"loc": "outside lower center", "ncols": len(names)}
-    figure.legend(handles, names, title=title, frameon=False, **place)
+    _common_legend(figure, used[0], groups[0])
     every = {label: runs for group in groups for label, runs in group.items()}
-    figure.suptitle(_title(every, quantity))
+    figure.suptitle(fitted(_title(every, quantity), size[0], size=12))
     return figure
 
 
+@drawn
 def plot_confusion(
     matrix: Tensor, classes: Sequence[str], *, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
@@ -312,36 +364,56 @@ def plot_confusion(
     The colours show the share of a true class's images; the right ones, on the diagonal, are left
     uncoloured so that the mistakes stand out.
     """
+    from matplotlib import colormaps
+
     counts = np.asarray(matrix)
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(
             f"the confusion matrix is of shape {counts.shape}, which does not fit "
             f"{len(classes)} classes"
         )
-    side = 0.52 * len(classes) + 1.6
+    beside = 1 + 0.075 * max(8, *(len(shortened(name)) for name in classes))  # inches for names
+    side = max((0.52 if len(classes) <= 30 else 0.4) * len(classes), 2.8) + beside
     ax = ax if ax is not None else new_axes(side, side)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     np.fill_diagonal(share, 0)
     top = max(share.max(), 0.01)  # so that one or two mistakes stay pale
-    ax.imshow(share, cmap="Oranges", vmin=0, vmax=top)
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
-            weight = "bold" if row == column else "normal"
-            colour = "white" if share[row, column] > 0.65 * top else "black"
-            style = {"fontsize": 8, "fontweight": weight, "color": colour}
-            ax.text(column, row, f"{count}", ha="center", va="center", **style)
+    # Colours of its own: matplotlib would colour each of a large table's millions of pixels.
+    ax.imshow(colormaps["Oranges"](share / top, bytes=True), interpolation="nearest")
+    ax.grid(False)
+    _write_counts(ax, counts, pale=share <= 0.65 * top)
     _label_classes(ax, classes)
-    ax.set_title(title if title is not None else "Test images by true and predicted class")
+    heading = title if title is not None else "Test images by true and predicted class"
+    ax.set_title(fitted(heading, side - beside, size=12))
     return ax.figure
 
 
+def _write_counts(ax: Axes, counts: np.ndarray, *, pale: np.ndarray) -> None:
+    for row, column in np.argwhere(counts):
+        weight = "bold" if row == column else "normal"
+        style = {"fontweight": weight, "color": "black" if pale[row, column] else "white"}
+        style |= {"fontsize": 8, "ha": "center", "va": "center"}
+        text = ax.text(column, row, f"{counts[row, column]}", **style)
+        text.set_in_layout(False)  # the axes hold it anyway; to measure thousands takes long
+
+
 def _label_classes(ax: Axes, classes: Sequence[str]) -> None:
-    places = range(len(classes))
-    turned = {"rotation": 45, "ha": "right"} if max(map(len, classes)) > 2 else {}
-    ax.set_xticks(places, classes, **turned)
-    ax.set_yticks(places, classes)
+    places, names = range(len(classes)), [shortened(name) for name in classes]
+    turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
+    ax.set_xticks(places, names, **turned)
+    ax.set_yticks(places, names)
     ax.set_xlabel("predicted class")
     ax.set_ylabel("true class")
+
+
+def save_if_drawn(draw: Callable[[], Figure], path: Path) -> bool:
+    """Saves the figure that `draw` makes; returns whether, with a warning where that fails."""
+    try:
+        save_figure(draw(), path)
+    except Exception as error:  # whatever it is: it must not cost a training its other results
+        warn(f"{path.name} could not be drawn: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
@@ -351,9 +423,9 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
     """
     from matplotlib import pyplot
 
-    path = Path(path)
+    path = user_path(path)
     form = one_of(path.suffix.lstrip("."), ("png", "svg", "pdf"), "ending of a figure's name")
-    with written_aside(path) as aside:
-        figure.savefig(aside, dpi=dpi, format=form, facecolor="white")
+    with own_style(), written_aside(path) as aside:
+        figure.savefig(aside, dpi=dpi, format=form, facecolor=figure.get_facecolor())
     pyplot.close(figure)
     return path

@@ -18,9 +18,10 @@ from normlab.checks import instance, number, warn, whole_number
 from normlab.compiler import compiler_left_out
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
+from normlab.figures import drawn, new_axes
 from normlab.fitting import check_trainable
 from normlab.penalties import l1_penalty
-from normlab.plots import COLOURS, LINES, MARKERS, places_of
+from normlab.plots import legend_height, look_of, place_legend, places_of, set_title
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.seeding import seeded
 from normlab.training import device_of
@@ -28,6 +29,7 @@ from normlab.training import device_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 WINDOW = 9  # steps over which the median smooths the loss
 MOST = 0.9  # of the fall of the loss: where it is made, the loss begins to slow down
@@ -209,6 +211,7 @@ def _suggested(rates: list[float], smoothed: list[float]) -> float | None:
     return float(f"{rates[place]:.2g}")
 
 
+@drawn
 def plot_rates(
     results: Mapping[str, RateTest], *, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
@@ -217,40 +220,30 @@ def plot_rates(
     The losses of the single batches lie pale behind them. A marker shows each suggestion, which
     the legend names. Raises `ValueError` if there are no results.
     """
-    from matplotlib import pyplot
-
     if not results:
         raise ValueError("there are no range tests to plot")
-    if ax is None:
-        _, ax = pyplot.subplots(figsize=(6.8, 4.2), layout="constrained")
+    ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(results)))
     places = places_of(list(results))
-    for label, result in results.items():
-        _draw(ax, result, label, places[label])
+    found = {label: result.suggestion for label, result in results.items()}
+    names = [f"{label}: {'none' if rate is None else f'{rate:g}'}" for label, rate in found.items()]
+    looks = [look_of(place, place) for place in places.values()]
+    curves = zip(results.values(), names, looks, strict=True)
+    lines = [_draw(ax, result, look | {"label": name}) for result, name, look in curves]
     top = max(result.smoothed[0] for result in results.values())
     ax.set_ylim(0, 1.6 * top)  # what diverges leaves the frame
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
     ax.set_ylabel("cross-entropy of a batch (nats per image)")
-    ax.set_title(title if title is not None else "Learning-rate range test")
+    set_title(ax, title if title is not None else "Learning-rate range test")
     ax.grid(alpha=0.3, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, title="suggested rate", loc="upper left")
+    place_legend(ax, lines, names, inside="upper left", title="suggested rate")
     return ax.figure
 
 
-def _draw(ax: Axes, result: RateTest, label: str, place: int) -> None:
-    look = place % len(COLOURS)
+def _draw(ax: Axes, result: RateTest, look: dict) -> Line2D:
     rate = result.suggestion
-    name = f"{label}: {'none' if rate is None else f'{rate:g}'}"
     marked = [] if rate is None else [int(np.argmin(np.abs(np.log(result.rates) - math.log(rate))))]
-    ax.plot(result.rates, result.losses, color=COLOURS[look], alpha=0.2, linewidth=0.8)
-    ax.plot(
-        result.rates,
-        result.smoothed,
-        color=COLOURS[look],
-        linestyle=LINES[place % len(LINES)],
-        marker=MARKERS[look] if marked else None,
-        markevery=marked or None,
-        markersize=8,
-        label=name,
-    )
+    ax.plot(result.rates, result.losses, color=look["color"], alpha=0.2, linewidth=0.8)
+    look |= {"markersize": 8, "markevery": marked} if marked else {"marker": None}
+    return ax.plot(result.rates, result.smoothed, **look)[0]

@@ -1,39 +1,72 @@
 """What `normlab run` leaves behind: figures, tables, and a page that shows them."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from normlab.analysis import find_mistakes
 from normlab.assignments import Variant, folder_name
 from normlab.comparison import Difference, compare, main_effects
 from normlab.experiment import Results
-from normlab.files import write_json, write_text
+from normlab.files import user_path, write_json, write_text
 from normlab.galleries import plot_mistakes
-from normlab.plots import plot_curves, plot_loss_and_accuracy, save_figure
+from normlab.plots import plot_curves, plot_loss_and_accuracy, save_if_drawn
 from normlab.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 TRAINING_FIGURE = "training-and-test.png"
+# What Markdown or HTML would take for markup. Within a word, "_" is none.
+_MARKUP = re.compile(r"""[\\`*[\]<>&|~#$"']|(?<!\w)_|_(?!\w)|^[-+=]""")
+_FORMULA = ("=", "+", "-", "@")  # a cell that starts so is computed
 
 
 def write_report(results: Results, directory: str | Path) -> Path:
-    """Writes figures, `results.csv`, `results.json` and `report.md`; returns the page's path."""
-    directory = Path(directory)
-    save_figure(plot_curves(results.runs, "test_loss"), directory / LOSS_FIGURE)
-    save_figure(plot_curves(results.runs, "test_accuracy"), directory / ACCURACY_FIGURE)
-    both = plot_loss_and_accuracy(results.runs, training=True)
-    save_figure(both, directory / TRAINING_FIGURE)
+    """Writes `results.csv`, `results.json`, figures and `report.md`; returns the page's path.
+
+    A figure that cannot be drawn is a warning, and a sentence on the page.
+    """
+    directory = user_path(directory)
+    write_text(directory / "results.csv", csv_text(results.table()))
+    write_json(directory / "results.json", results_as_dict(results))
+    figures = _figures(results)
+    missing = [name for name in figures if not save_if_drawn(figures[name], directory / name)]
+    write_text(directory / "report.md", report_text(results, missing=missing))
+    return directory / "report.md"
+
+
+def _figures(results: Results) -> dict[str, Callable[[], Figure]]:
+    """What draws the figure of each file."""
+    figures = {
+        LOSS_FIGURE: partial(plot_curves, results.runs, "test_loss"),
+        ACCURACY_FIGURE: partial(plot_curves, results.runs, "test_accuracy"),
+        TRAINING_FIGURE: partial(plot_loss_and_accuracy, results.runs, training=True),
+    }
     for variant in results.assignment.variants:
         wrong = find_mistakes(results.runs[variant.label][0], results.data)
-        figure = plot_mistakes(wrong, title=variant.label)
-        save_figure(figure, directory / mistakes_file(variant.label))
-    write_text(directory / "results.csv", results.table().to_csv(index=False))
-    write_json(directory / "results.json", results_as_dict(results))
-    write_text(directory / "report.md", report_text(results))
-    return directory / "report.md"
+        figures[mistakes_file(variant.label)] = partial(plot_mistakes, wrong, title=variant.label)
+    return figures
+
+
+def csv_text(table: DataFrame) -> str:
+    """The table as CSV whose labels are no formulas to a spreadsheet, which hides the `'`."""
+    labels = [f"'{label}" if label.startswith(_FORMULA) else label for label in table["variant"]]
+    return table.assign(variant=labels).to_csv(index=False)
+
+
+def escaped(text: str) -> str:
+    """A name such that Markdown and HTML, also in tables and attributes, show it as it is."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
 
 
 def results_as_dict(results: Results) -> dict:
@@ -126,8 +159,9 @@ def markdown_table(results: Results) -> str:
     ]
     for row in results.table().to_dict("records"):
         best = f"{100 * row['best_accuracy']:.2f} in epoch {row['best_epoch']}"
-        cells = [row["variant"], f"{row['parameters']:,}", str(row["seeds"]), percent(row), best]
-        lines.append(f"| {' | '.join(cells)} | {row['seconds']:.1f} |")
+        cells = [f"{row['parameters']:,}", str(row["seeds"]), percent(row), best]
+        cells = [escaped(row["variant"]), *cells, f"{row['seconds']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -138,23 +172,24 @@ def percent(row: dict) -> str:
     return f"{100 * row['test_accuracy']:.2f}{spread}"
 
 
-def report_text(results: Results) -> str:
-    """`report.md`: the table, the figures, and how everything was trained."""
-    data, origin = results.data, _origins(results)
+def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
+    """`report.md`: the table, the figures but for `missing` ones, how everything was trained."""
+    data, origin, source = results.data, _origins(results), escaped(results.data.source)
+    show = partial(_picture, missing=missing)
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
     parts = [
-        f"# {results.assignment.name}: {results.assignment.title}, on {data.source}",
-        f"{data.source}, {images} images. Device: {_all(origin['device'])}, torch "
+        f"# {escaped(f'{results.assignment.name}: {results.assignment.title}')}, on {source}",
+        f"{source}, {images} images. Device: {_all(origin['device'])}, torch "
         f"{_all(origin['torch'])}, normlab {_all(origin['normlab'])}, {_period(origin['date'])}.",
         markdown_table(results),
         _caution(results),
         *_differences_part(results),
-        f"## Loss\n\n![Loss of all variants over the epochs]({LOSS_FIGURE})",
-        f"## Accuracy\n\n![Accuracy of all variants over the epochs]({ACCURACY_FIGURE})",
-        f"## Training against test\n\n![Both, in training and in the test]({TRAINING_FIGURE})",
+        "## Loss\n\n" + show("Loss of all variants over the epochs", LOSS_FIGURE),
+        "## Accuracy\n\n" + show("Accuracy of all variants over the epochs", ACCURACY_FIGURE),
+        "## Training against test\n\n" + show("Both, in training and test", TRAINING_FIGURE),
         "## Misclassified images\n\nOf the first seed's final network, the mistakes it is surest "
         "of.",
-        *(_mistakes_part(results, variant) for variant in results.assignment.variants),
+        *(_mistakes_part(results, variant, show) for variant in results.assignment.variants),
         "## Networks and recipes",
         _recipe_table(results),
         "`ln` is one group over channels and positions with one scale and shift a channel, "
@@ -185,7 +220,7 @@ def _differences_part(results: Results) -> list[str]:
 
 
 def _listed(differences: Iterable[Difference]) -> str:
-    return "\n".join(f"- {each}" for each in differences)
+    return "\n".join(f"- {escaped(str(each))}" for each in differences)
 
 
 _COUNTED = (
@@ -202,14 +237,19 @@ _AVERAGED = (
 )
 
 
-def _mistakes_part(results: Results, variant: Variant) -> str:
+def _picture(what: str, file: str, *, missing: Collection[str]) -> str:
+    return f"({file} could not be drawn.)" if file in missing else f"![{what}]({file})"
+
+
+def _mistakes_part(results: Results, variant: Variant, show: Callable[[str, str], str]) -> str:
     tested = f"{len(results.data.test_images):,} {results.data.test_name} images"
     wrong = find_mistakes(results.runs[variant.label][0], results.data).total
-    text = f"### {variant.label}\n\n{wrong:,} of {tested} are misclassified."
+    label = escaped(variant.label)
+    text = f"### {label}\n\n{wrong:,} of {tested} are misclassified."
     if not wrong:
         return text
-    shown = f"{min(wrong, 10)} misclassified images of {variant.label}"
-    return f"{text}\n\n![{shown}]({mistakes_file(variant.label)})"
+    shown = f"{min(wrong, 10)} misclassified images of {label}"
+    return f"{text}\n\n{show(shown, mistakes_file(variant.label))}"
 
 
 def mistakes_file(label: str) -> str:
@@ -243,7 +283,7 @@ def _recipe_table(results: Results) -> str:
     }
     hidden = ("seed", "layers", "code")  # digests tell a reader nothing
     fields = [field for field in _all_fields(recipes.values()) if field not in hidden]
-    lines = ["| | " + " | ".join(recipes) + " |", "| --- |" + " --- |" * len(recipes)]
+    lines = ["| | " + " | ".join(map(escaped, recipes)) + " |", "| --- |" + " --- |" * len(recipes)]
     for field in fields:
         cells = [_cell(recipe.get(field, "–")) for recipe in recipes.values()]
         lines.append(f"| {field} | " + " | ".join(cells) + " |")
@@ -263,5 +303,5 @@ def _apart(run: Run) -> dict:
 
 def _cell(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return escaped(", ".join(map(str, value))) or "none"
+    return f"{value:g}" if isinstance(value, float) else escaped(str(value))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normlab.diagrams import tints
 from normlab.example import example_batch
-from normlab.files import written_aside
+from normlab.files import user_path, written_aside
 from normlab.norms import EPSILON, NORMS, make_norm
 from normlab.sharing import shared_statistics
 
@@ -53,7 +53,7 @@ def to_spreadsheet(path: str | Path) -> Path:
         ValueError: the path does not end in .xlsx.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix.lower() != ".xlsx":
         raise ValueError(f"the spreadsheet's name must end in .xlsx, not {path.name!r}")
     try:

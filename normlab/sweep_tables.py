@@ -12,9 +12,9 @@ import torch
 
 from normlab.assignments import Variant
 from normlab.data import Dataset
-from normlab.files import write_text
+from normlab.files import user_path, write_text
 from normlab.plans import Plan, left_to_do, say_what_is_left
-from normlab.report import percent
+from normlab.report import csv_text, escaped, percent
 from normlab.runs import RunFolder, remove_run
 from normlab.summaries import count_parameters
 
@@ -83,7 +83,7 @@ class SweepTable:
 
     def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Plan]:
         """Takes the rows of `kept`, of the file and of finished runs; returns the plans left."""
-        measured = {} if kept is None else _read_rows(Path(kept))
+        measured = {} if kept is None else _read_rows(user_path(kept))
         measured |= self._rows_in_file()
         others = []
         for plan in self.plans:
@@ -128,8 +128,10 @@ class SweepTable:
         self.rows[digest] = {name: values[name] for name in COLUMNS}
 
     def frame(self) -> DataFrame:
-        """The rows so far, in the order of the plans."""
-        return _frame(self._own_rows())
+        """The rows so far, in the order of the plans; its `attrs` say what the images are."""
+        frame = _frame(self._own_rows())
+        frame.attrs["source"] = self.data.source
+        return frame
 
     def _own_rows(self) -> list[dict]:
         digests = (self.digests[plan.directory] for plan in self.plans)
@@ -144,7 +146,7 @@ class SweepTable:
             return
         own = set(self.digests.values())
         others = [row for digest, row in self._rows_in_file().items() if digest not in own]
-        write_text(self.file, _frame([*self._own_rows(), *others]).to_csv(index=False))
+        write_text(self.file, csv_text(_frame([*self._own_rows(), *others])))
 
     def _rows_in_file(self) -> dict[str, dict]:
         return _read_rows(self.file) if self.file is not None and self.file.is_file() else {}
@@ -196,6 +198,6 @@ def summary_table(table: DataFrame) -> str:
         accuracy = rows["test_accuracy"]
         row = {"test_accuracy": accuracy.mean(skipna=False), "sd": accuracy.std(skipna=False)}
         result = "diverged" if math.isnan(row["test_accuracy"]) else percent(row)
-        cells = (names[0], f"{names[1]}", f"{names[2]:g}", f"{len(rows)}", result)
+        cells = (escaped(names[0]), f"{names[1]}", f"{names[2]:g}", f"{len(rows)}", result)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

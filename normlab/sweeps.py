@@ -18,7 +18,7 @@ from normlab.checks import instance, number, one_of, whole_number
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.experiment import load_assignment_data
-from normlab.files import scratch_folder
+from normlab.files import scratch_folder, user_path
 from normlab.fitting import Job, fit_together
 from normlab.norms import norm_name
 from normlab.parallel import AfterEach, side_by_side
@@ -87,7 +87,7 @@ def run_sweep(
     cells = list(_cells(assignment, norms, batch_sizes, lrs, scaling))
     load, data = _images(data, assignment, for_workers=dask is not None)
     with ExitStack() as stack:
-        place = Path(directory or stack.enter_context(scratch_folder()))
+        place = user_path(directory or stack.enter_context(scratch_folder()))
         cluster = stack.enter_context(_cluster(dask)) if dask else None  # before files change
         sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
         plans = plan_runs(sweep, seed_numbers(seeds), epochs, place / "runs")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normlab.checks import one_of, whole_number
+from normlab.figures import drawn, fitted, ink, is_dark
 from normlab.plots import COLOURS
 from normlab.watching import CONVOLUTION, KINDS, NORM, WATCHED, Watch
 
@@ -34,6 +35,7 @@ _DECADE = 10  # the least ratio for which a logarithmic axis has ticks to read
 _BESIDE = 8  # how many times as wide a panel's values may be as those of the one beside it
 
 
+@drawn
 def plot_watch(
     watches: Mapping[str, Watch | DataFrame],
     quantity: str = "std",
@@ -64,16 +66,20 @@ def plot_watch(
     order = {label: _order(frame, kind) for label, frame in frames.items()}
     depth = max(map(len, order.values()))
     figure, axes = _panels(1, len(tables))
+    _head(figure, title if title is not None else what)
     for ax, (label, table) in zip(axes[0], tables.items(), strict=True):
         _draw_lines(ax, table, [_shades(depth)[order[label].index(layer)] for layer in table])
-        ax.set_title(label)
+        ax.set_title(fitted(label, 3.4, size=12))
         ax.set_xlabel("training step")
     axes[0][0].set_ylabel(name)
     if logarithmic and _ratio(list(tables.values())) >= _DECADE:
         axes[0][0].set_yscale("log")  # of all panels
     _depth_bar(figure, axes, depth, kind)
-    figure.suptitle(title if title is not None else what, fontsize=11)
     return figure
+
+
+def _head(figure: Figure, title: str) -> None:
+    figure.suptitle(fitted(title, figure.get_figwidth(), size=11), fontsize=11)
 
 
 def _ratio(tables: list[DataFrame]) -> float:
@@ -83,6 +89,7 @@ def _ratio(tables: list[DataFrame]) -> float:
     return highest / lowest if lowest > 0 else 0.0
 
 
+@drawn
 def plot_activations(
     watches: Mapping[str, Watch | DataFrame],
     *,
@@ -112,18 +119,18 @@ def plot_activations(
     recorded = [len(tables[0]) for tables in bands.values()]
     rows = min(times, *recorded)
     figure, axes = _panels(rows, len(bands))
+    what = "Activations by depth: median, middle 50 % and 90 %"
+    _head(figure, title if title is not None else what)
     for column, (label, tables) in enumerate(bands.items()):
         for row in range(rows):
             place = round(row * (len(tables[0]) - 1) / max(rows - 1, 1))
             _draw_bands(axes[row][column], [table.iloc[place] for table in tables])
             _write_step(axes[row][column], tables[0].index[place])
-        axes[0][column].set_title(label)
+        axes[0][column].set_title(fitted(label, 3.4, size=12))
         axes[-1][column].set_xlabel(f"{kind}, from the first to the last")
     for some in axes:
         _compress(some)
     axes[rows // 2][0].set_ylabel("activation")
-    what = "Activations by depth: median, middle 50 % and 90 %"
-    figure.suptitle(title if title is not None else what, fontsize=11)
     return figure
 
 
@@ -171,10 +178,11 @@ def _draw_lines(ax: Axes, table: DataFrame, colours: list) -> None:
 
 
 def _shades(depth: int) -> np.ndarray:
-    """A colour for each layer, from dark to light, but never so light that it is lost on white."""
+    """A colour for each layer, from dark to light, but none that is lost on the background."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](np.linspace(0, 0.88, depth))
+    ends = (0.3, 1) if is_dark() else (0, 0.88)
+    return colormaps["viridis"](np.linspace(*ends, depth))
 
 
 def _depth_bar(figure: Figure, axes: np.ndarray, depth: int, kind: str) -> None:
@@ -209,7 +217,7 @@ def _compress(axes: np.ndarray) -> None:
         axes[0].set_yscale("symlog", linthresh=edge)  # of all panels of the row
         for ax in axes:
             for height in (-edge, edge):
-                ax.axhline(height, color="black", linestyle=":", linewidth=0.6, alpha=0.5)
+                ax.axhline(height, color=ink(), linestyle=":", linewidth=0.6, alpha=0.5)
 
 
 def _write_step(ax: Axes, step: int) -> None:

@@ -34,6 +34,7 @@ SOURCE = ROOT / "normlab"
 ORDER = (
     "checks",
     "files",
+    "figures",
     "seeding",
     "replicas",
     "devices",

@@ -187,10 +187,9 @@ def test_the_last_value_stands_beside_the_end_of_its_curve(quantity, values, end
     figure = nl.plot_curves(runs, quantity)
     figure.canvas.draw()
     (ax,) = figure.axes
-    texts = {text.get_color(): text for text in ax.texts}
+    texts = {text.get_text(): text for text in ax.texts}
     for line, end in zip(ax.lines, ends, strict=True):
-        text = texts[line.get_color()]
-        assert text.get_text() == end
+        text = texts[end]
         box = Text.get_window_extent(text)
         x, y = ax.transData.transform(line.get_xydata()[-1])
         assert box.x0 > x
