@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 import normlab
 from normlab.checks import warn
 from normlab.data import Dataset
@@ -47,6 +45,6 @@ def cached(
     data = decode()
     try:
         data.save(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         warn(f"the decoded data set is not kept: {error}")
     return data

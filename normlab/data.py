@@ -146,7 +146,11 @@ class Dataset:
             "fingerprint": self.fingerprint,
         }
         with written_aside(path) as aside:
-            save_file({part: getattr(self, part).contiguous() for part in _PARTS}, aside, about)
+            parts = {part: getattr(self, part).contiguous() for part in _PARTS}
+            try:
+                save_file(parts, aside, about)
+            except SafetensorError as error:  # a full disk, say
+                raise OSError(str(error)) from error
 
     @classmethod
     def open(cls, path: Path) -> "Dataset":
