@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it becomes `path`, on failure it is gone.
 
-    Afterwards it survives a loss of power. A link stays a link, and a file keeps its mode.
-
+    Afterwards it survives a loss of power. A link stays a link; `path` keeps the permissions that
+    it has, and a new file gets those of the user's other files.
     Raises `OSError` with a sentence that names `path` when it cannot be written (no permission,
     a full disk).
     """
@@ -21,9 +20,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         _make_folder(place.parent)
+        aside.touch()
+        permissions = (place if place.exists() else aside).stat().st_mode
         yield aside
-        if place.exists():
-            shutil.copymode(place, aside)
+        aside.chmod(permissions)  # safetensors makes a file that nobody else may read
         _sync(aside)  # else the name may reach the disk before the content: an empty file
         os.replace(aside, place)
         with suppress(OSError):  # the file is in its place, and some file systems know no more
