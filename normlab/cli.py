@@ -10,33 +10,45 @@ from pathlib import Path
 
 import normlab
 from normlab.files import user_path
+from normlab.progress import lasting_output
 
 DESCRIPTION = "Compare batch, layer and group normalization on small convolutional networks."
 
 
+# What is raised with a sentence of its own.
+EXPECTED = (ArithmeticError, OSError, RuntimeError, TypeError, ValueError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 where the work failed, or 2 where it was used wrongly."""
-    options = _parser().parse_args(arguments)
-    status = 2
-    try:
-        plan = options.check(options)
-        status = 1
-        options.work(options, plan)
-    except KeyboardInterrupt:
-        print(f"\nnormlab: interrupted; {options.after_interrupt(options)}", file=sys.stderr)
-        return 130
-    except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if options.traceback:
-            traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"normlab: {message}", file=sys.stderr)
-        return status
+    with lasting_output():
+        options = _parser().parse_args(arguments)
+        status = 2
+        try:
+            plan = options.check(options)
+            status = 1
+            options.work(options, plan)
+        except KeyboardInterrupt:
+            print(f"\nnormlab: interrupted; {options.after_interrupt(options)}", file=sys.stderr)
+            return 130
+        except EXPECTED as error:
+            return _tell(options, str(error) or type(error).__name__, status)
+        except Exception as error:
+            return _tell(options, f"{error!r}; --traceback shows where it arose", 1)
     return 0
+
+
+def _tell(options: argparse.Namespace, message: str, status: int) -> int:
+    if options.traceback:
+        traceback.print_exc()
+    print(f"normlab: {' '.join(message.split())}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="normlab", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"normlab {normlab.__version__}")
+    parser.set_defaults(check=lambda options: None, after_interrupt=lambda _: "nothing is lost")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_run, _add_sweep, _add_report, _add_list, _add_summary, _add_data):
         command = add(commands)
@@ -120,12 +132,14 @@ def _add_report(commands) -> argparse.ArgumentParser:
     command.add_argument(
         "--check", action="store_true", dest="dry", help="change nothing; status 1 if one is stale"
     )
-    return _simple(command, _report, check=_check_report)
+    command.set_defaults(check=_check_report, work=_report)
+    return command
 
 
 def _add_list(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("list", help="show assignments, networks, data sets and norms")
-    return _simple(command, _list)
+    command.set_defaults(work=_list)
+    return command
 
 
 def _add_summary(commands) -> argparse.ArgumentParser:
@@ -134,18 +148,15 @@ def _add_summary(commands) -> argparse.ArgumentParser:
     command.add_argument("--norm", default="bn", help="bn, ln, gn, ln-elementwise, in or none (bn)")
     command.add_argument("--groups", type=int, help="groups of gn (the assignment's)")
     command.add_argument("--no-skip", action="store_true", help="without skip connections")
-    return _simple(command, _summary, check=_build_for_summary)
+    command.set_defaults(check=_build_for_summary, work=_summary)
+    return command
 
 
 def _add_data(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("data", help="fetch or check a data set")
     command.add_argument("name", metavar="NAME", help="a data set, or a folder of images")
     command.add_argument("--data-root", type=user_path, help="the folder that holds or receives it")
-    return _simple(command, _data, check=_check_dataset_name)
-
-
-def _simple(command, work, check=lambda options: None) -> argparse.ArgumentParser:
-    command.set_defaults(check=check, work=work, after_interrupt=lambda options: "nothing is lost")
+    command.set_defaults(check=_check_dataset_name, work=_data)
     return command
 
 
@@ -164,12 +175,12 @@ def _check_run(options: argparse.Namespace):
     one_of(options.engine, ENGINES, "engine")
     # Without an assignment it must work anywhere at once, whatever data lies around.
     dataset = options.dataset or (assignment.dataset if options.assignment else "digits")
-    name = _check_training(options, assignment, dataset)
+    dataset, name = _check_training(options, assignment, dataset)
     return assignment, dataset, options.out or Path("runs") / f"{assignment.name}-{name}"
 
 
-def _check_training(options: argparse.Namespace, assignment, dataset: str) -> str:
-    """The data set's name as part of a folder's, if all options of a training are in order."""
+def _check_training(options: argparse.Namespace, assignment, dataset: str):
+    """The data set's name or folder, and what to call it, if all options are in order."""
     from normlab.checks import whole_number
     from normlab.devices import pick_device
     from normlab.plans import seed_numbers
@@ -182,7 +193,9 @@ def _check_training(options: argparse.Namespace, assignment, dataset: str) -> st
     assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
     pick_device(options.device)
     _check_root(options.data_root)
-    return dataset if dataset in DATASETS else user_path(dataset).resolve().name
+    # Absolute, since workers are started elsewhere.
+    place = dataset if dataset in DATASETS else user_path(dataset).resolve()
+    return place, Path(place).name
 
 
 def _check_root(root: Path | None) -> None:
@@ -251,16 +264,12 @@ def _how_to_resume(options: argparse.Namespace) -> str:
 def _check_sweep(options: argparse.Namespace):
     """The assignment, a function that loads its images, and the output folder."""
     from normlab.assignments import find_assignment
-    from normlab.sources import DATASETS
     from normlab.sweeps import check_axes
 
     assignment = find_assignment(options.assignment)
-    dataset = options.dataset or assignment.dataset
-    name = _check_training(options, assignment, dataset)
+    dataset, name = _check_training(options, assignment, options.dataset or assignment.dataset)
     check_axes(assignment, options.norms, options.batch_sizes, options.lr, options.scaling)
-    # Workers are started elsewhere, where a relative path leads to something else.
     root = options.data_root and options.data_root.resolve()
-    dataset = dataset if dataset in DATASETS else user_path(dataset).resolve()
     load = partial(_load_images, assignment, dataset, root, options.image_size)
     return assignment, load, options.out or Path("runs") / f"sweep-{assignment.name}-{name}"
 
@@ -292,31 +301,19 @@ def _sweep(options: argparse.Namespace, plan) -> None:
         device=options.device,
         fresh=options.fresh,
         dask=options.dask,
-        after_each=_Redraw(figure),
+        after_each=partial(_draw_sweep, figure, between=20),
     )
-    _draw_sweep(table, figure)
+    _draw_sweep(figure, table)
     print(f"\n{summary_table(table)}\n\n{TABLE}, {figure.name} and the runs are in {options.out}")
 
 
-class _Redraw:
-    """Draws the figure of a growing table, but not all the time."""
-
-    SECONDS = 20
-
-    def __init__(self, figure: Path) -> None:
-        self.figure, self.next = figure, time.monotonic()
-
-    def __call__(self, table) -> None:
-        if time.monotonic() >= self.next:
-            _draw_sweep(table, self.figure)
-            self.next = time.monotonic() + self.SECONDS
-
-
-def _draw_sweep(table, figure: Path) -> None:
+def _draw_sweep(figure: Path, table, *, between: float = 0) -> None:
+    """Draws a table, unless its figure is younger than so many seconds."""
     from normlab.plots import save_if_drawn
     from normlab.sweep_plots import plot_sweep
 
-    save_if_drawn(partial(plot_sweep, table), figure)
+    if not figure.is_file() or time.time() - figure.stat().st_mtime >= between:
+        save_if_drawn(partial(plot_sweep, table), figure)
 
 
 # --- report -----------------------------------------------------------------------------------

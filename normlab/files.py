@@ -24,25 +24,49 @@ def user_path(path: str | Path) -> Path:
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it becomes `path`, on failure it is gone.
 
-    `path` keeps the permissions that it has; a new file gets those of the user's other files.
+    Afterwards it survives a loss of power. A link stays a link; `path` keeps the permissions that
+    it has, and a new file gets those of the user's other files.
     Raises `OSError` with a sentence that names `path` when it cannot be written (no permission,
     a full disk).
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    place = Path(os.path.realpath(path))
+    aside = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(place.parent)
         aside.touch()
-        permissions = (path if path.exists() else aside).stat().st_mode
+        permissions = (place if place.exists() else aside).stat().st_mode
         yield aside
         aside.chmod(permissions)  # safetensors makes a file that nobody else may read
-        os.replace(aside, path)
+        _sync(aside)  # else the name may reach the disk before the content: an empty file
+        os.replace(aside, place)
+        with suppress(OSError):  # the file is in its place, and some file systems know no more
+            _sync(place.parent)
     except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror}") from error
+        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         # After a success there is nothing left to remove; after a failure, on a read-only folder
         # for instance, the removal may fail as well, and the first error is the one to report.
         if aside.parent.is_dir():
             aside.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes it and those above it, each noted down in the one that holds it."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        with suppress(OSError):
+            _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Returns when the disk has what this file or folder holds."""
+    # Windows synchronises only what is open for writing, and no folder: that is an `OSError`.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -62,11 +86,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Reads JSON; a damaged file is named, with what to do about it."""
+    """Reads JSON, in which NaN has no place; a damaged file is named, with what to do about it."""
     try:
-        return json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete its folder and run again") from error
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def remove_leftovers(directory: Path) -> None:

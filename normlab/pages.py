@@ -28,7 +28,12 @@ from normlab.report import (
 )
 from normlab.runs import RunFolder
 
-_PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
+# A mark ends where the next comment begins, so that its search does not go on to the page's end.
+_MARK = re.compile(
+    r"<!-- *normlab:(?P<what>(?:[^\n<-]|(?!<!--|-->).)*)(?P<closed>-->)?|<!-- */ *-->"
+)
+
+FRACTIONS = ("test_accuracy", "best_accuracy", "sd", "reported")
 
 MISSING = "(not trained yet)"  # what stands for results of an assignment that has none
 ONE_SEED = "(one seed: no interval)"
@@ -42,10 +47,10 @@ def read_results(folder: str | Path) -> dict[str, dict]:
 
     Raises `ValueError` if one says something else than the runs that lie beside it.
     """
-    files = sorted(Path(folder).glob("*/results.json"))
+    files = sorted(filter(Path.is_file, Path(folder).glob("*/results.json")))
     if not files:
         raise FileNotFoundError(f"there are no results in {folder}: no folder has a results.json")
-    results = {file.parent.name: read_json(file) | {"folder": file.parent} for file in files}
+    results = {file.parent.name: _checked(file) | {"folder": file.parent} for file in files}
     for kept in results.values():
         if wrong := next(_contradictions(kept), None):
             raise ValueError(
@@ -84,16 +89,40 @@ def _is_of_runs(variant: dict, place: Path) -> bool:
     )
 
 
+def _checked(file: Path) -> dict:
+    """What one of them holds; `ValueError` that names it for what cannot have been measured."""
+    kept = read_json(file)
+    variants = kept.get("variants") if isinstance(kept, dict) else None
+    if not isinstance(variants, list) or not all(isinstance(each, dict) for each in variants):
+        raise ValueError(f"{file} has no variants: write it anew with `normlab run`")
+    left = [kept]
+    while left:
+        each = left.pop()
+        for name, value in each.items() if isinstance(each, dict) else ():
+            wrong = isinstance(value, float) and not math.isfinite(value)
+            if name in FRACTIONS and value is not None:
+                wrong = not isinstance(value, int | float) or not 0 <= value <= 1
+            if wrong:
+                raise ValueError(f"{file}: {name} cannot be {value!r}")
+        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+    return kept
+
+
 def fill_pages(pages: Iterable[str | Path], results: Kept, *, write: bool = True) -> list[Path]:
     """Fills the marked places of Markdown files and notebooks; returns the pages that changed.
 
-    With `write=False` it only says which would. Raises `ValueError` that names page and place for
-    a place that cannot be filled; then no page is changed.
+    With `write=False` it only says which would. Raises `ValueError` that names page, line and
+    place for one that cannot be filled, or that has no end before the next one; then no page is
+    changed.
     """
     changed = {}
     for page in map(Path, pages):
-        text = page.read_text(encoding="utf-8")
-        filled = (_fill_notebook if page.suffix == ".ipynb" else _fill_text)(text, results, page)
+        try:
+            text = page.read_bytes().decode()  # as `read_text` would not: with its own line ends
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{page} is not in UTF-8: {error}") from error
+        fill = _fill_notebook if page.suffix == ".ipynb" else _fill_text
+        filled = fill(text, results, page, page.name)
         if filled != text:
             changed[page] = filled
     for page, filled in changed.items() if write else ():
@@ -101,27 +130,62 @@ def fill_pages(pages: Iterable[str | Path], results: Kept, *, write: bool = True
     return list(changed)
 
 
-def _fill_text(text: str, results: Kept, page: Path) -> str:
-    def fill(place: re.Match) -> str:
+def _fill_text(text: str, results: Kept, page: Path, where: str) -> str:
+    """The text with its places filled; `where` is what an error calls it."""
+    filled, done, line_end = [], 0, _line_end(text)
+    for mark, end in _places(text, where):
         try:
-            value = place_text(place["what"], results, beside=page.parent)
+            value = place_text(mark["what"].strip(), results, beside=page.parent)
         except ValueError as error:
-            raise ValueError(f"{page.name}, place {place['what']!r}: {error}") from None
-        return f"{place[1]}{value}{place[4]}"
+            raise _wrong(text, mark, where, str(error)) from None
+        except (KeyError, TypeError) as error:
+            raise _wrong(text, mark, where, f"the results have no such thing ({error})") from error
+        filled += [text[done : mark.end()], value.replace("\n", line_end)]
+        done = end.start()
+    return "".join([*filled, text[done:]])
 
-    return _PLACE.sub(fill, text)
+
+def _places(text: str, where: str) -> Iterator[tuple[re.Match, re.Match]]:
+    """The marks where each place begins and ends; `ValueError` for one without the other."""
+    opened = None
+    for mark in [*_MARK.finditer(text), None]:
+        ends = mark is not None and mark["what"] is None
+        if opened is not None and not opened["closed"]:
+            raise _wrong(text, opened, where, "its mark lacks the -->")
+        if opened is not None and not ends:
+            raise _wrong(text, opened, where, "its end mark, <!-- / -->, is missing")
+        if opened is None and ends:
+            raise _wrong(text, mark, where, "no place begins before it")
+        if ends:
+            yield opened, mark
+        opened = None if ends else mark
 
 
-def _fill_notebook(text: str, results: Kept, page: Path) -> str:
+def _wrong(text: str, mark: re.Match, where: str, why: str) -> ValueError:
+    line = text.count("\n", 0, mark.start()) + 1
+    name = f"place {mark['what'].strip()!r}" if mark["what"] else "end mark"
+    return ValueError(f"{where}, line {line}, {name}: {why}")
+
+
+def _line_end(text: str) -> str:
+    return "\r\n" if "\r\n" in text else "\n"
+
+
+def _fill_notebook(text: str, results: Kept, page: Path, where: str) -> str:
     """Fills the Markdown cells; a notebook is JSON with each source as its lines."""
-    notebook = json.loads(text)
+    try:
+        notebook = json.loads(text)
+        cells = [(cell, cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{page} is no notebook as Jupyter writes them ({error!r})") from error
     changed = False
-    for cell in notebook["cells"]:
-        source = "".join(cell["source"])
-        filled = _fill_text(source, results, page) if cell["cell_type"] == "markdown" else source
-        if filled != source:
-            cell["source"], changed = filled.splitlines(keepends=True), True
-    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" if changed else text
+    for number, (cell, kind, source) in enumerate(cells, start=1):
+        if kind == "markdown":
+            filled = _fill_text(source, results, page, f"{where}, cell {number}")
+            if filled != source:
+                cell["source"], changed = filled.splitlines(keepends=True), True
+    written = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    return written.replace("\n", _line_end(text)) if changed else text
 
 
 def place_text(what: str, results: Kept, *, beside: Path = Path()) -> str:

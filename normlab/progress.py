@@ -1,9 +1,12 @@
 """How far a training has come: a bar on a terminal, a line in a notebook, lines in a log."""
 
+import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Self, TypeVar
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Self, TextIO, TypeVar
 
 Item = TypeVar("Item")
 
@@ -14,7 +17,7 @@ def make_progress(label: str, epochs: int, steps: int, *, show: bool = True) -> 
         return Progress(label, epochs, steps)
     if _in_notebook():
         return NotebookProgress(label, epochs, steps)
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         return TerminalProgress(label, epochs, steps)
     return LineProgress(label, epochs, steps)
 
@@ -143,3 +146,52 @@ class PlainText(str):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """While it lasts, whoever reads the output cannot end the work.
+
+    A code page without × gets a question mark, and what a reader that has left, as in `| head -1`,
+    or a closed stream does not take is dropped.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would get its number, and the output
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        out, error = (_lasting(stream or nowhere) for stream in (sys.stdout, sys.stderr))
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(error))
+        yield
+        out.flush()
+        error.flush()
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None:  # a notebook's stream takes everything
+        return stream
+    stream.flush()
+    raw = io.BufferedWriter(_Lasting(getattr(buffer, "raw", buffer)))
+    return io.TextIOWrapper(raw, stream.encoding, errors="replace", line_buffering=True)
+
+
+class _Lasting(io.RawIOBase):
+    """Hands on what is written, up to the first error; that of a reader that has left is none."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw, self._lost = raw, False
+        self.fileno, self.isatty, self.writable = raw.fileno, raw.isatty, raw.writable
+
+    def write(self, content: bytes) -> int | None:
+        if not self._lost:
+            try:
+                return self._raw.write(content)
+            except OSError as error:
+                self._lost = True
+                if not isinstance(error, BrokenPipeError):
+                    raise
+        return len(content)

@@ -19,7 +19,7 @@ from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.experiment import load_assignment_data
 from normlab.files import scratch_folder, user_path
-from normlab.fitting import Job, fit_together
+from normlab.fitting import Job, fit_together, is_done
 from normlab.norms import norm_name
 from normlab.parallel import AfterEach, side_by_side
 from normlab.plans import (
@@ -30,6 +30,7 @@ from normlab.plans import (
     plan_runs,
     seed_numbers,
 )
+from normlab.runs import RunFolder
 from normlab.sweep_tables import TABLE, Cell, SweepTable
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def run_sweep(
         seeds: how many (0, 1, …), or which.
         epochs: other than the recipe's, and the same for all: so all see as many images.
         data: the images, or a function that returns them; without it, the assignment's.
-        directory: where to keep the runs and `sweep.csv`, which grows as they finish. Runs found
-            there are not trained again; interrupted ones go on. Other sweeps may be kept there too.
+        directory: where to keep `sweep.csv`, which grows as runs finish, and these, in folders
+            that end in the table's "run". Runs found there are not trained again; interrupted ones
+            go on. Other sweeps may be kept there too.
         device, progress: as for `fit`; there is a line for each run.
         fresh: trains anew those of this sweep's runs that `directory` holds already.
         kept: a `sweep.csv` whose rows are taken for the same network, recipe and images.
@@ -92,6 +94,7 @@ def run_sweep(
         sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
         plans = plan_runs(sweep, seed_numbers(seeds), epochs, place / "runs")
         check_plans(plans, data, device)
+        plans = [_in_own_folder(plan, data, device) for plan in plans]
         file = place / TABLE if directory else None
         table = SweepTable(plans, cells, data, file, progress, after_each)
         if cluster is not None:
@@ -108,6 +111,19 @@ def run_sweep(
             with suppress(OSError):  # the sweep is complete, even if its scheduler has gone
                 cluster.forget(table.digests.values())  # and what came home before this call
         return table.frame()
+
+
+def _in_own_folder(plan: Plan, data: Dataset, device: torch.device) -> Plan:
+    """The plan with a folder that no other run has, whatever they differ in: sweeps may share.
+
+    One that is named by the seed alone, as they once were, is taken if it holds this very run.
+    """
+    with suppress(ValueError):  # it holds another one
+        is_here = is_done(plan.job(data), data, device)
+        if is_here or RunFolder(plan.directory).history_so_far():
+            return plan
+    own = f"{plan.directory.name}-{plan.digest(data)}"
+    return replace(plan, directory=plan.directory.with_name(own))
 
 
 def _images(

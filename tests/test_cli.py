@@ -5,6 +5,8 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,11 +19,14 @@ import pytest
 from PIL import Image
 
 import normlab as nl
-from normlab.cli import main
+from normlab.cli import _parser, main
 from normlab.norms import NORMS
 from normlab.sources import DATASETS
 
 COMMAND = [sys.executable, "-m", "normlab"]
+# However little there is to do, in processes side by side where there is more than one core.
+SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.parallel as p; p.WORTHWHILE = 0; "
+SIDE_BY_SIDE += "sys.exit(c.main())"
 GRAPHS = {"test-loss.png", "test-accuracy.png", "training-and-test.png"}
 REPORT = {"report.md", "results.csv", "results.json", *GRAPHS}
 
@@ -364,12 +369,110 @@ def test_traceback_shows_where_an_error_arose(tmp_path, capsys):
     assert said.splitlines()[-1].startswith("normlab: ")
 
 
+@pytest.mark.parametrize("error", [KeyError("cells"), AttributeError("nothing"), AssertionError()])
+def test_whatever_comes_is_one_sentence_and_status_1(error, monkeypatch, capsys):
+    def surprise(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("normlab.sources.check_dataset_name", surprise)
+    assert main(["data", "digits"]) == 1
+    assert error_of(capsys) == f"normlab: {error!r}; --traceback shows where it arose\n"
+    assert main(["data", "digits", "--traceback"]) == 1
+    assert "in surprise" in capsys.readouterr().err
+
+
+def test_a_full_temporary_folder_is_told(tmp_path, monkeypatch, capsys, full_disk):
+    monkeypatch.setattr("normlab.parallel.WORTHWHILE", 0)
+    monkeypatch.setattr("joblib.cpu_count", lambda *_, **__: 2)
+    images = str(make_folder(tmp_path / "shades"))
+    command = ["run", "mnist-l1", "--dataset", images, "--out", str(tmp_path / "out")]
+    assert main(["data", images]) == 0  # and in the cache
+    with full_disk():
+        assert main([*command, "--epochs", "1", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"^normlab: cannot write .*data\.safetensors: .*File too large", said, re.M)
+    assert not list((tmp_path / "out").rglob("*"))
+
+
+# --- where the output goes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["--out", "--data-root", "--results"])
+def test_a_path_may_begin_at_home(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    command = {
+        "--out": ["sweep", "mnist-l1", "--dataset", "digits"],
+        "--data-root": ["data", "digits"],
+        "--results": ["report"],
+    }[name]
+    options = _parser().parse_args([*command, f"{name}=~/there"])
+    assert vars(options)[name.strip("-").replace("-", "_")] == tmp_path / "there"
+    with pytest.raises(SystemExit):
+        main([*command, f"{name}=~nobody-of-this-name/there"])
+    assert "~nobody-of-this-name/there: Could not determine home" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp850", "latin-1", "utf-8"])
+def test_what_a_code_page_lacks_is_a_question_mark(encoding, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    assert main(["list"]) == 0
+    times = "×".encode(encoding, errors="replace").decode(encoding)
+    assert f"images 1{times}28{times}28" in written.getvalue().decode(encoding)
+
+
+def test_no_code_page_ends_a_training(again, monkeypatch):
+    command, out = again
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, content in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(content, "ascii"))
+    assert main([*command, "--epochs", "1", "--seeds", "2"]) == 0
+    assert (out / "report.md").is_file()
+    assert b" ? " in written["stdout"].getvalue()  # mean ± standard deviation
+    assert written["stderr"].getvalue() == b""
+
+
+def closed_pipe() -> io.TextIOWrapper:
+    """A stream whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize("make", [closed_pipe, lambda: None], ids=["reader gone", "closed"])
+def test_a_training_goes_on_without_anybody_to_tell(make, again, monkeypatch):
+    command, out = again
+    (out / "report.md").unlink()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, make())
+    assert main([*command, "--epochs", "1"]) == 0
+    assert (out / "report.md").is_file()
+    assert main(["data", "nowhere"]) == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or not os.path.exists("/dev/full"), reason="no full device")
+def test_output_that_cannot_be_kept_is_told(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["list"]) == 1
+    assert "No space left on device" in error_of(capsys)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has another shell")
+@pytest.mark.parametrize("tail", ["| head -1", ">&- 2>&- <&-"])
+def test_side_by_side_nothing_depends_on_the_output(tail, tmp_path):
+    images = str(make_folder(tmp_path / "shades"))
+    options = ["run", "mnist-l1", "--dataset", images, "--epochs", "2", "--device", "cpu"]
+    words = [sys.executable, "-c", SIDE_BY_SIDE, *options, "--out", str(tmp_path / "out")]
+    line = f"set -o pipefail; {shlex.join(words)} {tail}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == (tail == "| head -1")
+    assert (tmp_path / "out" / "report.md").is_file()
+
+
 # --- Ctrl-C -----------------------------------------------------------------------------------
-
-
-# However little there is to do, in processes side by side where there is more than one core.
-SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.parallel as p; p.WORTHWHILE = 0; "
-SIDE_BY_SIDE += "sys.exit(c.main())"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to another process on Windows")

@@ -126,7 +126,49 @@ def test_json_comes_back_as_it_was(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows has neither modes nor, for everybody, links")
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(tmp_path):
+    page, link = tmp_path / "there" / "page.md", tmp_path / "page.md"
+    write_text(page, "old")
+    page.chmod(0o640)
+    link.symlink_to("there/page.md")
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert page.read_text() == "new"
+    assert page.stat().st_mode & 0o777 == 0o640
+    assert everything_in(page.parent) == {"page.md": b"new"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot synchronise a folder")
+def test_a_loss_of_power_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    """What would be left after each step: content that is synchronised, names that are."""
+    on_disk, seen = {}, []
+    fsync, replace = os.fsync, os.replace
+
+    def synchronised(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        on_disk[status.st_ino] = status.st_size
+        seen.append(("sync", status.st_ino))
+
+    def moved(source, target):
+        content = os.stat(source)
+        assert on_disk.get(content.st_ino) == content.st_size == 3
+        replace(source, target)
+        seen.append(("move", content.st_ino))
+
+    monkeypatch.setattr(os, "fsync", synchronised)
+    monkeypatch.setattr(os, "replace", moved)
+    path = tmp_path / "runs" / "bn" / "config.json"
+    write_bytes(path, b"new")
+    assert [what for what, _ in seen] == ["sync", "sync", "sync", "move", "sync"]
+    folders = [folder.stat().st_ino for folder in (tmp_path, tmp_path / "runs", path.parent)]
+    assert [number for _, number in seen] == [*folders[:2], *[path.stat().st_ino] * 2, folders[2]]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"a": ', b"\xff\xfe\x00", b'{"loss": NaN}', b"[" * 100_000]
+)
 def test_damaged_json_is_named_with_what_to_do(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)

@@ -1,8 +1,12 @@
 """Marked places of texts say what the results say, and nothing else of a page changes."""
 
+import contextlib
 import json
+import math
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -216,9 +220,139 @@ def test_pages_are_filled_once_and_code_is_left_alone(folder):
 def test_a_wrong_place_is_named_and_no_page_is_touched(folder):
     wrong = folder / "wrong.md"
     wrong.write_text("<!-- normlab: cifar10-add / XN / mean --><!-- / -->")
-    with pytest.raises(ValueError, match=r"wrong\.md, place 'cifar10-add / XN / mean'.* 'XN'"):
+    with pytest.raises(
+        ValueError, match=r"wrong\.md, line 1, place 'cifar10-add / XN / mean'.* 'XN'"
+    ):
         fill_pages([folder / "README.md", wrong], read_results(folder / "results"))
     assert "1 %" in (folder / "README.md").read_text()
+
+
+OPEN = "<!-- normlab: cifar10-add / LN / mean -->"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        (f"one\n{OPEN}?\nmuch\n{OPEN}?<!-- / -->", 2, "its end mark, <!-- / -->, is missing"),
+        (f"one {OPEN}?<!-- / -->\n\n{OPEN}?", 3, "its end mark, <!-- / -->, is missing"),
+        (f"{OPEN}{OPEN}?<!-- / --><!-- / -->", 1, "its end mark, <!-- / -->, is missing"),
+        (f"{OPEN}?<!-- / -->\n<!-- / -->", 2, "end mark: no place begins before it"),
+        ("\n<!-- normlab: cifar10-add / LN / mean\n -->?<!-- / -->", 2, "its mark lacks the -->"),
+        (f"<!-- normlab: cifar10-add / LN {OPEN}?<!-- / -->", 1, "its mark lacks the -->"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["md", "ipynb"])
+def test_what_is_no_place_is_named_and_no_text_is_lost(text, line, why, ending, folder):
+    page = folder / f"page.{ending}"
+    cells = [nbformat.v4.new_code_cell(""), nbformat.v4.new_markdown_cell(text)]
+    if ending == "ipynb":
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), page)
+    else:
+        page.write_text(text)
+    before = page.read_bytes()
+    cell = "" if ending == "md" else ", cell 2"
+    with pytest.raises(ValueError, match=f"^page.{ending}{cell}, line {line}, .*{why}$"):
+        fill_pages([page], read_results(folder / "results"))
+    assert page.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<!-- normlab: a ", "<!-- normlab: a -->\n", "<!-- ", "<!--  / "),
+        "<!-- normlab: cifar10-skip / LN / mean -->?<!-- / -->\n",
+    ],
+)
+def test_the_time_for_many_marks_grows_as_they_do(text, tmp_path):
+    page, took = tmp_path / "page.md", []
+    for count in (5_000, 40_000):
+        page.write_text(text * count)
+        start = time.process_time()
+        with contextlib.suppress(ValueError):
+            fill_pages([page], {})
+        took.append(time.process_time() - start)
+    assert took[1] < 8 * 3 * took[0] + 1  # as the square it would be 64 times as long
+    filled = page.read_text().count("-->(not trained yet)<!-- / -->\n")
+    assert filled == (40_000 if "?" in text else 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has neither modes nor, for everybody, links")
+@pytest.mark.parametrize("name", ["README.md", "one.ipynb"])
+def test_a_page_keeps_its_line_ends_its_mode_and_its_link(name, folder):
+    page, link = folder / name, folder / "elsewhere" / name
+    content = page.read_bytes().replace(b"\n", b"\r\n") + (b"ended\r\n" if "md" in name else b"")
+    page.write_bytes(
+        content.replace(b"normlab: cifar10-add / BN + L1 / mean", b"normlab: overview")
+    )
+    page.chmod(0o640)
+    link.parent.mkdir()
+    link.symlink_to(page)
+    before = page.read_bytes()
+    assert fill_pages([link], read_results(folder / "results")) == [link]
+    after = page.read_bytes()
+    assert after != before
+    assert after.count(b"\n") == after.count(b"\r\n") > before.count(b"\n") * ("md" in name)
+    assert link.is_symlink()
+    assert page.stat().st_mode & 0o777 == 0o640
+    assert fill_pages([page], read_results(folder / "results")) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"cells": [{}]}', '{"cells": 3}', "{", "[" * 100_000, "\ufeff{}"]
+)
+def test_what_is_no_notebook_is_named(content, tmp_path):
+    page = tmp_path / "page.ipynb"
+    page.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"page\.ipynb is no notebook as Jupyter writes them"):
+        fill_pages([page], {})
+    page.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"page\.ipynb is not in UTF-8"):
+        fill_pages([page], {})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda kept: kept.pop("variants"), "has no variants"),
+        (lambda kept: kept.update(variants={}), "has no variants"),
+        (lambda kept: kept.update(variants=[3]), "has no variants"),
+        (
+            lambda kept: kept["variants"][0].update(test_accuracy=99.5),
+            "test_accuracy cannot be 99.5",
+        ),
+        (
+            lambda kept: kept["variants"][0].update(test_accuracy=-0.1),
+            "test_accuracy cannot be -0.1",
+        ),
+        (lambda kept: kept["variants"][0].update(test_accuracy="0.9"), "cannot be '0.9'"),
+        (lambda kept: kept["variants"][0].update(test_accuracy=math.nan), "NaN is no number"),
+        (lambda kept: kept["variants"][1].update(reported=73.42), "reported cannot be 73.42"),
+        (lambda kept: kept["variants"][1]["runs"][0].update(test_accuracy=2), "cannot be 2"),
+        (lambda kept: kept["differences"][0].update(margin=-math.inf), "-Infinity is no number"),
+    ],
+)
+def test_results_that_cannot_have_been_measured_are_refused(change, why, folder):
+    file = folder / "results" / "cifar10-add" / "results.json"
+    kept = json.loads(file.read_text())
+    change(kept)
+    file.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=re.escape(why)) as caught:
+        read_results(folder / "results")
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["variant", "parameters", "test_accuracy", "recipe", "runs"])
+def test_what_the_results_lack_is_told_with_the_place(name, folder):
+    file = folder / "results" / "cifar10-add" / "results.json"
+    kept = json.loads(file.read_text())
+    for variant in kept["variants"]:
+        del variant[name]
+    file.write_text(json.dumps(kept))
+    page = folder / "page.md"
+    parts = {"runs": "LN / loss", "recipe": "LN / rate"}
+    page.write_text(f"<!-- normlab: cifar10-add / {parts.get(name, 'table')} -->?<!-- / -->")
+    with pytest.raises(ValueError, match=rf"page\.md, line 1, .* no such thing \('{name}'\)"):
+        fill_pages([page], read_results(folder / "results"))
 
 
 def test_no_results_are_an_error(tmp_path):

@@ -29,6 +29,11 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_without_a_stream_for_errors_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert type(make_progress("BN", 2, 3)).__name__ == "LineProgress"
+
+
 def test_a_log_gets_one_line_an_epoch_and_nothing_else(train, capsys):
     run = train(label="BN, seed 0")
     captured = capsys.readouterr()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import joblib
 import pytest
@@ -70,7 +71,7 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     options = {"norms": ["gn", "ln"], "epochs": 1, "directory": tmp_path}
     table = sweep(tiny_assignment, tiny, **options)
     assert (tmp_path / "sweep.csv").read_text().count("\n") == 3
-    remove_run(tmp_path / "runs" / "ln" / "seed-0")
+    remove_run(folder_of(tmp_path, "ln"))
     head, gn, _ = (tmp_path / "sweep.csv").read_text().splitlines()
     (tmp_path / "sweep.csv").write_text(f"{head}\n{gn}\n")
     again = sweep(tiny_assignment, tiny, progress=True, **options)
@@ -108,6 +109,79 @@ def test_kept_rows_get_the_labels_of_this_sweep(tiny_assignment, tiny, tmp_path)
     table = sweep(tiny_assignment, tiny, lrs=[0.2], after_each=trained.append, **options)
     assert trained == []
     assert table["base_lr"].tolist() == table["lr"].tolist() == [0.2]
+
+
+def folder_of(place, variant, seed=0):
+    """The folder of a sweep's run."""
+    (found,) = place.glob(f"runs/{variant}/seed-{seed}-*")
+    return found
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"scaling": "linear"},
+        {"epochs": 2},
+        {"recipe": {"weight_decay": 0.01}},
+        {"data": {"train": 80}},
+        {"build": {"dropout": 0.5}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_sweeps_that_differ_in_anything_share_a_folder(
+    other, tiny_assignment, tiny, tiny_network, tmp_path
+):
+    options = {"norms": ["gn"], "batch_sizes": [8, 32], "epochs": 1, "directory": tmp_path}
+    changed = tiny_assignment.recipe.replace(**other.pop("recipe", {}))
+    build = partial(tiny_network().__class__, **other.pop("build", {}))
+    assignments = tiny_assignment, replace(tiny_assignment, recipe=changed, build=build)
+    images = tiny, tiny.subset(**other.pop("data", {}))
+    first = sweep(assignments[0], images[0], **options)
+    before = files_in(tmp_path / "runs")
+    second = sweep(assignments[1], images[1], **options | other)
+    after = files_in(tmp_path / "runs")
+    assert not set(first["run"]) & set(second["run"])
+    assert after.items() >= before.items()
+    assert len(after) == 2 * len(before)
+    names = {file.parent.name for file in after}
+    assert names == {f"seed-0-{run}" for run in (*first["run"], *second["run"])}
+    (tmp_path / "sweep.csv").unlink()
+    trained = []
+    for table, index, more in ((first, 0, {}), (second, 1, other)):
+        options |= {"after_each": trained.append}
+        assert sweep(assignments[index], images[index], **options | more).equals(table)
+    assert trained == []
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_runs_in_folders_of_their_seed_alone_are_found(
+    finished, tiny_assignment, tiny, tmp_path, monkeypatch
+):
+    options = {"norms": ["gn"], "epochs": 2, "directory": tmp_path, "after_each": None}
+    save, saved = RunFolder.save_epoch, []
+
+    def stop_after_the_first(self, *arguments):
+        save(self, *arguments)
+        saved.append(self)
+        raise KeyboardInterrupt
+
+    if not finished:
+        monkeypatch.setattr(RunFolder, "save_epoch", stop_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tiny_assignment, tiny, **options)
+        monkeypatch.setattr(RunFolder, "save_epoch", save)
+    else:
+        sweep(tiny_assignment, tiny, **options)
+    own = folder_of(tmp_path, "gn")
+    once = own.rename(own.with_name("seed-0"))
+    (tmp_path / "sweep.csv").unlink()
+    first = RunFolder(once).history_so_far()
+    sweep(tiny_assignment, tiny, **options)
+    assert [folder.name for folder in (tmp_path / "runs" / "gn").iterdir()] == ["seed-0"]
+    assert len(first) == 1 + finished
+    assert RunFolder(once).history_so_far()[: len(first)] == first
+    sweep(tiny_assignment, tiny, scaling="none", **options | {"epochs": 1})
+    assert len(list((tmp_path / "runs" / "gn").iterdir())) == 2
 
 
 def files_in(folder):
@@ -256,7 +330,7 @@ def test_a_single_run_that_is_left_has_as_many_threads_as_before(
 
     monkeypatch.setattr(sweeps, "side_by_side", instead)
     sweep(tiny_assignment, tiny, **options)
-    remove_run(tmp_path / "runs" / "ln" / "seed-0")
+    remove_run(folder_of(tmp_path, "ln"))
     (tmp_path / "sweep.csv").unlink()
     sweep(tiny_assignment, tiny, **options)
     assert left == [["GN, seed 0", "LN, seed 0"], ["LN, seed 0"]]
