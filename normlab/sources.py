@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from normlab.cache import cache_folder, cached
-from normlab.checks import nearest, whole_number
+from normlab.checks import image_shape, nearest
 from normlab.data import Dataset
 from normlab.folders import load_folder, resized
 
@@ -85,7 +85,7 @@ def load_dataset(
     ones, `OSError` for a download that failed; nothing half-written stays behind.
     """
     check_dataset_name(name)
-    _check_input_shape(input_shape)
+    input_shape = None if input_shape is None else _checked_shape(input_shape)
     if name == "digits":
         return _load_digits(input_shape or (1, 28, 28))
     if name in SOURCES:
@@ -114,13 +114,11 @@ def data_roots(root: Path | None = None) -> list[Path]:
     return [*asked, cache_folder() / "data"]
 
 
-def _check_input_shape(shape: tuple[int, int, int] | None) -> None:
-    if shape is None:
-        return
-    if len(tuple(shape)) != 3 or shape[0] not in (1, 3):
+def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    shape = image_shape(shape)
+    if shape[0] not in (1, 3):
         raise ValueError(f"input_shape must be (C, H, W) with 1 or 3 channels, not {shape!r}")
-    for side in shape[1:]:
-        whole_number(side, "a side of input_shape")
+    return shape
 
 
 # --- bundled digits --------------------------------------------------------------------------

@@ -31,6 +31,7 @@ SOURCE = ROOT / "normlab"
 
 # A module imports only those that stand before it.
 ORDER = (
+    "attributes",
     "checks",
     "files",
     "seeding",
@@ -61,7 +62,6 @@ ORDER = (
     "allocator",
     "compiler",
     "engine",
-    "attributes",
     "graphs",
     "replica_engine",
     "engines",
