@@ -23,7 +23,8 @@ def nearest(value: object, allowed: Iterable[str]) -> str:
 def warn(message: str) -> None:
     """Warns, pointing at the line outside normlab from which the call came."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "normlab":
+    between = ("normlab", "torch", "contextlib")  # decorators such as `torch.no_grad` lie between
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in between:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 

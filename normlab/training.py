@@ -100,12 +100,14 @@ def gradients() -> Iterator[None]:
         yield
 
 
-def _on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, once each is known to be images and labels, on a device."""
     for batch in batches:
         images, labels = pair(batch)
         yield images.to(device), labels.to(device)
 
 
+@gradients()
 def train_epoch(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -133,17 +135,16 @@ def train_epoch(
     device = device_of(network)
     tally = Tally()
     set_training(network)
-    with gradients():
-        for images, labels in _on_device(batches, device):
-            logits = network(images)
-            check_logits(network, images, logits)
-            penalty = l1 * l1_penalty(network) if l1 else 0.0
-            optimizer.zero_grad()
-            (loss(logits, labels) + penalty).backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            tally.add(logits, labels, penalty)
+    for images, labels in on_device(batches, device):
+        logits = network(images)
+        check_logits(network, images, logits)
+        penalty = l1 * l1_penalty(network) if l1 else 0.0
+        optimizer.zero_grad()
+        (loss(logits, labels) + penalty).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        tally.add(logits, labels, penalty)
     return tally.result()
 
 
@@ -162,7 +163,7 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
     device = device_of(network)
     tally = Tally()
     with evaluating(network):
-        for images, labels in _on_device(batches, device):
+        for images, labels in on_device(batches, device):
             logits = network(images)
             check_logits(network, images, logits)
             tally.add(logits, labels)
