@@ -76,7 +76,7 @@ class Assignment:
             raise ValueError(
                 f"assignment {self.name!r} needs either network=, a name, or build=, a function"
             )
-        variants = several(self.variants, "variants")
+        variants = several(self.variants)
         object.__setattr__(self, "variants", tuple(map(self.variant_of, variants)))
         if not self.variants:
             raise ValueError(f"assignment {self.name!r} has no variants to compare")

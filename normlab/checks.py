@@ -50,14 +50,11 @@ def plain(value: object) -> object:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def several(values: object, what: str) -> list:
-    """The values as a list of plain ones, whatever holds them; a single one by itself, too."""
+def several(values: object) -> list:
+    """The values as a list of plain ones, whatever holds them; a single one or a name, too."""
     values = plain(values)
-    if isinstance(values, str | numbers.Number):
-        return [values]
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{what} must be a value or several, not {values!r}")
-    return [plain(value) for value in values]
+    alone = isinstance(values, str) or not isinstance(values, Iterable)
+    return [values] if alone else [plain(value) for value in values]
 
 
 def image_shape(shape: object) -> tuple[int, int, int]:

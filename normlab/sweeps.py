@@ -180,7 +180,7 @@ def check_axes(
         )
     one_of(scaling, SCALINGS, "scaling of the rate")
     given = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs}
-    axes = {what: None if each is None else several(each, what) for what, each in given.items()}
+    axes = {what: None if each is None else several(each) for what, each in given.items()}
     _bases(assignment, axes["norms"])
     for each in axes["batch_sizes"] or ():
         whole_number(each, "each of batch_sizes")

@@ -50,20 +50,18 @@ SEVERAL = [
 
 @pytest.mark.parametrize("values", SEVERAL, ids=lambda values: type(values).__name__)
 def test_several_values_are_a_list_of_plain_ones(values):
-    found = several(values, "them")
+    found = several(values)
     assert found == [1, 2, 4]
     assert {type(value) for value in found} == {int}
 
 
 @pytest.mark.parametrize("value", [0.5, np.float64(0.5), torch.tensor(0.5), np.array(0.5)])
 def test_a_single_value_is_several(value):
-    assert several(value, "them") == [0.5]
+    assert several(value) == [0.5]
 
 
 def test_a_name_is_no_list_of_letters():
-    assert several("bn", "them") == ["bn"]
-    with pytest.raises(TypeError, match="them must be a value or several, not None"):
-        several(None, "them")
+    assert several("bn") == ["bn"]
 
 
 @pytest.mark.parametrize("of", [tuple, list, np.array, torch.tensor, pandas.Series, torch.Size])
