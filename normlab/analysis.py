@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import one_of, whole_number
+from normlab.checks import check_logits, has_weights, one_of, warn, whole_number
 from normlab.data import Dataset
 from normlab.runs import Run
 from normlab.seeding import fork_random_state
@@ -55,9 +55,12 @@ def predict(
 ) -> Tensor:
     """Logits (N, classes) on the CPU for the test images (or, with `train`, the training images).
 
-    The network is in evaluation mode meanwhile and in its former mode afterwards.
+    The network is in evaluation mode meanwhile and in its former mode afterwards. Warns where its
+    batch normalization keeps no running statistics: then the logits of an image depend on the
+    others of its batch, and so on `batch_size`.
     """
     check_network(network, data)
+    _warn_of_batch_statistics(network)
     example = next(network.parameters(), torch.zeros(()))
     batches = data.loader(
         train, batch_size, shuffle=False, device=example.device, dtype=example.dtype
@@ -68,6 +71,7 @@ def predict(
 
 def check_network(network: nn.Module, data: Dataset) -> None:
     """Tries two images; raises an error of one sentence if the network does not fit the data."""
+    has_weights(network)
     example = next(network.parameters(), torch.zeros(()))
     images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
     try:
@@ -77,19 +81,30 @@ def check_network(network: nn.Module, data: Dataset) -> None:
         raise ValueError(
             f"{type(network).__name__} cannot take images of shape {data.input_shape}: {error}"
         ) from error
-    classes = len(data.classes)
-    if not isinstance(logits, torch.Tensor):
-        kind = type(logits).__name__
-        raise TypeError(f"{type(network).__name__} must return a tensor of logits, not a {kind}")
-    if logits.shape != (2, classes):
-        raise ValueError(
-            f"{type(network).__name__} must return logits of shape (B, {classes}) for "
-            f"{classes} classes, not {tuple(logits.shape)} for B = 2"
-        )
+    check_logits(network, images, logits, len(data.classes))
+
+
+def _warn_of_batch_statistics(network: nn.Module) -> None:
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            warn(
+                f"layer {name!r} ({type(layer).__name__}) keeps no running statistics "
+                "(track_running_stats=False): what the network predicts for an image depends on "
+                "the other images of its batch"
+            )
+            return
 
 
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The most probable class, int64 (N,), and its softmax probability, float32 (N,)."""
+    """The most probable class, int64 (N,), and its softmax probability, float32 (N,).
+
+    Raises `FloatingPointError` for logits that are no numbers, of which no class is.
+    """
+    if broken := int(logits.isnan().any(1).sum()):
+        raise FloatingPointError(
+            f"the logits of {broken} of {len(logits)} images are no numbers (NaN): the weights of "
+            "the network, or the images, hold some"
+        )
     probability, predicted = logits.float().softmax(1).max(1)
     return predicted, probability
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from normlab.checks import one_of
+from normlab.checks import instance, one_of, several
 from normlab.networks import NETWORKS, build_network
 from normlab.norms import norm_name
 from normlab.recipes import Recipe
@@ -52,7 +52,7 @@ class Assignment:
         name: short name; one of one's own is free.
         title: what it is called in reports.
         dataset: name of its data set.
-        variants: what is compared.
+        variants: what is compared; a norm's name stands for the variant that has just that norm.
         recipe: how every variant is trained, but for what it declares to change.
         network: name of a network of `build_network`; or
         build: a function that returns one's own network for a norm's name.
@@ -76,6 +76,8 @@ class Assignment:
             raise ValueError(
                 f"assignment {self.name!r} needs either network=, a name, or build=, a function"
             )
+        variants = several(self.variants)
+        object.__setattr__(self, "variants", tuple(map(self.variant_of, variants)))
         if not self.variants:
             raise ValueError(f"assignment {self.name!r} has no variants to compare")
         if self.network is not None:
@@ -85,6 +87,14 @@ class Assignment:
         folders = [variant.folder for variant in self.variants]
         for twice in (name for name in folders if folders.count(name) > 1):
             raise ValueError(f"assignment {self.name!r} has two variants with the folder {twice!r}")
+
+    def variant_of(self, norm: str | Variant) -> Variant:
+        """The variant that has this norm, and nothing else that sets it apart."""
+        if not isinstance(norm, str):
+            instance(norm, Variant, "a variant", "nl.Variant('GN', 'gn') makes one, or give 'gn'")
+            return norm
+        norm = norm_name(norm) if self.build is None else norm
+        return Variant(norm.upper() if len(norm) < 4 else norm, norm)
 
     def _check(self, variant: Variant) -> None:
         self.recipe.replace(**variant.changes)

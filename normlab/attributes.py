@@ -1,6 +1,41 @@
-"""What Python changes in a network while it computes: a CUDA graph would not repeat it."""
+"""What a network holds beside its weights: modes, and what Python stores while it computes."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A deep copy. Results that a forward pass left in layers are copied without their history.
+
+    torch copies no tensor that was computed: an activation that is kept for a picture, say, or the
+    weight that `torch.nn.utils.weight_norm` makes.
+    """
+    stored = (value for layer in network.modules() for value in _tensors(vars(layer)))
+    memo = {id(value): value.detach().clone() for value in stored if not value.is_leaf}
+    return copy.deepcopy(network, memo)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in a value, also those in lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+@contextmanager
+def modes_kept(network: nn.Module) -> Iterator[None]:
+    """After the block every layer is in the mode, training or evaluation, it was in before."""
+    modes = [(layer, layer.training) for layer in network.modules()]
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
 
 
 class Attributes:

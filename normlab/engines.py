@@ -1,11 +1,10 @@
 """Which way through an epoch: the fastest that the device, the network and the data allow."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from normlab.attributes import copied
 from normlab.checks import one_of
 from normlab.data import Batches
 from normlab.engine import CpuEngine, PlainEngine
@@ -14,6 +13,7 @@ from normlab.recipes import Recipe
 from normlab.replica_engine import ReplicaEngine
 from normlab.replicas import replicas
 from normlab.seeding import fork_random_state
+from normlab.training import set_training
 from normlab.watching import is_watched
 
 ENGINES = ("auto", "plain")
@@ -62,7 +62,8 @@ def _channels_last_problem(network: nn.Module, train: Batches) -> str:
     images = torch.zeros(2, *train.images.shape[1:], dtype=train.dtype, device=device)
     labels = torch.zeros(2, dtype=torch.int64, device=device)
     try:
-        twin = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
+        twin = copied(network).to(memory_format=torch.channels_last)
+        set_training(twin)
         with fork_random_state(device):
             logits = twin(images.contiguous(memory_format=torch.channels_last))
             F.cross_entropy(logits, labels).backward()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from normlab.analysis import check_network, class_and_probability, predict
+from normlab.attributes import copied, modes_kept
 from normlab.checks import instance, one_of, warn
 from normlab.compiler import compiler_left_out
 from normlab.data import Batches, Dataset
@@ -19,8 +20,9 @@ from normlab.engine import PlainEngine
 from normlab.engines import ENGINES, make_engine
 from normlab.files import user_path
 from normlab.graphs import can_overlap
+from normlab.penalties import l1_penalty
 from normlab.progress import Progress, make_progress
-from normlab.recipes import DTYPES, Recipe
+from normlab.recipes import DTYPES, Recipe, trained_parameters
 from normlab.replicas import from_first, gathered, replicas
 from normlab.runs import (
     Run,
@@ -32,6 +34,7 @@ from normlab.runs import (
     weights_digest,
 )
 from normlab.seeding import seeded
+from normlab.training import evaluating, gradients
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -50,6 +53,10 @@ def fit(
     engine: str = "auto",
 ) -> Run:
     """Trains `network` in place, tests it after every epoch, and returns the `Run`.
+
+    The network comes back in evaluation mode, also from a folder: call `network.train()` before a
+    loop of your own. All layers are trained in training mode, but for those that were frozen by
+    `layer.eval().requires_grad_(False)` before: they keep their running statistics.
 
     Args:
         network: maps images (B, C, H, W) to logits (B, classes); any `nn.Module`.
@@ -112,7 +119,7 @@ def fit_together(
     for job in jobs:
         instance(job.network, nn.Module, "a network", "nl.build_network(…) gives one")
         instance(job.recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
-    with compiler_left_out():
+    with compiler_left_out(), gradients():
         trainings = [_Training(job, data, device, engine, progress) for job in jobs]
         together = can_overlap(job.network for job in jobs)
         errors = _train_all(trainings, len(jobs) if together else 1)
@@ -161,14 +168,15 @@ def _train(trainings: Sequence["_Training"], errors: list[Exception]) -> list["_
 
 
 def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
-    """Whether the job's folder holds its finished run; the network is moved to the device.
+    """Whether the job's folder holds its finished run; the network stays as and where it is.
 
-    Raises `ValueError` if the folder holds another run.
+    Raises `ValueError` if the folder holds another run, or the device lacks the recipe's dtype.
     """
-    move(job.network, device, job.recipe)
+    _check_dtype(device, job.recipe)
     if job.directory is None:
         return False
-    return RunFolder(job.directory).open(job.what or identity(job.network, data, job.recipe))
+    what = job.what or identity(copied(job.network).to(DTYPES[job.recipe.dtype]), data, job.recipe)
+    return RunFolder(job.directory).open(what)
 
 
 class _Training:
@@ -185,7 +193,7 @@ class _Training:
         writes = self.kept and replicas().is_first  # the others touch no file
         self.folder = RunFolder(job.directory) if writes else None
         self.engine: PlainEngine | None = None
-        check_trainable(job.network, data)
+        check_trainable(job.network, data, job.recipe)
         with self._explaining():
             move(job.network, device, job.recipe)
         _check_agreement(job, data)
@@ -201,6 +209,7 @@ class _Training:
                 self.collect()
             self._close_engine()  # predictions are those of the network as a student gets it
             self.result = self.run()
+        self.network.eval()
 
     def _ingredients(self) -> tuple[nn.Module, Recipe, Batches, Batches]:
         """What an engine is made of: network, recipe, and the batches to train and test on."""
@@ -219,12 +228,13 @@ class _Training:
     def _open(self) -> Iterator[None]:
         """Resumes what the folder holds; leaving the context closes engine and display.
 
-        If an exception leaves it, the network gets its initial weights back where a folder keeps
+        Layers then are in the modes they were in, so that the same call trains the same again. If
+        an exception leaves it, the network gets its initial weights back where a folder keeps
         the trained ones, so that the same call with the same network resumes; and where memory was
         wanting, since it may be tried again.
         """
         initial = {name: value.clone() for name, value in self.network.state_dict().items()}
-        with ExitStack() as stack:
+        with modes_kept(self.network), ExitStack() as stack:
             stack.push(lambda _, error, *__: self._put_back(initial, error))
             stack.callback(self._close_engine)
             self._start()
@@ -375,7 +385,10 @@ def warn_if_at_chance(label: str, history: list[dict], recipe: Recipe, data: Dat
         return
     accuracy = history[CHANCE_EPOCHS - 1]["train_accuracy"]
     chance = data.train_labels.bincount().max().item() / len(data.train_labels)
-    if accuracy < chance + 0.02:
+    if chance == 1:
+        only = data.classes[data.train_labels[0]]
+        warn(f"{label}: all training images have the label {only!r}: there is nothing to learn")
+    elif accuracy < chance + min(0.02, (1 - chance) / 5):  # of what is left above chance
         warn(
             f"{label}: after {CHANCE_EPOCHS} epochs the training accuracy is {accuracy:.1%}, no "
             "better than always guessing one class: try another learning rate than "
@@ -398,16 +411,22 @@ def _check_agreement(job: Job, data: Dataset) -> None:
 
 def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
     """Moves the network to the device, in the recipe's dtype."""
-    if device.type == "mps" and recipe.dtype == "float64":
-        raise ValueError("dtype 'float64' is not available on device 'mps': use device='cpu'")
+    _check_dtype(device, recipe)
     network.to(device=device, dtype=DTYPES[recipe.dtype])
 
 
-def check_trainable(network: nn.Module, data: Dataset) -> None:
-    """Raises an error of one sentence if the network cannot be trained on the data."""
-    if next(network.parameters(), None) is None:
-        raise ValueError(f"{type(network).__name__} has no parameters to train")
+def _check_dtype(device: torch.device, recipe: Recipe) -> None:
+    if device.type == "mps" and recipe.dtype == "float64":
+        raise ValueError("dtype 'float64' is not available on device 'mps': use device='cpu'")
+
+
+def check_trainable(network: nn.Module, data: Dataset, recipe: Recipe) -> None:
+    """Raises an error of one sentence if the recipe cannot train the network on the data."""
+    trained_parameters(network, recipe)
     check_network(network, data)
+    if recipe.l1:
+        with evaluating(network):  # where a spectral norm takes no step
+            l1_penalty(network)
 
 
 class _NoRoom(RuntimeError):

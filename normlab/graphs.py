@@ -19,7 +19,7 @@ from normlab.data import Batches
 from normlab.engine import Counted, PlainEngine, batch_sizes
 from normlab.penalties import l1_penalty
 from normlab.recipes import Recipe, make_optimizer, schedule_factor
-from normlab.training import EpochResult
+from normlab.training import EpochResult, evaluating, right_images, set_training
 
 
 class GraphEngine(PlainEngine):
@@ -108,7 +108,6 @@ class GraphEngine(PlainEngine):
     def close(self) -> None:
         self._settle()
         self.optimizer.zero_grad()  # gradients lie in the memory of the graphs, and would keep it
-        self.network.train()
         self.network.to(memory_format=torch.contiguous_format)
 
     def _settle(self) -> None:
@@ -181,7 +180,7 @@ class GraphEngine(PlainEngine):
         return graph.replay
 
     def _train_step(self, size: int) -> None:
-        self.network.train()
+        set_training(self.network)
         rows = self.row + torch.arange(size, device=self.device)
         draws = [drawn[rows] for drawn in self.draws]
         images, labels = self.batches.batch(self.order[rows], draws)
@@ -201,11 +200,11 @@ class GraphEngine(PlainEngine):
 
     @torch.no_grad()
     def _test_step(self, size: int) -> None:
-        self.network.eval()
         rows = self.row + torch.arange(size, device=self.device)
         images, labels = self.tests.batch(rows, [])
         # In full precision, as `predict` will be: what is called a mistake must be one in both.
-        self._add(1, self.network(images), labels, 0.0)
+        with evaluating(self.network):
+            self._add(1, self.network(images), labels, 0.0)
         self.row.add_(size)
 
     def _full(self, logits: Tensor) -> Tensor:
@@ -220,7 +219,7 @@ class GraphEngine(PlainEngine):
     @torch.no_grad()
     def _add(self, part: int, logits: Tensor, labels: Tensor, penalty: Tensor | float) -> None:
         loss = F.cross_entropy(self._full(logits), labels, reduction="sum")
-        right = (logits.argmax(1) == labels).sum()
+        right = right_images(logits, labels)
         self.sums[part, 0].add_(loss)
         self.sums[part, 1].add_(right)
         self.sums[part, 2].add_(penalty * len(labels))

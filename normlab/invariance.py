@@ -1,12 +1,12 @@
 """What happens to a network when the weights before a normalization are multiplied."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import instance, number
+from normlab.attributes import copied
+from normlab.checks import has_weights, instance, number
 from normlab.seeding import seeded
 
 
@@ -53,6 +53,7 @@ def rescale_weights(
     if not len(images):
         raise ValueError("rescale_weights needs at least one image")
     number(factor, "factor", positive=True)
+    has_weights(network)
     name = _find(network, layer)
     before, slope = _output_and_gradient(network, images, name, 1.0)
     after, new_slope = _output_and_gradient(network, images, name, factor)
@@ -79,7 +80,7 @@ def _output_and_gradient(
     network: nn.Module, images: Tensor, layer: str, factor: float
 ) -> tuple[Tensor, Tensor]:
     """The output of a copy with the weights multiplied, and the gradient for them, flattened."""
-    twin = copy.deepcopy(network).train()
+    twin = copied(network).train()
     weight = twin.get_submodule(layer).weight.requires_grad_()
     with torch.no_grad():
         weight.mul_(factor)

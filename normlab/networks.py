@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import number, one_of, whole_number
+from normlab.checks import image_shape, number, one_of, whole_number
 from normlab.norms import make_norm, norm_name
 from normlab.seeding import seeded
 
@@ -251,7 +251,7 @@ def build_network(
         "dropout": design.dropout if dropout is None else number(dropout, "dropout", below=1),
         "skip": bool(skip),
         "classes": whole_number(classes, "classes"),
-        "input_shape": _shape(design.input_shape if input_shape is None else input_shape),
+        "input_shape": image_shape(design.input_shape if input_shape is None else input_shape),
     }
     drop = nn.Dropout2d if design.channel_dropout else nn.Dropout
     dropout_layer = drop(arguments["dropout"]) if arguments["dropout"] else None
@@ -280,12 +280,6 @@ def _callable_name(norm: object) -> str:
     if not callable(norm):
         raise TypeError(f"norm must be a name or a function of (channels, size), not {norm!r}")
     return getattr(norm, "__qualname__", type(norm).__qualname__)
-
-
-def _shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
-        raise ValueError(f"input_shape must be (C, H, W), not {shape!r}")
-    return tuple(whole_number(side, "each number of input_shape") for side in shape)
 
 
 def _initialize(network: nn.Module, seed: int) -> None:

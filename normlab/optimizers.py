@@ -25,15 +25,30 @@ def filters(network: nn.Module) -> list[Tensor]:
     Without the last layer defined, which makes logits, and transposed convolutions, whose weights
     are (in, out, …). By the kind of layer and not by the shape of weights: the scales of an
     element-wise layer normalization have as many axes.
+
+    Raises `ValueError` for a layer whose weight is computed from others, as by `weight_norm`: no
+    optimiser holds it.
     """
-    layers = [layer for layer in network.modules() if isinstance(layer, WEIGHT_LAYERS)]
+    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, WEIGHT_LAYERS)]
     transposed = nn.modules.conv._ConvTransposeNd
-    weights = {
-        id(layer.weight): layer.weight
-        for layer in layers[:-1]
-        if not isinstance(layer, transposed) and layer.weight is not layers[-1].weight
-    }
-    return [weight for weight in weights.values() if weight.requires_grad]
+    weights = [_parameter(*each) for each in layers[:-1] if not isinstance(each[1], transposed)]
+    last = layers[-1][1].weight if layers else None
+    found = {id(weight): weight for weight in weights if weight is not None and weight is not last}
+    return [weight for weight in found.values() if weight.requires_grad]
+
+
+def _parameter(name: str, layer: nn.Module) -> Tensor | None:
+    """The layer's weight if an optimiser can hold it; None if it is not to be trained."""
+    own = dict(layer.named_parameters())
+    if "weight" in own:
+        return own["weight"]
+    if any(weight.requires_grad for part, weight in own.items() if part != "bias"):
+        raise ValueError(
+            f"the weight of layer {name!r} ({type(layer).__name__}) is computed from "
+            f"{' and '.join(part for part in own if part != 'bias')}, but Muon and centred=True "
+            "change weights themselves: use optimizer='sgd' or 'adamw', with centred=False"
+        )
+    return None
 
 
 def centre_filters(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> None:

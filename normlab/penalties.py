@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from normlab.checks import number
+from normlab.checks import has_weights, number
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -25,11 +26,12 @@ def l1_penalty(network: nn.Module, layers: tuple[type[nn.Module], ...] = WEIGHT_
 
 def _weights(network: nn.Module, layers: tuple[type[nn.Module], ...]) -> list[Tensor]:
     """The weights of the layers, shared ones once."""
-    weights = {
-        id(layer.weight): layer.weight
-        for layer in network.modules()
-        if isinstance(layer, layers) and isinstance(getattr(layer, "weight", None), Tensor)
-    }
+    chosen = (layer for layer in network.modules() if isinstance(layer, layers))
+    # Asked for once each: a parametrized weight is computed anew, as another tensor, every time.
+    found = (getattr(layer, "weight", None) for layer in chosen)
+    weights = {id(weight): weight for weight in found if isinstance(weight, Tensor)}
+    if any(map(is_lazy, weights.values())):
+        has_weights(network)
     if not weights:
         names = ", ".join(layer.__name__.lstrip("_") for layer in layers)
         raise ValueError(f"{type(network).__name__} has no weights of {names} layers to penalise")

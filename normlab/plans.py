@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normlab.assignments import Assignment, Variant, build_variant
-from normlab.checks import instance, whole_number
+from normlab.checks import instance, plain, whole_number
 from normlab.data import Dataset
 from normlab.fitting import Job, check_trainable, identified, is_done
 from normlab.parallel import is_worthwhile
@@ -110,7 +110,7 @@ def check_plans(plans: list[Plan], data: Dataset, device: torch.device) -> None:
     for plan in plans:
         check_shares(len(data.train_images), plan.recipe.batch_size, len(data.test_images))
         job = replace(plan.job(data), directory=None)
-        check_trainable(job.network, data)
+        check_trainable(job.network, data, plan.recipe)
         is_done(job, data, device)  # without a folder: whether the device has the recipe's dtype
 
 
@@ -140,6 +140,7 @@ def are_worth_processes(plans: list[Plan], data: Dataset) -> bool:
 
 def seed_numbers(seeds: int | Iterable[int]) -> list[int]:
     """3 is [0, 1, 2]; a list is itself. Raises `ValueError` for none, twice the same or below 0."""
+    seeds = plain(seeds)
     if isinstance(seeds, Iterable) and not isinstance(seeds, str):
         numbers = [whole_number(seed, "each of seeds", least=0) for seed in seeds]
         if not numbers or len(set(numbers)) < len(numbers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.checks import instance, number, warn, whole_number
+from normlab.attributes import copied
+from normlab.checks import has_weights, instance, number, warn, whole_number
 from normlab.compiler import compiler_left_out
 from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
@@ -24,7 +24,7 @@ from normlab.penalties import l1_penalty
 from normlab.plots import legend_height, look_of, place_legend, places_of, set_title
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.seeding import seeded
-from normlab.training import device_of
+from normlab.training import device_of, gradients, set_training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,7 @@ def find_rate(
     instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     planned = _planned(lowest, highest, steps)
     twin = _copied(network, data, recipe, pick_device(device))
-    with compiler_left_out(), seeded(recipe.seed, "rates", device=device_of(twin)):
+    with compiler_left_out(), gradients(), seeded(recipe.seed, "rates", device=device_of(twin)):
         losses = list(_losses(twin, data, recipe, planned))
     return _judged(recipe, planned, losses)
 
@@ -115,9 +115,11 @@ def _planned(lowest: float, highest: float, steps: int) -> list[float]:
 
 def _copied(network: nn.Module, data: Dataset, recipe: Recipe, device: torch.device) -> nn.Module:
     """A copy of the network, ready to train on the data."""
-    twin = copy.deepcopy(network).to(device=device, dtype=DTYPES[recipe.dtype])
-    check_trainable(twin, data)
-    return twin.train()
+    has_weights(network)
+    twin = copied(network).to(device=device, dtype=DTYPES[recipe.dtype])
+    check_trainable(twin, data, recipe)
+    set_training(twin)
+    return twin
 
 
 def _losses(

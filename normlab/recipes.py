@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
-from normlab.checks import number, one_of, whole_number
+from normlab.checks import has_weights, number, one_of, whole_number
 from normlab.optimizers import Muon, centre_filters, filters
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
@@ -100,6 +100,23 @@ def _checked_augment(augment: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(augment)
 
 
+def trained_parameters(network: nn.Module, recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
+    """What the recipe trains, and what of it are filters that Muon or centring changes.
+
+    Raises `ValueError` if there is nothing to train, or nothing that can be trained in that way.
+    """
+    has_weights(network)
+    parameters = [weight for weight in network.parameters() if weight.requires_grad]
+    if not parameters:
+        raise ValueError(f"{type(network).__name__} has no parameters to train")
+    if any(weight.is_inference() for weight in parameters):
+        raise ValueError(
+            f"{type(network).__name__} was built under torch.inference_mode(), whose tensors have "
+            "no gradients: build it outside"
+        )
+    return parameters, filters(network) if recipe.centred or recipe.optimizer == "muon" else []
+
+
 def make_optimizer(
     network: nn.Module, recipe: Recipe, *, rate: Tensor | None = None
 ) -> torch.optim.Optimizer:
@@ -108,12 +125,10 @@ def make_optimizer(
     A `rate` that is a tensor takes the place of the recipe's number, in a fused optimiser that
     reads it on its device.
     """
-    parameters = [weight for weight in network.parameters() if weight.requires_grad]
-    if not parameters:
-        raise ValueError(f"{type(network).__name__} has no parameters to train")
-    optimizer = _build_optimizer(parameters, filters(network), recipe, rate)
+    parameters, banks = trained_parameters(network, recipe)
+    optimizer = _build_optimizer(parameters, banks, recipe, rate)
     if recipe.centred:
-        centre_filters(optimizer, filters(network))
+        centre_filters(optimizer, banks)
     return optimizer
 
 

@@ -19,7 +19,7 @@ import torch
 
 from normlab import folders
 from normlab.cache import cache_folder, cached
-from normlab.checks import nearest, whole_number
+from normlab.checks import image_shape, nearest
 from normlab.data import Dataset
 from normlab.folders import load_folder, resized
 
@@ -102,7 +102,7 @@ def load_dataset(
     ones, `OSError` for a download that failed; nothing half-written stays behind.
     """
     check_dataset_name(name)
-    input_shape = _checked_shape(input_shape)
+    input_shape = None if input_shape is None else _checked_shape(input_shape)
     if name == "digits":
         return _load_digits(input_shape or (1, 28, 28))
     if name in SOURCES:
@@ -133,14 +133,11 @@ def data_roots(root: Path | None = None) -> list[Path]:
     return [*asked, cache_folder() / "data"]
 
 
-def _checked_shape(shape: object) -> tuple[int, int, int] | None:
-    """(C, H, W) as integers, of a tuple, a list, an array, a tensor or a Series."""
-    if shape is None:
-        return None
-    sides = np.asarray(shape).tolist()
-    if not isinstance(sides, list) or len(sides) != 3 or sides[0] not in (1, 3):
+def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    shape = image_shape(shape)
+    if shape[0] not in (1, 3):
         raise ValueError(f"input_shape must be (C, H, W) with 1 or 3 channels, not {shape!r}")
-    return tuple(whole_number(side, "each number of input_shape") for side in sides)
+    return shape
 
 
 # --- bundled digits --------------------------------------------------------------------------

@@ -1,29 +1,32 @@
 """What a network consists of: the table of its layers, its parameters and its work."""
 
 import contextlib
-import copy
 import io
 import re
 
 import torch
 from torch import Tensor, nn
 
+from normlab.attributes import copied
+from normlab.checks import has_weights, image_shape
 from normlab.seeding import fork_random_state
 
 
 def count_parameters(network: nn.Module) -> int:
     """How many numbers the network learns, a shared one counted once."""
+    has_weights(network)
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 
 def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Multiply-adds of the convolution and linear layers for one image, forward."""
+    has_weights(network)
     counted = []
 
     def count(layer: nn.Module, _: tuple, output: Tensor) -> None:
         counted.append(output[0].numel() * layer.weight[0].numel())
 
-    twin = copy.deepcopy(network).cpu().float().eval()
+    twin = copied(network).cpu().float().eval()
     for layer in twin.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.register_forward_hook(count)
@@ -42,14 +45,14 @@ def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """
     import torchsummary
 
-    if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
-        raise ValueError(f"input_shape must be (C, H, W), not {input_shape!r}")
-    twin = copy.deepcopy(network).cpu().float()
+    input_shape = image_shape(input_shape)
+    has_weights(network)
+    twin = copied(network).cpu().float()
     parameters = sum(weight.numel() for weight in network.parameters())
     printed = io.StringIO()
     with fork_random_state(torch.device("cpu")), contextlib.redirect_stdout(printed):
         try:
-            torchsummary.summary(twin, tuple(input_shape), device="cpu")
+            torchsummary.summary(twin, input_shape, device="cpu")
         except AttributeError:  # it cannot add up a table in which it found no weight
             print("torchsummary finds no layer with weights.")
         except RuntimeError as error:

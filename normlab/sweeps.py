@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from normlab.assignments import Assignment, Variant, find_assignment
-from normlab.checks import instance, number, one_of, whole_number
+from normlab.checks import instance, number, one_of, several, whole_number
 from normlab.data import Dataset
 from normlab.devices import pick_device
 from normlab.experiment import load_assignment_data
 from normlab.files import scratch_folder, user_path
 from normlab.fitting import Job, fit_together, is_done
-from normlab.norms import norm_name
 from normlab.parallel import AfterEach, side_by_side
 from normlab.plans import (
     Plan,
@@ -65,7 +64,7 @@ def run_sweep(
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.
         norms: which; the assignment's variants of these norms are taken, and a variant is made for
             one that it lacks. Without it, all its variants.
-        batch_sizes, lrs: the values to try; without them, the recipe's.
+        batch_sizes, lrs: the values to try, or one; without them, the recipe's.
         scaling: how the rate follows the batch size: "none", "sqrt" or "linear" multiply it by
             the 0th, 1/2th or 1st power of batch size / the recipe's batch size.
         seeds: how many (0, 1, …), or which.
@@ -165,7 +164,7 @@ def _cells(
     lrs: Sequence[float] | None,
     scaling: str,
 ) -> Iterator[Cell]:
-    check_axes(assignment, norms, batch_sizes, lrs, scaling)
+    norms, batch_sizes, lrs = check_axes(assignment, norms, batch_sizes, lrs, scaling)
     power = SCALINGS[scaling]
     for base in _bases(assignment, norms):
         recipe = assignment.recipe_for(base, seed=0)
@@ -185,24 +184,30 @@ def check_axes(
     batch_sizes: Sequence[int] | None,
     lrs: Sequence[float] | None,
     scaling: str,
-) -> None:
-    """Raises `ValueError` or `TypeError` that names what cannot be swept, or not here."""
+) -> tuple[list | None, ...]:
+    """Norms, batch sizes and rates as lists, those that are given.
+
+    Raises `ValueError` or `TypeError` that names what cannot be swept, or not here.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "torchrun shares one training among processes, a sweep shares its runs: start it "
             "without torchrun"
         )
     one_of(scaling, SCALINGS, "scaling of the rate")
-    _bases(assignment, norms)
-    for what, values in (("norms", norms), ("batch_sizes", batch_sizes), ("lrs", lrs)):
-        if values is not None and not len(values):
+    given = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs}
+    axes = {what: None if each is None else several(each) for what, each in given.items()}
+    _bases(assignment, axes["norms"])
+    for each in axes["batch_sizes"] or ():
+        whole_number(each, "each of batch_sizes")
+    for each in axes["lrs"] or ():
+        number(each, "each of lrs", positive=True)
+    for what, values in axes.items():
+        if values == []:
             raise ValueError(f"{what} is empty: that is a sweep without runs")
         if values is not None and len(set(values)) < len(values):
             raise ValueError(f"{what} names a value twice: {', '.join(map(str, values))}")
-    for each in batch_sizes or ():
-        whole_number(each, "each of batch_sizes")
-    for each in lrs or ():
-        number(each, "each of lrs", positive=True)
+    return tuple(axes.values())
 
 
 def _bases(assignment: Assignment, norms: Sequence[str] | None) -> list[Variant]:
@@ -210,9 +215,8 @@ def _bases(assignment: Assignment, norms: Sequence[str] | None) -> list[Variant]
         return list(assignment.variants)
     found = []
     for norm in norms:
-        norm = norm_name(norm) if assignment.build is None else norm
-        there = [variant for variant in assignment.variants if variant.norm == norm]
-        found += there or [Variant(norm.upper() if len(norm) < 4 else norm, norm)]
+        made = assignment.variant_of(norm)
+        found += [each for each in assignment.variants if each.norm == made.norm] or [made]
     return found
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.checks import number
+from normlab.attributes import modes_kept
+from normlab.checks import check_logits, number, pair
 from normlab.penalties import l1_penalty
 
 
@@ -41,7 +42,7 @@ class Tally:
         logits = logits.detach()
         self._images += len(labels)
         self._losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-        self._right.append((logits.argmax(1) == labels).sum())
+        self._right.append(right_images(logits, labels))
         self._penalties.append(torch.as_tensor(penalty).detach() * len(labels))
 
     def result(self) -> EpochResult:
@@ -56,6 +57,12 @@ class Tally:
         return EpochResult(loss, right, penalty, self._images, seconds)
 
 
+def right_images(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of the labels (B,) the logits (B, classes) give: a scalar. NaN is never right."""
+    highest, guess = logits.max(1)  # as a maximum NaN would be the first class
+    return ((guess == labels) & ~highest.isnan()).sum()
+
+
 def device_of(network: nn.Module) -> torch.device:
     """Where the network's weights are; the CPU if it has none."""
     weight = next(network.parameters(), None)
@@ -65,15 +72,42 @@ def device_of(network: nn.Module) -> torch.device:
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every layer is in the mode it was in before."""
-    modes = [(layer, layer.training) for layer in network.modules()]
-    network.eval()
-    try:
+    with modes_kept(network):
+        network.eval()
         yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
 
 
+def set_training(network: nn.Module) -> None:
+    """Training mode, but for frozen layers and what lies in them.
+
+    A layer is frozen if it is in evaluation mode and has parameters, none of which is to be
+    trained: `layer.eval().requires_grad_(False)`. So its running statistics stay as they are.
+    """
+    frozen = []
+    for layer in network.modules():
+        learns = [weight.requires_grad for weight in layer.parameters()]
+        if learns and not any(learns) and not layer.training:
+            frozen += [part for part in layer.modules() if not part.training]
+    network.train()
+    for layer in frozen:
+        layer.training = False
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Gradients are computed inside the block, even where the caller has switched them off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, once each is known to be images and labels, on a device."""
+    for batch in batches:
+        images, labels = pair(batch)
+        yield images.to(device), labels.to(device)
+
+
+@gradients()
 def train_epoch(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -92,16 +126,18 @@ def train_epoch(
         scheduler: stepped after every batch, not every epoch.
         l1: factor of `l1_penalty`, which is added to the loss and reported apart from it.
 
-    The reported loss is the plain cross-entropy, whatever `loss` is minimised.
-    Raises `ValueError` for an `l1` below 0.
+    The reported loss is the plain cross-entropy, whatever `loss` is minimised. Afterwards the
+    network is in training mode; layers frozen by `.eval()` and `.requires_grad_(False)` before keep
+    their mode and their running statistics.
+    Raises `ValueError` for an `l1` below 0, and for batches and logits of other shapes.
     """
     number(l1, "l1")  # finite and not negative
     device = device_of(network)
     tally = Tally()
-    network.train()
-    for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
+    set_training(network)
+    for images, labels in on_device(batches, device):
         logits = network(images)
+        check_logits(network, images, logits)
         penalty = l1 * l1_penalty(network) if l1 else 0.0
         optimizer.zero_grad()
         (loss(logits, labels) + penalty).backward()
@@ -119,13 +155,18 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
     Args:
         network: maps images (B, C, H, W) to logits (B, classes).
         batches: gives (images, labels); any `DataLoader` or `Dataset.loader`.
+
+    Batch normalization with `track_running_stats=False` has no other statistics than those of a
+    batch: then the result depends on the batches.
+    Raises `ValueError` for batches and logits of other shapes.
     """
     device = device_of(network)
     tally = Tally()
     with evaluating(network):
-        for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
-            tally.add(network(images), labels)
+        for images, labels in on_device(batches, device):
+            logits = network(images)
+            check_logits(network, images, logits)
+            tally.add(logits, labels)
     return tally.result()
 
 

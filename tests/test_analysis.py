@@ -181,3 +181,12 @@ def test_the_confusion_matrix_has_true_classes_in_rows():
     data = lamp_data((3, 7, 11))
     table = nl.confusion_matrix(lamp_network(), data)
     assert table.tolist() == [[3, 0, 0, 3], [0, 3, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
+
+
+def test_no_class_is_predicted_from_what_is_no_number(tiny, tiny_network):
+    network = tiny_network()
+    with torch.no_grad():
+        network.linear.weight[2, 0] = torch.nan
+    for use in (nl.find_mistakes, nl.confusion_matrix):
+        with pytest.raises(FloatingPointError, match="logits of 40 of 40 images are no numbers"):
+            use(network, tiny)

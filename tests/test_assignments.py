@@ -183,3 +183,48 @@ def test_the_submission_is_trained_in_its_own_manner(name):
 def test_only_submissions_can_be_trained_as_submitted(tiny_assignment):
     with pytest.raises(ValueError, match="unknown submission 'tiny-norms'"):
         nl.as_submitted(tiny_assignment)
+
+
+def test_a_norm_s_name_is_a_variant():
+    usual = {"dataset": "digits", "network": "mnist-l1"}
+    named = nl.Assignment(
+        "mine", "My own", variants=("bn", "g", "layer", "ln-elementwise"), **usual
+    )
+    assert named.variants == (
+        nl.Variant("BN", "bn"),
+        nl.Variant("GN", "gn"),
+        nl.Variant("LN", "ln"),
+        nl.Variant("ln-elementwise", "ln-elementwise"),
+    )
+    mixed = nl.Assignment("mine", "My own", variants=["bn", nl.Variant("GN 5", "gn", 5)], **usual)
+    assert [variant.label for variant in mixed.variants] == ["BN", "GN 5"]
+    for alone in ("bn", nl.Variant("BN", "bn")):
+        mine = nl.Assignment("mine", "My own", variants=alone, **usual)
+        assert mine.variants == named.variants[:1]
+
+
+def test_a_name_means_to_build_what_it_says(tiny, tiny_network):
+    asked = []
+
+    def build(norm):
+        asked.append(norm)
+        return tiny_network("bn")
+
+    own = nl.Assignment("own", "Own", "tiny", ("my norm",), nl.Recipe(epochs=1), build=build)
+    results = nl.run_assignment(own, data=tiny, device="cpu", progress=False)
+    assert list(results) == ["my norm"]
+    assert set(asked) == {"my norm"}
+
+
+@pytest.mark.parametrize(
+    ("variants", "error", "words"),
+    [
+        (("batchnrom",), ValueError, "unknown norm .* did you mean"),
+        ((("bn", "gn"),), TypeError, "a variant must be a Variant, not .*or give 'gn'"),
+        (None, TypeError, "a variant must be a Variant, not None"),
+        (("bn", "b"), ValueError, "two variants with the folder 'bn'"),
+    ],
+)
+def test_what_is_no_variant_is_named(variants, error, words):
+    with pytest.raises(error, match=words):
+        nl.Assignment("mine", "My own", "digits", variants, network="mnist-l1")

@@ -5,6 +5,8 @@ import math
 import statistics
 from dataclasses import replace
 
+import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -196,7 +198,19 @@ def test_variants_of_a_seed_start_from_the_same_convolutions(tiny, tiny_assignme
 
 
 @pytest.mark.parametrize(
-    ("seeds", "numbers"), [(1, [0]), (3, [0, 1, 2]), ([5, 2], [5, 2]), (range(2, 4), [2, 3])]
+    ("seeds", "numbers"),
+    [
+        (1, [0]),
+        (3, [0, 1, 2]),
+        ([5, 2], [5, 2]),
+        (range(2, 4), [2, 3]),
+        (np.array([5, 2]), [5, 2]),
+        (torch.tensor([5, 2]), [5, 2]),
+        (pandas.Series([5, 2]), [5, 2]),
+        (np.array(2), [0, 1]),
+        (torch.tensor(2), [0, 1]),
+        (np.int64(2), [0, 1]),
+    ],
 )
 def test_seeds_are_a_number_or_a_list(seeds, numbers):
     assert seed_numbers(seeds) == numbers

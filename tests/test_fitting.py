@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import normlab as nl
-from normlab.engine import CpuEngine
-from normlab.fitting import Job, fit_together
+from normlab import engines
+from normlab.engine import CpuEngine, PlainEngine
+from normlab.fitting import Job, fit_together, is_done, warn_if_at_chance
+from normlab.graphs import GraphEngine
 from normlab.runs import RunFolder
 
 AUGMENT = ("shift:1", "flip")
@@ -378,7 +381,7 @@ def flat(*layers):
     return nn.Sequential(nn.Flatten(), *layers)
 
 
-def frozen():
+def nothing_to_train():
     return flat(nn.Linear(144, 4).requires_grad_(False))
 
 
@@ -387,7 +390,7 @@ MISFITS = {
     "a map of logits": (lambda: nn.Conv2d(1, 4, 3), ValueError, r"\(B, 4\).*\(2, 4, 10, 10\)"),
     "more than one output": (TwoOutputs, TypeError, "tensor of logits, not a tuple"),
     "no parameters": (nn.Flatten, ValueError, "Flatten has no parameters"),
-    "nothing to train": (frozen, ValueError, "no parameters to train"),
+    "nothing to train": (nothing_to_train, ValueError, "no parameters to train"),
     "colour only": (lambda: nn.Conv2d(3, 4, 12), ValueError, r"cannot take .*\(1, 12, 12\)"),
     "other size": (lambda: flat(nn.Linear(784, 4)), ValueError, r"cannot take .*\(1, 12, 12\)"),
 }
@@ -563,3 +566,140 @@ def test_the_warning_points_at_the_call_of_fit(tiny, tiny_network):
 def test_no_warning_comes_before_five_epochs(tiny, tiny_network, recwarn):
     fit(tiny_network(), tiny, RECIPE.replace(lr=1e-9, epochs=4))
     assert len(recwarn) == 0
+
+
+def test_labels_that_are_all_the_same_are_what_the_warning_is_about(tiny, tiny_network):
+    same = replace(tiny, train_labels=torch.ones_like(tiny.train_labels))
+    with pytest.warns(UserWarning, match="all training images have the label 'b'") as caught:
+        fit(tiny_network(), same, RECIPE.replace(epochs=5))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(("accuracy", "warned"), [(0.95, 1), (0.965, 0), (1.0, 0)])
+def test_chance_is_that_of_the_most_frequent_class(tiny, recwarn, accuracy, warned):
+    labels = torch.zeros_like(tiny.train_labels)
+    labels[:5] = 1  # 91 of 96 are of class 0: 0.948
+    history = [{"train_accuracy": accuracy}] * 5
+    warn_if_at_chance("it", history, RECIPE, replace(tiny, train_labels=labels))
+    assert len(recwarn) == warned
+
+
+# --- modes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_a_network_comes_back_in_evaluation_mode(tiny, tiny_network, tmp_path, training, engine):
+    images, _ = next(iter(tiny.loader(False, 40)))
+    for _ in ("trained", "loaded"):
+        network = tiny_network().train(training)
+        run = fit(network, tiny, RECIPE, tmp_path, engine=engine)
+        assert not any(layer.training for layer in network.modules())
+        assert torch.equal(run.network(images).argmax(1), run.predicted)
+        fit(network, tiny, RECIPE, tmp_path)  # that look has changed nothing
+
+
+def test_the_mode_before_does_not_matter(tiny, tiny_network):
+    assert_same_run(fit(tiny_network().eval(), tiny), fit(tiny_network().train(), tiny))
+
+
+def frozen(network):
+    """Its batch normalization is frozen with statistics of its own."""
+    network.norm.running_mean.fill_(0.25)
+    network.norm.eval().requires_grad_(False)
+    return network
+
+
+def plainly_frozen(network, data):
+    """Three epochs at a constant rate in a loop of one's own."""
+    optimizer = torch.optim.SGD(network.conv.parameters(), lr=0.1)
+    optimizer.add_param_group({"params": network.linear.parameters()})
+    batches = data.loader(batch_size=16, dtype=torch.float64)
+    for images, labels in (batch for _ in range(3) for batch in batches):
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [PlainEngine, CpuEngine, GraphEngine])
+def test_frozen_layers_keep_their_statistics(tiny, tiny_network, kind, monkeypatch):
+    monkeypatch.setattr(engines, "_fastest", lambda *_: (kind, "a test"))
+    recipe = RECIPE.replace(dtype="float64", schedule="constant", momentum=0.0)
+    network, reference = frozen(tiny_network()), frozen(tiny_network()).double()
+    run = fit(network, tiny, recipe)
+    assert run.config["from"]["engine"] == kind.name
+    plainly_frozen(reference, tiny)
+    assert torch.equal(network.norm.running_mean, torch.full((8,), 0.25, dtype=torch.float64))
+    assert network.norm.num_batches_tracked == 0
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [PlainEngine, CpuEngine, GraphEngine])
+def test_a_norm_that_only_learns_nothing_moves_its_statistics(
+    tiny, tiny_network, kind, monkeypatch
+):
+    monkeypatch.setattr(engines, "_fastest", lambda *_: (kind, "a test"))
+    network = tiny_network()
+    network.norm.requires_grad_(False)
+    fit(network, tiny)  # in evaluation mode between the epochs
+    assert network.norm.num_batches_tracked == 3 * 6
+
+
+def test_an_interrupt_leaves_the_modes_by_which_the_same_call_goes_on(tiny, tiny_network, tmp_path):
+    def stop(number, _):
+        if number == 8:
+            raise KeyboardInterrupt
+
+    def make():
+        network = tiny_network()
+        network.norm.requires_grad_(False)  # in training mode: its statistics move
+        return network
+
+    network = make()
+    remove = on_training_batch(network, stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, tiny, RECIPE, tmp_path)
+    remove()
+    assert all(layer.training for layer in network.modules())
+    assert_same_run(fit(network, tiny, RECIPE, tmp_path), fit(make(), tiny))
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_fit_needs_no_gradients_switched_on(tiny, tiny_network, off, engine):
+    network = tiny_network()
+    with off():
+        run = fit(network, tiny, engine=engine)
+    assert_same_run(run, fit(tiny_network(), tiny, engine=engine))
+
+
+def test_a_network_of_inference_mode_cannot_be_trained(tiny, tiny_network):
+    with torch.inference_mode():
+        network = tiny_network()
+    with pytest.raises(ValueError, match=r"TinyNetwork was built under torch\.inference_mode"):
+        fit(network, tiny)
+
+
+def test_to_ask_whether_a_run_is_done_changes_nothing(tiny, tiny_network, tmp_path):
+    recipe = RECIPE.replace(epochs=1, dtype="float64")
+    network, elsewhere = tiny_network(), torch.device("meta")
+    assert not is_done(Job(network, recipe, tmp_path), tiny, elsewhere)
+    fit(tiny_network(), tiny, recipe, tmp_path)
+    assert is_done(Job(network, recipe, tmp_path), tiny, elsewhere)
+    assert network.training
+    assert {(w.device.type, w.dtype) for w in network.parameters()} == {("cpu", torch.float32)}
+    with pytest.raises(ValueError, match="'float64' is not available on device 'mps'"):
+        is_done(Job(network, recipe), tiny, torch.device("mps"))
+
+
+def test_a_norm_without_running_statistics_is_worth_a_warning(tiny, tiny_network):
+    network = tiny_network()
+    network.norm = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.warns(UserWarning, match="layer 'norm' .* keeps no running statistics") as caught:
+        nl.fit(network, tiny, RECIPE, device="cpu", progress=False)
+    assert [each.filename for each in caught] == [__file__]
+    with pytest.warns(UserWarning, match="the other images of its batch") as caught:
+        whole, single = (nl.predict(network, tiny, batch_size=size) for size in (40, 1))
+    assert [each.filename for each in caught] == [__file__] * 2
+    assert not torch.allclose(whole, single, atol=0.01)

@@ -32,6 +32,7 @@ SOURCE = ROOT / "normlab"
 
 # A module imports only those that stand before it.
 ORDER = (
+    "attributes",
     "checks",
     "files",
     "figures",
@@ -63,7 +64,6 @@ ORDER = (
     "allocator",
     "compiler",
     "engine",
-    "attributes",
     "graphs",
     "replica_engine",
     "engines",

@@ -5,6 +5,8 @@ from dataclasses import replace
 from functools import partial
 
 import joblib
+import numpy as np
+import pandas
 import pytest
 import torch
 from matplotlib import pyplot
@@ -30,6 +32,28 @@ def test_a_sweep_is_the_product_of_its_axes(tiny_assignment, tiny):
     assert len(set(table["run"])) == 16
     assert set(table["variant"]) == {"GN", "none"}
     assert table["test_accuracy"].between(0, 1).all()
+
+
+@pytest.mark.parametrize("of", [np.array, torch.tensor, pandas.Series], ids=lambda of: of.__name__)
+def test_axes_may_be_held_by_anything(tiny_assignment, tiny, of):
+    axes = {"batch_sizes": [16, 32], "lrs": [0.125, 0.25], "seeds": [0, 2]}
+    held = {name: of(values) for name, values in axes.items()}
+    tables = [
+        sweep(tiny_assignment, tiny, norms="gn", epochs=1, **each).drop(columns="seconds")
+        for each in (axes, held)
+    ]
+    assert len(tables[0]) == 8
+    pandas.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.parametrize("of", [lambda value: value, np.array, torch.tensor])
+def test_an_axis_of_one_value_needs_no_list(tiny_assignment, tiny, of):
+    axes = {"batch_sizes": of(32), "lrs": of(0.125), "seeds": of(2)}
+    table = sweep(tiny_assignment, tiny, norms="gn", epochs=1, **axes)
+    assert table[["norm", "batch_size", "lr", "seed"]].to_numpy().tolist() == [
+        ["gn", 32, 0.125, 0],
+        ["gn", 32, 0.125, 1],
+    ]
 
 
 def test_a_run_of_a_sweep_is_that_of_fit(tiny_assignment, tiny, tiny_network):
@@ -265,6 +289,9 @@ def test_the_table_grows_as_runs_finish(tiny_assignment, tiny, tmp_path):
     [
         ({"norms": []}, "norms is empty: that is a sweep without runs"),
         ({"batch_sizes": [8, 8]}, "batch_sizes names a value twice: 8, 8"),
+        ({"norms": "batchnrom"}, "batchnrom"),
+        ({"lrs": np.array([0.1, 0.1])}, "lrs names a value twice: 0.1, 0.1"),
+        ({"lrs": np.array([])}, "lrs is empty"),
         ({"batch_sizes": [0]}, "each of batch_sizes must be at least 1"),
         ({"lrs": [-0.1]}, "each of lrs must be greater than 0"),
         ({"scaling": "liner"}, "did you mean 'linear'"),

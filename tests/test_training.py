@@ -180,3 +180,119 @@ def test_a_factor_of_the_penalty_that_is_none_is_refused_before_the_first_step(f
     with pytest.raises(ValueError, match="l1 must be"):
         train_epoch(network, BATCHES, optimizer, l1=factor)
     assert torch.equal(network[0].weight, make_network()[0].weight)
+
+
+# --- modes -----------------------------------------------------------------------------------
+
+
+def frozen_network():
+    """Its batch normalization is frozen: evaluation mode, and nothing of it to be trained."""
+    network = make_network()
+    network[1].eval().requires_grad_(False)
+    network[1].running_mean.fill_(0.5)
+    return network
+
+
+def test_a_frozen_layer_keeps_mode_and_statistics_in_training():
+    network, reference = frozen_network(), frozen_network()
+    train_epoch(network, BATCHES, torch.optim.SGD(network.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for images, labels in BATCHES:
+        optimizer.zero_grad()
+        F.cross_entropy(reference(images), labels).backward()
+        optimizer.step()
+    assert [layer.training for layer in network] == [True, False, True, True, True]
+    assert torch.equal(network[1].running_mean, torch.full((4,), 0.5, dtype=torch.float64))
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+
+def test_what_lies_in_a_frozen_part_is_frozen_too():
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Dropout(0.5))
+    network = nn.Sequential(body.eval().requires_grad_(False), nn.Flatten(), nn.Linear(64, 3))
+    network = network.double()
+    train_epoch(network, BATCHES, torch.optim.SGD(network[2].parameters(), lr=0.1))
+    assert not any(layer.training for layer in body.modules())
+    assert body[1].num_batches_tracked == 0
+    assert network.training
+    assert network[2].training
+
+
+@pytest.mark.parametrize("half", ["eval", "requires_grad_"])
+def test_a_layer_that_is_frozen_by_half_is_trained_in_training_mode(half):
+    network = make_network()
+    network[1].eval() if half == "eval" else network[1].requires_grad_(False)
+    train_epoch(network, BATCHES, torch.optim.SGD(network.parameters(), lr=0.1))
+    assert network[1].training
+    assert network[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_needs_no_gradients_switched_on(off):
+    network, reference = make_network(), make_network()
+    with off():
+        result = train_epoch(network, BATCHES, torch.optim.SGD(network.parameters(), lr=0.1))
+        assert not torch.is_grad_enabled()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    assert result.loss == train_epoch(reference, BATCHES, optimizer).loss
+    assert torch.equal(network[0].weight, reference[0].weight)
+
+
+# --- batches and numbers that are none -------------------------------------------------------
+
+
+def test_what_is_no_number_is_never_right():
+    network = make_network()
+    broken = [(torch.full_like(IMAGES, torch.nan), torch.zeros_like(LABELS))]
+    tested = test_epoch(network, broken)
+    trained = train_epoch(network, broken, torch.optim.SGD(network.parameters(), lr=0.1))
+    for result in (tested, trained):
+        assert math.isnan(result.loss)
+        assert result.accuracy == 0
+
+
+def test_one_image_that_is_no_number_leaves_the_others_right():
+    network = make_network().eval()
+    guess = network(IMAGES).argmax(1)
+    images = IMAGES.clone()
+    images[3] = torch.nan
+    guess[3] = 0  # what argmax makes of NaN
+    assert test_epoch(network, [(images, guess)]).accuracy == 11 / 12
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((IMAGES, LABELS, LABELS, LABELS), r"must be \(images, labels\), not a tuple of 4"),
+        ([IMAGES], r"must be \(images, labels\), not a list of 1"),
+        (IMAGES, r"must be \(images, labels\), not a Tensor of 12"),
+        ({"image": IMAGES, "label": LABELS}, r"must be \(images, labels\), not a dict of 2"),
+        (7, r"must be \(images, labels\), not a int"),
+        ((IMAGES.numpy(), LABELS), "must be a Tensor, not array"),
+        ((IMAGES, LABELS.tolist()), "must be a Tensor, not "),
+        ((IMAGES, LABELS.int()), r"int64 of shape \(12,\), .* not torch.int32 of shape \(12,\)"),
+        ((IMAGES, F.one_hot(LABELS)), r"int64 of shape \(12,\), .* of shape \(12, 3\)"),
+        ((IMAGES, LABELS[:5]), r"int64 of shape \(12,\), .* of shape \(5,\)"),
+    ],
+)
+def test_a_batch_that_is_no_images_and_labels_is_one_sentence(batch, message):
+    network = make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        train_epoch(network, [batch], optimizer)
+    with pytest.raises((TypeError, ValueError), match=message):
+        test_epoch(network, [batch])
+    assert torch.equal(network[0].weight, make_network()[0].weight)
+
+
+def test_the_layer_before_a_view_is_named_with_functional_pooling_too():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+
+        def forward(self, x):
+            return F.avg_pool2d(self.conv(x), 2).view(-1, 3)  # (B, 3, 4, 4), (B, 3, 2, 2)
+
+    with pytest.raises(ValueError, match=r"\(20, 3\) for B = 5: layer 'conv' .* \(5, 3, 4, 4\)"):
+        test_epoch(Cut().double(), BATCHES)
