@@ -56,6 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path of the command line; a shell leaves the ~ of `--out=~/runs` as it is."""
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _add_run(commands) -> argparse.ArgumentParser:
     command = commands.add_parser(
         "run",
@@ -83,7 +91,7 @@ def _add_run(commands) -> argparse.ArgumentParser:
 
 def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", help="another data set, or a folder of images")
-    command.add_argument("--data-root", type=user_path, help="the folder that holds the data")
+    command.add_argument("--data-root", type=_path, help="the folder that holds the data")
     command.add_argument("--image-size", type=int, help="resize all images to this side")
     command.add_argument("--epochs", type=int, help="passes over the training images (20)")
     command.add_argument("--seeds", type=int, default=1, help="runs of each variant (1)")
@@ -91,7 +99,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
 
 
 def _add_out(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument("--out", type=user_path, help=f"output folder ({default})")
+    command.add_argument("--out", type=_path, help=f"output folder ({default})")
     again = command.add_mutually_exclusive_group()
     again.add_argument(
         "--resume", action="store_true", help="go on with what --out holds (the default)"
@@ -127,8 +135,8 @@ def _add_report(commands) -> argparse.ArgumentParser:
         description="Fills the marked places of Markdown files and notebooks from the results.json "
         "of each folder in --results.",
     )
-    command.add_argument("pages", nargs="*", type=user_path, help="README.md and notebooks/*.ipynb")
-    command.add_argument("--results", type=user_path, default=Path("notebooks/results"))
+    command.add_argument("pages", nargs="*", type=_path, help="README.md and notebooks/*.ipynb")
+    command.add_argument("--results", type=_path, default=Path("notebooks/results"))
     command.add_argument(
         "--check", action="store_true", dest="dry", help="change nothing; status 1 if one is stale"
     )
@@ -155,7 +163,7 @@ def _add_summary(commands) -> argparse.ArgumentParser:
 def _add_data(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("data", help="fetch or check a data set")
     command.add_argument("name", metavar="NAME", help="a data set, or a folder of images")
-    command.add_argument("--data-root", type=user_path, help="the folder that holds or receives it")
+    command.add_argument("--data-root", type=_path, help="the folder that holds or receives it")
     command.set_defaults(check=_check_dataset_name, work=_data)
     return command
 
