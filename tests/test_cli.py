@@ -410,7 +410,7 @@ def test_a_path_may_begin_at_home(name, tmp_path, monkeypatch, capsys):
     assert vars(options)[name.strip("-").replace("-", "_")] == tmp_path / "there"
     with pytest.raises(SystemExit):
         main([*command, f"{name}=~nobody-of-this-name/there"])
-    assert "~nobody-of-this-name/there: Could not determine home" in capsys.readouterr().err
+    assert "there is no home folder for ~nobody-of-this-name/there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp850", "latin-1", "utf-8"])
