@@ -11,7 +11,6 @@ from normlab.experiment import Results
 from normlab.files import write_json, write_text
 from normlab.galleries import plot_mistakes
 from normlab.plots import plot_curves, plot_loss_and_accuracy, save_figure
-from normlab.runs import Run
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 TRAINING_FIGURE = "training-and-test.png"
@@ -180,7 +179,7 @@ def _caution(results: Results) -> str:
 def _recipe_table(results: Results) -> str:
     """The fields of all recipes: shared ones once, declared differences for each variant."""
     recipes = {
-        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict() | _apart(runs[0])
+        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict()
         for label, runs in results.runs.items()
     }
     hidden = ("seed", "layers", "code")  # digests tell a reader nothing
@@ -195,12 +194,6 @@ def _recipe_table(results: Results) -> str:
 def _all_fields(recipes: Iterable[dict]) -> list[str]:
     """Those of any recipe, in their order."""
     return list(dict.fromkeys(field for recipe in recipes for field in recipe))
-
-
-def _apart(run: Run) -> dict:
-    """Among how many processes BN took its statistics apart, where it did."""
-    name = "batch_norm_apart_in"
-    return {name: f"{run.config['is'][name]} processes"} if name in run.config["is"] else {}
 
 
 def _cell(value: object) -> str:

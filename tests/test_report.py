@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import normlab as nl
-from normlab.report import report_text
 
 FILES = {
     "test-loss.png",
@@ -165,12 +164,6 @@ def test_the_recipes_tell_what_differs(two_seeds):
     assert differing == ["l1"]
     assert rows["batch_size"] == ["16"] * 3
     assert [v["recipe"]["l1"] for v in read_json(folder)["variants"]] == [1e-4, 0, 0]
-
-
-def test_the_report_says_where_batch_norm_was_taken_apart(two_seeds, monkeypatch):
-    results, _ = two_seeds
-    monkeypatch.setitem(results["BN + L1"][0].config["is"], "batch_norm_apart_in", 2)
-    assert "| batch_norm_apart_in | 2 processes | – | – |" in report_text(results)
 
 
 def test_the_report_says_where_it_comes_from(two_seeds, tiny):
