@@ -55,7 +55,6 @@ _HOMES = {
     ),
     "rates": ("RateTest", "find_rate", "plot_rates"),
     "recipes": ("Recipe",),
-    "replicas": ("data_parallel",),
     "report": ("write_report",),
     "runs": ("Run",),
     "sharing": ("shared_statistics",),

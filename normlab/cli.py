@@ -79,11 +79,6 @@ def _add_run(commands) -> argparse.ArgumentParser:
     command.add_argument(
         "--engine", default="auto", help="auto for the fastest way, plain for the loop as taught"
     )
-    command.add_argument(
-        "--sync-batch-norm",
-        action="store_true",
-        help="under torchrun: statistics of batch normalization over all processes",
-    )
     _add_out(command, "runs/ASSIGNMENT-DATASET")
     command.set_defaults(check=_check_run, work=_run, after_interrupt=_how_to_resume)
     return command
@@ -212,27 +207,13 @@ def _check_root(root: Path | None) -> None:
 
 
 def _run(options: argparse.Namespace, plan) -> None:
-    from normlab.replicas import data_parallel
+    from normlab.experiment import load_assignment_data, run_assignment
 
     assignment, dataset, out = plan
     options.out = out
-    with data_parallel(sync_batch_norm=options.sync_batch_norm, device=options.device) as here:
-        results = _train(options, assignment, dataset, first=here.is_first)
-    if here.is_first:
-        _report_on(results, out)
-
-
-def _train(options: argparse.Namespace, assignment, dataset: str, *, first: bool):
-    from normlab.experiment import load_assignment_data, run_assignment
-    from normlab.replicas import first_before_others
-
-    def load():
-        return load_assignment_data(assignment, dataset, options.data_root, side=options.image_size)
-
-    data = first_before_others(load)
-    if first:
-        print(f"{assignment.title}, {data.source}", flush=True)
-    return run_assignment(
+    data = load_assignment_data(assignment, dataset, options.data_root, side=options.image_size)
+    print(f"{assignment.title}, {data.source}", flush=True)
+    results = run_assignment(
         assignment,
         data=data,
         seeds=options.seeds,
@@ -242,6 +223,7 @@ def _train(options: argparse.Namespace, assignment, dataset: str, *, first: bool
         fresh=options.fresh,
         engine=options.engine,
     )
+    _report_on(results, out)
 
 
 def _report_on(results, out: Path) -> None:

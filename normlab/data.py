@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -287,10 +287,6 @@ def _scale_and_offset(
     return torch.tensor([scale, offset], dtype=dtype, device=device).view(2, -1, 1, 1)
 
 
-def _all_rows(rows: slice) -> slice:
-    return rows
-
-
 class Batches:
     """Normalised, augmented batches of images that stay on one device as uint8.
 
@@ -321,7 +317,6 @@ class Batches:
         self.augmentations = [parse_augmentation(text) for text in augment]
         self.seed = seed
         self.epoch = 0
-        self.own: Callable[[slice], slice] = _all_rows  # of a batch that several processes share
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
@@ -330,9 +325,8 @@ class Batches:
         order, draws = self.draw_epoch()
         self.epoch += 1
         for start in range(0, len(order), self.batch_size):
-            rows = self.own(slice(start, min(start + self.batch_size, len(order))))
-            if rows.start < rows.stop:
-                yield self.batch(order[rows], [drawn[rows] for drawn in draws])
+            rows = slice(start, start + self.batch_size)
+            yield self.batch(order[rows], [drawn[rows] for drawn in draws])
 
     def draw_epoch(self) -> tuple[Tensor, list[Tensor]]:
         """The order of the images (N,) and each augmentation's draws (N, …), on the device."""

@@ -3,7 +3,6 @@
 import torch
 
 from normlab.checks import one_of
-from normlab.replicas import replicas
 
 
 def available_devices() -> list[str]:
@@ -19,13 +18,10 @@ def available_devices() -> list[str]:
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device to use: the one asked for, else CUDA, then MPS, then the CPU.
 
-    Several processes that train together use the kind that they joined for.
-
     Raises `ValueError` for an unknown name and for a device that is not here.
     """
-    together = replicas().device
     if device is None:
-        return torch.device(together or available_devices()[0])
+        return torch.device(available_devices()[0])
     kind, colon, index = str(device).partition(":")
     if kind.lower() == "gpu":
         raise ValueError(f"unknown device {str(device)!r}: a GPU is called cuda, or mps on a Mac")
@@ -34,11 +30,6 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         raise ValueError(
             f"device {str(device)!r} is not available to torch {torch.__version__} on this "
             f"machine, which has {', '.join(available_devices())}"
-        )
-    if together not in (None, str(device)):
-        raise ValueError(
-            f"device {str(device)!r}: the processes of this training were joined for {together}, "
-            f"data_parallel(device=...) decides"
         )
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if colon and not (index.isdecimal() and int(index) < count):

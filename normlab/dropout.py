@@ -2,46 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.forwards import replaced_forward
-
-
-class Share(Protocol):
-    """The images from `first` to `last` of a batch of `total`: one process's."""
-
-    first: int
-    last: int
-    total: int
 
 
 class _Dropout(torch.autograd.Function):
     """x · mask / (1 − p), with mask / (1 − p) kept for the way back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, probability: float, of: Share | None) -> Tensor:
-        factors = _random_factors(x, probability, of)
+    def forward(ctx, x: Tensor, probability: float) -> Tensor:
+        factors = _random_factors(x, probability)
         ctx.save_for_backward(factors)
         return x * factors
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient * ctx.saved_tensors[0], None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.saved_tensors[0], None
 
 
-def _random_factors(x: Tensor, probability: float, of: Share | None) -> Tensor:
+def _random_factors(x: Tensor, probability: float) -> Tensor:
     """Factors laid out as x: 0 with `probability`, the others so large that their mean is 1.
 
     torch's own mask takes one number from a serial generator for each element, which is 35 to 40 %
     of a step of these networks. Here each draw of 64 bits serves four elements; the probability
     is thereby a multiple of 2⁻¹⁶, and the scale is that of the probability in fact used.
     """
-    first, last, total = (of.first, of.last, of.total) if of else (0, len(x), len(x))
-    elements = x[0].numel() * total
+    elements = x.numel()
     words = torch.empty(-(-elements // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None)  # all 64 bits; without the bounds the sign bit would stay 0
     dropped = _lanes(probability)
@@ -49,7 +38,7 @@ def _random_factors(x: Tensor, probability: float, of: Share | None) -> Tensor:
     # Compared and converted in one pass; products with a boolean would take twice as long.
     torch.ge(words.view(torch.int16)[:elements], dropped - 2**15, out=factors)
     factors.mul_(1 / (1 - dropped / 2**16))
-    return factors.as_strided((total, *x.shape[1:]), x.stride())[first:last]
+    return factors.as_strided(x.shape, x.stride())
 
 
 def _lanes(probability: float) -> int:
@@ -62,42 +51,25 @@ def _keeps(probability: float) -> bool:
     return _lanes(probability) < 2**16
 
 
-def dropout(x: Tensor, probability: float, *, of: Share | None = None) -> Tensor:
+def dropout(x: Tensor, probability: float) -> Tensor:
     """Sets elements to 0 with `probability` and scales the others so that the mean stays.
-
-    Where x is a share of a batch, its mask is that share of the whole batch's mask.
 
     Source: Srivastava et al., "Dropout", 2014.
     """
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
-    return _Dropout.apply(x, probability, of)
-
-
-def channel_dropout(x: Tensor, probability: float, of: Share) -> Tensor:
-    """torch's dropout of whole channels, (B, C, H, W), for a share of a batch.
-
-    Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015.
-    """
-    factors = F.dropout2d(x.new_ones(of.total, x.shape[1], 1, 1), probability)
-    return x * factors[of.first : of.last]
+    return _Dropout.apply(x, probability)
 
 
 @contextmanager
-def quick_dropout(network: nn.Module, of: Share | None = None) -> Iterator[None]:
-    """Inside the block the network's `nn.Dropout` layers draw their masks the quick way.
-
-    With `of`, the masks are for the whole batch that the images are a share of, those of
-    `nn.Dropout2d` as well.
-    """
-    kinds = (nn.Dropout, nn.Dropout2d) if of else (nn.Dropout,)
-    layers = [layer for layer in network.modules() if type(layer) in kinds and _keeps(layer.p)]
+def quick_dropout(network: nn.Module) -> Iterator[None]:
+    """Inside the block the network's `nn.Dropout` layers draw their masks the quick way."""
+    layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and _keeps(layer.p)]
 
     def forward(layer: nn.Module, x: Tensor) -> Tensor:
         if not layer.training or not layer.p:
             return x
-        whole_channels = type(layer) is nn.Dropout2d
-        y = channel_dropout(x, layer.p, of) if whole_channels else dropout(x, layer.p, of=of)
+        y = dropout(x, layer.p)
         return x.copy_(y) if layer.inplace else y  # what it returns may not be used
 
     with replaced_forward(layers, forward):

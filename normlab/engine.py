@@ -99,7 +99,6 @@ class CpuEngine(PlainEngine):
     """The plain loop, channels last, with quicker dropout, its memory kept from step to step."""
 
     name = "cpu-channels-last"
-    share = None  # of each batch, where several processes train
 
     def prepare(self) -> str:
         self.network.to(memory_format=torch.channels_last)
@@ -111,7 +110,7 @@ class CpuEngine(PlainEngine):
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        with quick_dropout(self.network, self.share), kept_memory():
+        with quick_dropout(self.network), kept_memory():
             yield
 
 

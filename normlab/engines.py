@@ -10,8 +10,6 @@ from normlab.data import Batches
 from normlab.engine import CpuEngine, PlainEngine
 from normlab.graphs import GraphEngine
 from normlab.recipes import Recipe
-from normlab.replica_engine import ReplicaEngine
-from normlab.replicas import replicas
 from normlab.seeding import fork_random_state
 from normlab.training import set_training
 from normlab.watching import is_watched
@@ -28,9 +26,6 @@ def make_engine(
     """
     one_of(choice, ENGINES, "engine")
     device = train.images.device
-    if replicas().count > 1:
-        why = f"shared by {replicas().count} processes"
-        return ReplicaEngine(network, recipe, train, test), why
     kind, why = PlainEngine, f"asked for by engine={choice!r}"
     if choice == "auto":
         kind, why = _fastest(network, train, device)

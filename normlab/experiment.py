@@ -33,7 +33,6 @@ from normlab.plans import (
     seed_numbers,
     with_kept,
 )
-from normlab.replicas import from_first, replicas
 from normlab.runs import Run, RunFolder, remove_run
 from normlab.sources import load_dataset
 
@@ -157,13 +156,14 @@ def run_assignment(
         plans = plan_runs(assignment, numbers, epochs, place)
         check_plans(plans, data, device)
         if fresh:
-            from_first(lambda: [remove_run(plan.directory) for plan in plans])
+            for plan in plans:
+                remove_run(plan.directory)
         elif kept is not None:
             plans = with_kept(plans, place, user_path(kept), data, device)
-        left = from_first(lambda: left_to_do(plans, data, device))
-        if progress and replicas().is_first and len(left) < len(plans):
+        left = left_to_do(plans, data, device)
+        if progress and len(left) < len(plans):
             say_what_is_left(len(left), len(plans))
-        if device.type == "cpu" and engine == "auto" and replicas().count == 1:
+        if device.type == "cpu" and engine == "auto":
             # Afterwards `_trained` finds them done.
             _train_side_by_side(plans, left, data, progress, to_the_end=directory is not None)
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}

@@ -4,7 +4,7 @@ import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +23,9 @@ from normlab.graphs import can_overlap
 from normlab.penalties import l1_penalty
 from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe, trained_parameters
-from normlab.replicas import from_first, gathered, replicas
 from normlab.runs import (
     Run,
     RunFolder,
-    differences,
     identity,
     provenance,
     stretches,
@@ -189,15 +187,12 @@ class _Training:
         self.device, self.choice, self.progress = device, engine, progress
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
-        self.kept = job.directory is not None
-        writes = self.kept and replicas().is_first  # the others touch no file
-        self.folder = RunFolder(job.directory) if writes else None
+        self.folder = None if job.directory is None else RunFolder(job.directory)
         self.engine: PlainEngine | None = None
         check_trainable(job.network, data, job.recipe)
         with self._explaining():
             move(job.network, device, job.recipe)
-        _check_agreement(job, data)
-        self.loaded = from_first(lambda: is_done(job, data, device))
+        self.loaded = is_done(job, data, device)
 
     def turns(self) -> Iterator[bool]:
         """Trains, from each `next` to another for an epoch; at its end there is the `result`."""
@@ -238,8 +233,9 @@ class _Training:
             stack.push(lambda _, error, *__: self._put_back(initial, error))
             stack.callback(self._close_engine)
             self._start()
-            show = self.progress and replicas().is_first
-            shown = make_progress(self.label, self.recipe.epochs, self.engine.steps, show=show)
+            shown = make_progress(
+                self.label, self.recipe.epochs, self.engine.steps, show=self.progress
+            )
             self.shown: Progress = stack.enter_context(shown)
             self.shown.start_at(len(self.history))
             yield
@@ -273,20 +269,13 @@ class _Training:
             self.engine = None  # and with it the memory of its captured steps
 
     def _resume(self) -> None:
-        self.history, *states = from_first(self._load_epoch)
-        if not replicas().is_first:
-            self.network.load_state_dict(states[0])
-            self.engine.optimizer.load_state_dict(states[1])
-
-    def _load_epoch(self) -> tuple[list[dict], dict, dict]:
-        """The history so far, and the states after it, which network and optimiser then have."""
-        history = []
+        """The history so far; network and optimiser get the states after it."""
+        self.history = []
         if self.folder is not None:
-            history = self.folder.load_epoch(self.network, self.engine.optimizer)
-        return history, self.network.state_dict(), self.engine.optimizer.state_dict()
+            self.history = self.folder.load_epoch(self.network, self.engine.optimizer)
 
     def _put_back(self, initial: dict[str, torch.Tensor], error: BaseException | None) -> None:
-        if error is not None and (self.kept or _is_out_of_memory(error)):
+        if error is not None and (self.folder is not None or _is_out_of_memory(error)):
             self.network.load_state_dict(initial)
 
     @contextmanager
@@ -343,15 +332,7 @@ class _Training:
 
     def run(self) -> Run:
         """The finished run, which its folder then holds."""
-        run, weights = from_first(self._finish)
-        if not replicas().is_first:
-            self.network.load_state_dict(weights)
-        return replace(run, network=self.network)
-
-    def _finish(self) -> tuple[Run, dict]:
-        """The run without its network, and the network's weights."""
-        run = self.folder.load(self.network) if self.loaded else self._keep()
-        return replace(run, network=None), self.network.state_dict()
+        return self.folder.load(self.network) if self.loaded else self._keep()
 
     def _keep(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.device):
@@ -394,19 +375,6 @@ def warn_if_at_chance(label: str, history: list[dict], recipe: Recipe, data: Dat
             "better than always guessing one class: try another learning rate than "
             f"{recipe.lr:g}, less L1, or check the labels"
         )
-
-
-def _check_agreement(job: Job, data: Dataset) -> None:
-    """Raises `ValueError` in all processes of a training if they do not train the same."""
-    if replicas().count == 1:
-        return
-    first, *others = gathered(identity(job.network, data, job.recipe))
-    for rank, other in enumerate(others, 1):
-        if differing := differences(first, other):
-            raise ValueError(
-                f"process {rank} (here) would train something else than process 0 (there): "
-                f"{'; '.join(differing)}: start all with the same command and the same images"
-            )
 
 
 def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:

@@ -17,8 +17,6 @@ from normlab.data import Dataset
 from normlab.fitting import Job, check_trainable, identified, is_done
 from normlab.parallel import is_worthwhile
 from normlab.recipes import Recipe
-from normlab.replica_engine import check_shares
-from normlab.replicas import from_first, replicas
 from normlab.summaries import multiply_adds
 
 # Trainings in flight at once on a GPU, each of which holds the memory of its own captured steps.
@@ -85,7 +83,7 @@ def with_kept(
 ) -> list[Plan]:
     """The plans, those whose finished run lies in `kept` with its folder there for their own."""
     there = [replace(plan, directory=kept / plan.directory.relative_to(place)) for plan in plans]
-    found = from_first(lambda: _are_done(there, data, device))
+    found = _are_done(there, data, device)
     return [one if done else plan for one, plan, done in zip(there, plans, found, strict=True)]
 
 
@@ -108,7 +106,6 @@ def check_plans(plans: list[Plan], data: Dataset, device: torch.device) -> None:
     To be called before the first run is trained, and before any is removed.
     """
     for plan in plans:
-        check_shares(len(data.train_images), plan.recipe.batch_size, len(data.test_images))
         job = replace(plan.job(data), directory=None)
         check_trainable(job.network, data, plan.recipe)
         is_done(job, data, device)  # without a folder: whether the device has the recipe's dtype
@@ -121,8 +118,7 @@ def left_to_do(plans: list[Plan], data: Dataset, device: torch.device) -> list[P
 
 def in_flight(plans: Sequence[Plan], device: torch.device) -> list[Sequence[Plan]]:
     """The plans in portions that are trained at once: several on a GPU, else one."""
-    alone = device.type != "cuda" or replicas().count > 1
-    size = 1 if alone else TOGETHER
+    size = TOGETHER if device.type == "cuda" else 1
     return [plans[start : start + size] for start in range(0, len(plans), size)]
 
 

@@ -18,7 +18,6 @@ from normlab.experiment import Results
 from normlab.files import user_path, write_json, write_text
 from normlab.galleries import plot_mistakes
 from normlab.plots import plot_curves, plot_loss_and_accuracy, save_if_drawn
-from normlab.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -278,7 +277,7 @@ def _caution(results: Results) -> str:
 def _recipe_table(results: Results) -> str:
     """The fields of all recipes: shared ones once, declared differences for each variant."""
     recipes = {
-        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict() | _apart(runs[0])
+        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict()
         for label, runs in results.runs.items()
     }
     hidden = ("seed", "layers", "code")  # digests tell a reader nothing
@@ -293,12 +292,6 @@ def _recipe_table(results: Results) -> str:
 def _all_fields(recipes: Iterable[dict]) -> list[str]:
     """Those of any recipe, in their order."""
     return list(dict.fromkeys(field for recipe in recipes for field in recipe))
-
-
-def _apart(run: Run) -> dict:
-    """Among how many processes BN took its statistics apart, where it did."""
-    name = "batch_norm_apart_in"
-    return {name: f"{run.config['is'][name]} processes"} if name in run.config["is"] else {}
 
 
 def _cell(value: object) -> str:

@@ -23,7 +23,6 @@ from normlab.files import read_json, remove_leftovers, write_bytes, write_json, 
 from normlab.networks import Network, build_network
 from normlab.norms import NORMS
 from normlab.recipes import Recipe
-from normlab.replicas import replicas
 from normlab.summaries import count_parameters
 
 COLUMNS = (
@@ -120,7 +119,6 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
         "network": _describe(network),
         "parameters": count_parameters(network),
         "initial_weights": weights_digest(network.state_dict()),
-        **_statistics_apart(network),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -151,17 +149,6 @@ def _named(values: dict, always: tuple[str, ...], complete: Callable[..., dict])
         return named
     usual = complete(**named)
     return named | {k: v for k, v in values.items() if k in named or v != usual[k]}
-
-
-def _statistics_apart(network: nn.Module) -> dict:
-    """In how many processes batch normalization has statistics of its own, if in several.
-
-    Everything else computes the same however many processes share it.
-    """
-    here = replicas()
-    kind = nn.modules.batchnorm._BatchNorm
-    alone = any(isinstance(layer, kind) for layer in network.modules()) and not here.sync_batch_norm
-    return {"batch_norm_apart_in": here.count} if here.count > 1 and alone else {}
 
 
 def _describe(network: nn.Module) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -189,11 +188,6 @@ def check_axes(
 
     Raises `ValueError` or `TypeError` that names what cannot be swept, or not here.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "torchrun shares one training among processes, a sweep shares its runs: start it "
-            "without torchrun"
-        )
     one_of(scaling, SCALINGS, "scaling of the rate")
     given = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs}
     axes = {what: None if each is None else several(each) for what, each in given.items()}

@@ -137,13 +137,6 @@ def test_seeds_make_more_runs(again, capsys):
     assert " ± " in capsys.readouterr().out
 
 
-def test_sweep_is_not_for_torchrun(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["sweep", "mnist-l1", "--dataset", "digits", "--out", str(tmp_path / "out")]) == 2
-    assert "start it without torchrun" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_sweep_writes_a_table_and_a_figure(tmp_path, capsys):
     shades, out = make_folder(tmp_path / "shades"), tmp_path / "sweep"
     command = ["sweep", "mnist-l1", "--dataset", str(shades), "--norms", "gn", "none"]

@@ -189,12 +189,6 @@ def test_the_recipes_tell_what_differs(two_seeds):
     assert [v["recipe"]["l1"] for v in read_json(folder)["variants"]] == [1e-4, 0, 0]
 
 
-def test_the_report_says_where_batch_norm_was_taken_apart(two_seeds, monkeypatch):
-    results, _ = two_seeds
-    monkeypatch.setitem(results["BN + L1"][0].config["is"], "batch_norm_apart_in", 2)
-    assert "| batch_norm_apart_in | 2 processes | – | – |" in report_text(results)
-
-
 def test_the_report_says_where_it_comes_from(two_seeds, tiny):
     _, folder = two_seeds
     page, facts = (folder / "report.md").read_text(), read_json(folder)

@@ -304,14 +304,6 @@ def test_bad_input_is_one_sentence(tiny_assignment, tiny, options, sentence):
         sweep(tiny_assignment, tiny, **options)
 
 
-def test_a_sweep_is_not_for_several_processes_that_share_one_training(
-    tiny_assignment, tiny, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="start it without torchrun"):
-        sweep(tiny_assignment, tiny)
-
-
 @pytest.fixture
 def two_cores(monkeypatch):
     """Any amount of work is worth two processes."""
