@@ -10,6 +10,7 @@ from normlab.networks import NETWORKS, build_network
 from normlab.norms import norm_name
 from normlab.recipes import Recipe
 from normlab.seeding import seeded
+from normlab.training import gradients
 
 
 def folder_name(label: str) -> str:
@@ -250,6 +251,7 @@ def find_assignment(name: str | Assignment) -> Assignment:
     )
 
 
+@gradients()  # or what is built in inference mode could not be trained
 def build_variant(
     assignment: Assignment,
     variant: Variant,

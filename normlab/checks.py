@@ -153,7 +153,7 @@ def _where_cut(network: nn.Module, images: Tensor, rows: int) -> str:
         return ""
     twin, whole = copied(network).eval(), []
     for name, layer in twin.named_modules():
-        if not any(layer.children()):
+        if next(layer.children(), None) is None:
             layer.register_forward_hook(lambda *call, name=name: whole.append((name, *call)))
     with torch.no_grad():
         twin(images)

@@ -58,6 +58,7 @@ class RateTest:
         return plot_rates({self.recipe.optimizer: self}, ax=ax, title=title)
 
 
+@gradients()
 def find_rate(
     network: nn.Module,
     data: Dataset,
@@ -97,7 +98,7 @@ def find_rate(
     instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     planned = _planned(lowest, highest, steps)
     twin = _copied(network, data, recipe, pick_device(device))
-    with compiler_left_out(), gradients(), seeded(recipe.seed, "rates", device=device_of(twin)):
+    with compiler_left_out(), seeded(recipe.seed, "rates", device=device_of(twin)):
         losses = list(_losses(twin, data, recipe, planned))
     return _judged(recipe, planned, losses)
 

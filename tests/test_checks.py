@@ -155,6 +155,16 @@ def test_unusual_layers_work_everywhere(kind, entry, tiny):
     USES[entry](WORKING[kind], tiny)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_assignments_and_sweeps_need_no_gradients_switched_on(tiny, off):
+    with off():
+        results = nl.run_assignment(assignment(network), data=tiny, **SILENT)
+        table = nl.run_sweep(assignment(network), data=tiny, **SILENT)
+    expected = nl.run_assignment(assignment(network), data=tiny, **SILENT)["BN"][0]
+    assert results["BN"][0].last["train_loss"] == expected.last["train_loss"]
+    assert table["train_loss"].tolist() == [expected.last["train_loss"]]
+
+
 def lazy():
     return network(nn.LazyConv2d(8, 3))
 

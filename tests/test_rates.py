@@ -70,6 +70,22 @@ def test_network_and_random_state_stay_as_they_are(tiny, tiny_network, optimizer
     assert again == found
 
 
+def test_frozen_layers_stay_frozen_and_gradients_need_not_be_on(tiny, tiny_network):
+    def frozen():
+        network = tiny_network()
+        network.norm.eval().requires_grad_(False)
+        network.norm.register_forward_hook(lambda layer, *_: modes.add(layer.training))
+        return network
+
+    modes, recipe = set(), nl.Recipe(batch_size=32)
+    expected = nl.find_rate(frozen(), tiny, recipe, steps=20, device="cpu")
+    with torch.inference_mode():
+        found = nl.find_rate(frozen(), tiny, recipe, steps=20, device="cpu")
+    assert modes == {False}
+    assert found.losses == expected.losses
+    assert len(set(found.losses)) == len(found.losses)  # it trained
+
+
 def test_short_last_batches_are_left_out(tiny, tiny_network):
     # 96 images in batches of 40: the third batch, of 16, would be noisier.
     recipe = nl.Recipe(batch_size=40)

@@ -215,3 +215,10 @@ def test_shortest_trainings_still_learn(schedule, steps):
 def test_resumed_schedule_goes_on_as_if_never_stopped(done, optimizer, schedule):
     recipe = Recipe(lr=0.3, schedule=schedule, optimizer=optimizer)
     assert rates_of_recipe(recipe, 40, done=done) == rates_of_recipe(recipe, 40)[done:]
+
+
+def test_numbers_of_any_library_make_the_same_recipe():
+    lr, epochs = torch.tensor(0.125), np.int64(3)
+    recipe = Recipe(lr=lr, epochs=epochs, batch_size=torch.tensor(16), l1=np.float32(0.5))
+    assert recipe == Recipe(lr=0.125, epochs=3, batch_size=16, l1=0.5)
+    assert json.loads(json.dumps(recipe.as_dict())) == recipe.as_dict()
