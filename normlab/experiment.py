@@ -129,9 +129,10 @@ def run_assignment(
     """Trains every variant of an assignment with every seed and returns the `Results`.
 
     On a GPU up to eight of them are in flight together, those with dropout one by one; on a CPU
-    they run side by side in processes of one thread each, where there is enough to do. Where a
-    loss diverges, the other runs are trained before that error is raised, if a directory keeps
-    them.
+    they run side by side in processes of one thread each, where there is enough to do. These train
+    the networks that `build` gives here, with what the session defined or changed; a network that
+    cannot be sent to them is trained in this process, with a warning. Where a loss diverges, the
+    other runs are trained before that error is raised, if a directory keeps them.
 
     Args:
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.

@@ -7,6 +7,7 @@ the histories there for its display, and afterwards finds the runs finished.
 
 import functools
 import os
+import pickle
 import threading
 import time
 import traceback
@@ -246,6 +247,10 @@ def _numbered(number: int, task: Callable, sent: tuple) -> tuple:
     outcome = _caught(task, sent)
     if isinstance(outcome, Exception):
         trace = "".join(traceback.format_exception(outcome))
+        try:
+            pickle.loads(pickle.dumps(outcome))
+        except Exception:  # of a class that came by value, or with arguments of its own
+            outcome = RuntimeError(f"{type(outcome).__name__}: {outcome}")
         outcome.add_note(f"in a worker:\n{trace}")
     return number, outcome
 

@@ -6,6 +6,7 @@ that it uses: a process that looked for it by its name might find something else
 
 import copy
 import io
+import math
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -69,21 +70,21 @@ def pack_all(
 ) -> tuple[list[Parcel], list[tuple[Planned, StaysHere]]]:
     """Parcels of those that can be sent, and the others with the reason."""
     parcels, here = [], []
-    for plan in plans:
-        try:
-            parcels.append(Parcel(plan, pack(plan.job(data), data)))
-        except StaysHere as reason:
-            here.append((plan, reason))
+    with _session_by_value():
+        for plan in plans:
+            try:
+                parcels.append(Parcel(plan, _pack(plan.job(data), data)))
+            except StaysHere as reason:
+                here.append((plan, reason))
     return parcels, here
 
 
-def pack(job: Job, data: Dataset) -> tuple[bytes, list]:
-    """What `unpack` makes the same job of in another process; raises `StaysHere` if it cannot."""
+def _pack(job: Job, data: Dataset) -> tuple[bytes, list]:
+    """What `unpack` makes the same job of in another process."""
     job = identified(job, data)
     content = io.BytesIO()
     try:
-        with _session_by_value():
-            torch.save(job, content, pickle_module=cloudpickle, pickle_protocol=5)
+        torch.save(job, content, pickle_module=cloudpickle, pickle_protocol=5)
         logits = _trial(job, data).tolist()
     except Exception as error:  # pickling calls a student's code, which may raise anything
         raise StaysHere(f"its network cannot be sent to another ({error})") from error
@@ -106,7 +107,7 @@ def unpack(sent: tuple[bytes, list], data: Dataset) -> Job:
         apart = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
     except Exception as error:  # as above
         raise StaysHere(f"another cannot compute with its network ({error})") from error
-    if not apart <= LOGITS_APART:  # nor is NaN
+    if not apart <= LOGITS_APART:  # as NaN is not
         raise StaysHere("another computes something else with its network")
     return job
 
@@ -128,6 +129,18 @@ def mismatch(plan: Planned, data: Dataset) -> StaysHere | None:
     """
     if not RunFolder(plan.directory).is_finished():
         return None
+    try:
+        apart = _from_stored(plan, data)
+    except RuntimeError:  # the weights do not fit
+        apart = math.inf
+    if apart <= PROBABILITIES_APART:  # as NaN is not
+        return None
+    remove_run(plan.directory)
+    return StaysHere("its network predicts otherwise here, with the weights that another found")
+
+
+def _from_stored(plan: Planned, data: Dataset) -> float:
+    """How far the predictions of the plan's network are from those of its run, on the average."""
     job = plan.job(data)
     move(job.network, torch.device("cpu"), job.recipe)
     run = RunFolder(plan.directory).load(job.network)
@@ -135,21 +148,20 @@ def mismatch(plan: Planned, data: Dataset) -> StaysHere | None:
     with torch.no_grad(), evaluating(run.network), seeded(job.recipe.seed, "predictions"):
         given = run.network(images).float().softmax(1)
     there = given.gather(1, run.predicted[: len(images), None])[:, 0]
-    if (there - run.probability[: len(images)]).abs().mean() <= PROBABILITIES_APART:
-        return None
-    remove_run(plan.directory)
-    return StaysHere("its network predicts otherwise here, with the weights that another found")
+    return (there - run.probability[: len(images)]).abs().mean().item()
 
 
 @contextmanager
 def _session_by_value() -> Iterator[None]:
     """Inside the block classes and functions of the session's modules are pickled by value."""
+    packages = {name.partition(".")[0] for name in sys.modules}
+    packages = {name for name in packages if _may_differ_elsewhere(name)}
     known = cloudpickle.list_registry_pickle_by_value()
     modules = [
         module
         for name, module in list(sys.modules.items())
-        if isinstance(module, ModuleType) and name == module.__name__ and name not in known
-        if _may_differ_elsewhere(module)
+        if name.partition(".")[0] in packages and name not in known
+        if isinstance(module, ModuleType) and name == module.__name__
     ]
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
@@ -160,15 +172,15 @@ def _session_by_value() -> Iterator[None]:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _may_differ_elsewhere(module: ModuleType) -> bool:
-    """Whether a module belongs to no installed package: it may be edited, or made by hand."""
-    name = module.__name__.partition(".")[0]
-    package = vars(sys.modules.get(name, module))
-    if name in ("normlab", "torch"):  # installed or not: too much to send
-        return False
-    place = package.get("__file__") or next(iter(package.get("__path__", ())), None)
+def _may_differ_elsewhere(name: str) -> bool:
+    """Whether a package or module is none that is installed: it may be edited, or made by hand."""
+    module = sys.modules.get(name)
+    if name in ("normlab", "torch") or not isinstance(module, ModuleType):
+        return False  # the former may lie anywhere, and are too much to send
+    about = vars(module)
+    place = about.get("__file__") or next(iter(about.get("__path__", ())), None)
     if place is None:  # Python's own have a specification
-        return package.get("__spec__") is None
+        return about.get("__spec__") is None
     folders = Path(place).resolve().parents
     return Path(sysconfig.get_path("stdlib")).resolve() not in folders and not any(
         folder.name in ("site-packages", "dist-packages") for folder in folders

@@ -22,7 +22,7 @@ import normlab as nl
 from normlab import cluster
 from normlab.cli import main
 from normlab.files import read_json
-from normlab.parcels import pack
+from normlab.parcels import pack_all
 from normlab.plans import plan_runs
 from normlab.runs import RunFolder
 from normlab.sweeps import _attempt
@@ -200,7 +200,7 @@ def test_what_could_not_be_delivered_is_not_trained_again(tmp_path, monkeypatch)
     plan = plan_runs(ASSIGNMENT, [0], 1, tmp_path)[0]
     attempt = partial(_attempt, device="cpu")
     task = partial(cluster._train_away, attempt, few_digits, data.fingerprint)
-    sent = pack(plan.job(data), data)
+    sent = pack_all([plan], data)[0][0].sent
     _, lost = task(nl.__version__, sent)
     _, again = task(nl.__version__, sent)
     assert again == lost  # the seconds of another training would differ
@@ -399,6 +399,25 @@ def _deadly_images(client: int) -> nl.Dataset:
     if os.getpid() != client:
         os.kill(os.getpid(), signal.SIGKILL)
     return few_digits()
+
+
+def test_workers_train_what_the_session_has(one_worker, tmp_path, threads_put_back):
+    factor = 3.0
+
+    class Own(torch.nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm, self.linear = nl.make_norm(norm, 1), torch.nn.Linear(28, 10)
+
+        def forward(self, x):
+            return factor * self.linear(self.norm(x).mean((1, 2)))
+
+    torch.set_num_threads(1)
+    own = replace(ASSIGNMENT, network=None, build=Own, variants=(nl.Variant("BN", "bn"),))
+    there = nl.run_sweep(own, data=few_digits, progress=False, dask=one_worker)
+    here = nl.run_sweep(own, data=few_digits, progress=False, device="cpu")
+    assert there.drop(columns="seconds").equals(here.drop(columns="seconds"))
+    assert kept_by_workers() == []
 
 
 def test_threads_that_only_wait_are_counted(scheduler, workers, tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 
 import pytest
 
@@ -9,6 +12,7 @@ import normlab as nl
 from normlab.files import (
     read_json,
     remove_leftovers,
+    scratch_folder,
     write_bytes,
     write_json,
     write_text,
@@ -182,3 +186,23 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
     assert set(everything_in(tmp_path)) == {"weights.safetensors", "notes.part", ".hidden"}
+
+
+def test_a_temporary_folder_outlasts_no_process_that_used_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "normlab-of-another-kind").mkdir()
+    code = (
+        "import os\n"
+        "from normlab.files import scratch_folder\n"
+        "with scratch_folder() as folder:\n"
+        "    (folder / 'images').touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=False)
+    (killed,) = (path for path in tmp_path.glob("normlab-*") if (path / "images").exists())
+    with scratch_folder() as first, scratch_folder() as second:
+        assert not killed.exists()
+        assert first.is_dir()  # in use: the second does not remove it
+        assert second.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["normlab-of-another-kind"]

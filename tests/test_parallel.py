@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 import normlab as nl
 from normlab import parallel
-from normlab.files import read_json, write_json
+from normlab.files import read_json, scratch_folder, write_json
 from normlab.runs import RunFolder
 
 
@@ -238,18 +239,33 @@ nl.run_assignment("mnist-l1", data=data, epochs=500, directory="runs", device="c
 """
 
 
+def children(process: subprocess.Popen) -> list[Path]:
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [Path("/proc", child) for child in listed]
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
-def test_processes_end_when_their_parent_is_killed(tmp_path):
+@pytest.mark.parametrize("when", ["they train", "they start"])
+def test_processes_end_when_their_parent_is_killed(when, tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
     parent = subprocess.Popen(
         [sys.executable, "-c", SIDE_BY_SIDE], cwd=tmp_path, stdout=subprocess.PIPE
     )
-    parent.stdout.readline()  # a first epoch is done
-    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    if when == "they train":
+        parent.stdout.readline()  # a first epoch is done
+    while len(listed := children(parent)) < 3:  # joblib's own, and those that import torch
+        time.sleep(0.01)
     parent.kill()
     parent.wait()
-    assert len(listed) >= 2
-    patience = 600
-    while any(Path(f"/proc/{child}").exists() for child in listed) and patience:
+    patience = 6000
+    while any(child.exists() for child in listed) and patience:
         time.sleep(0.1)
         patience -= 1
     assert patience, "a process went on without its parent"
+    assert not [file for file in Path("/dev/shm").glob("*") if f"{parent.pid}" in file.name]
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert list(folder.iterdir())
+    with scratch_folder() as mine:
+        assert set(folder.iterdir()) == {mine, mine.with_suffix(".lock")}

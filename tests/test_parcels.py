@@ -1,9 +1,9 @@
 """What other processes train is what this one has, whatever the session defined or changed."""
 
 import importlib
+import re
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,8 +228,9 @@ def test_a_sweep_trains_here_what_cannot_go_along(
 
 
 def packed(assignment, data, folder):
-    (plan,) = plan_runs(assignment, [0], 1, folder)
-    return plan, parcels.pack(plan.job(data), data)
+    """The parcels, and the sentences of what stays here."""
+    found, here = parcels.pack_all(plan_runs(assignment, [0], 1, folder), data)
+    return found, [str(reason) for _, reason in here]
 
 
 def test_a_class_that_holds_all_images_stays_here(tiny, tmp_path, monkeypatch):
@@ -240,17 +241,18 @@ def test_a_class_that_holds_all_images_stays_here(tiny, tmp_path, monkeypatch):
             return super().forward(x.flatten(1)[:, :4])
 
     assignment = assignment_of(lambda _: Holding(4, 4), "bn")
-    packed(assignment, tiny, tmp_path)
+    assert packed(assignment, tiny, tmp_path)[1] == []
     monkeypatch.setattr(parcels, "MOST_BYTES", 8000)
-    with pytest.raises(parcels.StaysHere, match=r"would be sent with \d+,\d+ bytes"):
-        packed(assignment, tiny, tmp_path)
+    found, (reason,) = packed(assignment, tiny, tmp_path)
+    assert not found
+    assert re.search(r"would be sent with \d+,\d+ bytes", reason)
 
 
 def test_packing_leaves_the_network_and_the_session_as_they_are(tiny, models, tmp_path):
     network = models.Net("bn")
     before = {name: value.clone() for name, value in network.state_dict().items()}
     forward, act = models.Net.forward, models.act
-    packed(assignment_of(lambda _: network, "bn"), tiny, tmp_path)
+    assert packed(assignment_of(lambda _: network, "bn"), tiny, tmp_path)[1] == []
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert models.Net.forward is forward
     assert forward.__globals__["act"] is act
@@ -258,18 +260,17 @@ def test_packing_leaves_the_network_and_the_session_as_they_are(tiny, models, tm
 
 
 def test_the_identity_is_the_one_of_the_process_that_asked(tiny, models, tmp_path):
-    plan, sent = packed(assignment_of(models.Net, "bn"), tiny, tmp_path)
-    what = identified(plan.job(tiny), tiny).what
+    ((parcel,), _) = packed(assignment_of(models.Net, "bn"), tiny, tmp_path)
+    what = identified(parcel.plan.job(tiny), tiny).what
     code = (
         "import pickle, sys, torch, normlab as nl\n"
         "from normlab import parcels, experiment\n"
         "sent, data = pickle.load(sys.stdin.buffer)\n"
         "experiment._train(parcels.unpack(sent, data), data)\n"
     )
-    content = parcels.cloudpickle.dumps((sent, tiny))
+    content = parcels.cloudpickle.dumps((parcel.sent, tiny))
     subprocess.run([sys.executable, "-c", code], input=content, check=True, cwd=tmp_path)
-    assert read_json(plan.directory / "config.json")["is"] == what
-    assert RunFolder(plan.directory).open(what)
+    assert read_json(parcel.plan.directory / "config.json")["is"] == what
 
 
 def test_weights_that_give_other_predictions_are_not_taken(tiny, tiny_network, tmp_path):
@@ -282,21 +283,35 @@ def test_weights_that_give_other_predictions_are_not_taken(tiny, tiny_network, t
     assert not plan.directory.exists()
 
 
+def test_weights_that_do_not_fit_are_not_taken(tiny, tiny_network, tmp_path):
+    nl.run_assignment(
+        assignment_of(tiny_network, "bn"), data=tiny, directory=tmp_path, device="cpu",
+        progress=False,
+    )  # fmt: skip
+    (plan,) = plan_runs(assignment_of(lambda _: nn.Linear(12, 4), "bn"), [0], None, tmp_path)
+    assert "predicts otherwise here" in str(parcels.mismatch(plan, tiny))
+
+
 def test_installed_packages_go_by_their_names_and_a_students_folder_does_not(models):
-    assert parcels._may_differ_elsewhere(models)
-    assert parcels._may_differ_elsewhere(sys.modules[__name__])
-    for module in (
-        nl,
-        experiment,
-        torch,
-        nn.functional,
-        joblib,
-        nbformat,
-        subprocess,
-        sys,
-        warnings,
-    ):
-        assert not parcels._may_differ_elsewhere(module)
+    for name in ("models_of_mine", __name__.partition(".")[0], "conftest"):
+        assert parcels._may_differ_elsewhere(name)
+    for name in ("normlab", "torch", "joblib", "numpy", "subprocess", "sys", "zipimport"):
+        assert not parcels._may_differ_elsewhere(name)
+
+
+def test_an_error_comes_home_without_the_class_that_went_by_value():
+    class Own(Exception):
+        def __init__(self, one, two):
+            super().__init__(f"{one} and {two}")
+
+    def fail(error):
+        raise error
+
+    number, error = parallel._numbered(3, fail, Own(1, 2))
+    assert (number, type(error), str(error)) == (3, RuntimeError, "Own: 1 and 2")
+    assert "in fail" in error.__notes__[0]
+    _, error = parallel._numbered(3, fail, ValueError("as it is"))
+    assert (type(error), str(error)) == (ValueError, "as it is")
 
 
 TWO_PROCESSES = """
