@@ -37,7 +37,7 @@ def plot_samples(
     picked = _sample(data, whole_number(per_class, "per_class"), seed)
     images = _augmented(data.train_images[picked], augment, seed)
     names = [shortened(name) for name in data.classes]
-    width = max(0.55 * per_class + 0.4 + 0.075 * max(map(len, names)), 2.5)
+    width = max(0.55 * per_class + 0.6 + 0.08 * max(map(len, names)), 2.5)
     heading = fitted(title if title is not None else _samples_title(data, augment), width)
     ax = new_axes(width, 0.55 * len(names) + 0.2 * heading.count("\n") + 0.4)
     ax.figure.suptitle(heading, fontsize=10)
@@ -49,6 +49,7 @@ def plot_samples(
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    ax.set_anchor("E")  # what is left of the room is the names'
     return ax.figure
 
 
