@@ -143,4 +143,5 @@ def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
     true, predicted = (classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
     probability = float(mistakes.probability[place])
     sure = f"{100 * probability:.1f} %" if probability < 0.9995 else "> 99.9 %"
-    ax.set_title(f"true: {true}\npredicted: {predicted} ({sure})", fontsize=9)
+    text = f"true: {true}\npredicted: {predicted} ({sure})"
+    ax.set_title(fitted(text, 2.4, size=9), fontsize=9)
