@@ -104,10 +104,19 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+# What a run's identity has named from the beginning. What came later is named only where it is not
+# at its default, so that kept runs, and the digests of runs in tables, stay what they are.
+RECIPE_FIELDS = (
+    *("epochs", "batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay"),
+    *("centred", "schedule", "l1", "label_smoothing", "augment", "dtype", "seed"),
+)
+NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
+
+
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
-    """What a run *is*: two runs with equal identities compute the same thing."""
+    """What a run *is*: two runs without `differences` in it compute the same thing."""
     return {
-        "recipe": recipe.as_dict(),
+        "recipe": _named(recipe.as_dict(), RECIPE_FIELDS, lambda **_: type(recipe)().as_dict()),
         "network": _describe(network),
         "parameters": count_parameters(network),
         "initial_weights": weights_digest(network.state_dict()),
@@ -119,6 +128,29 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
             f"{data.test_name}_images": len(data.test_images),
         },
     }
+
+
+def _recipe(named: dict) -> Recipe:
+    """The recipe with these fields, without those that this version does not know."""
+    return Recipe(**{k: v for k, v in named.items() if k in Recipe.__dataclass_fields__})
+
+
+def _recipe_fields(**named: object) -> dict:
+    return named | _recipe(named).as_dict()
+
+
+def _network_arguments(**named: object) -> dict:
+    """All arguments of `build_network`, as JSON has them."""
+    return json.loads(json.dumps(build_network(**named, seed=0).description))
+
+
+def _named(values: dict, always: tuple[str, ...], complete: Callable[..., dict]) -> dict:
+    """The values that are always named, and of the others those that are not their defaults."""
+    named = {name: values[name] for name in always}
+    if len(named) == len(values):
+        return named
+    usual = complete(**named)
+    return named | {k: v for k, v in values.items() if k in named or v != usual[k]}
 
 
 def _statistics_apart(network: nn.Module) -> dict:
@@ -136,7 +168,8 @@ def _describe(network: nn.Module) -> dict:
     """The arguments that build the network, or what there is to know of one of one's own."""
     arguments = network.description if isinstance(network, Network) else {}
     if arguments and _builds(arguments, network):
-        return json.loads(json.dumps(arguments))
+        arguments = json.loads(json.dumps(arguments))
+        return _named(arguments, NETWORK_ARGUMENTS, _network_arguments)
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     kinds = {type(layer) for layer in network.modules()}
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
@@ -339,7 +372,7 @@ class RunFolder:
         network.load_state_dict(weights)
         return Run(
             network=network,
-            recipe=Recipe(**config["is"]["recipe"]),
+            recipe=_recipe(config["is"]["recipe"]),
             history=self._read_history(),
             predicted=guesses["predicted"].long(),
             probability=guesses["probability"],
@@ -408,15 +441,46 @@ def _unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     }
 
 
-def differences(here: dict, wanted: dict, where: str = "") -> list[str]:
-    """What differs between two nested dicts, one phrase each."""
+def differences(there: dict, here: dict, where: str = "") -> list[str]:
+    """What differs between two identities, one phrase each.
+
+    A field of the recipe, or an argument of `build_network`, that only one of them names counts as
+    its default in the other; what only one tells of a network of one's own is no difference.
+
+    Args:
+        there: of a kept run.
+        here: of what this version is about to train.
+        where: the key under which both lie in larger dicts, with a dot.
+    """
     found = []
-    for key in sorted(here.keys() | wanted.keys()):
-        one, other = here.get(key), wanted.get(key)
+    for key in sorted(there.keys() | here.keys()):
+        one, other = there.get(key), here.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{where}{key}.")
+            found += differences(*_with_the_same_fields(key, one, other), f"{where}{key}.")
         elif one != other and ("digest" in key or len(str(one)) > 60):
             found.append(f"{where}{key} differs")
         elif one != other:
             found.append(f"{where}{key} is {one!r} there and {other!r} here")
     return found
+
+
+def _with_the_same_fields(key: str, there: dict, here: dict) -> tuple[dict, dict]:
+    if key == "recipe":
+        return _completed(there, here, _recipe_fields)
+    if key == "network" and "name" in there and "name" in here:
+        return _completed(there, here, _network_arguments)
+    if key == "network" and "class" in there and "class" in here:
+        both = there.keys() & here.keys()
+        return {name: there[name] for name in both}, {name: here[name] for name in both}
+    return there, here
+
+
+def _completed(there: dict, here: dict, complete: Callable[..., dict]) -> tuple[dict, dict]:
+    """Both with the values that they do not name, which are the defaults.
+
+    `complete` never meets what is kept, since that may be unknown here or damaged. A field unknown
+    here is left out where its value is nothing, which is the default of what can be switched on.
+    """
+    here = complete(**here)
+    usual = complete(**{name: here[name] for name in here.keys() & there.keys()})
+    return usual | {k: v for k, v in there.items() if k in here or v}, here

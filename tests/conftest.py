@@ -25,7 +25,10 @@ os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
 # For `tests.benchmarks`; at the end, so that the installed package goes before the folder.
 sys.path.append(str(Path(__file__).parents[1]))
 
-LONGEST = ("test_replicas", "test_cluster", "test_cli", "test_parallel", "test_engine")
+LONGEST = (
+    *("test_replicas", "test_cluster", "test_cli", "test_parallel", "test_notebooks"),
+    "test_engine",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,15 +1,20 @@
 """The stored notebooks: whole runs from top to bottom, nothing in them that a reader trips over."""
 
 import ast
+import dis
 import json
+import linecache
 import re
 from pathlib import Path
+from types import CodeType, SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 
 import normlab as nl
 from normlab.pages import fill_pages, read_results
+from normlab.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -167,3 +172,125 @@ def decimals(text: str) -> list[tuple[float, int]]:
     """Numbers with a decimal point, each with how many digits follow it."""
     found = re.findall(r"(?<![\w.])\d+\.\d+", text)
     return [(float(number), len(number.partition(".")[2])) for number in found]
+
+
+# --- kept runs --------------------------------------------------------------------------------
+
+
+def suggested() -> dict[str, SimpleNamespace]:
+    """The rates that a range test had suggested when the runs with them were kept."""
+    table = pd.read_csv("results/inside/suggested.csv").set_index("variant")["base_lr"]
+    return {
+        name.removesuffix(", suggested"): SimpleNamespace(suggestion=table[name].iloc[0])
+        for name in table.index.unique()
+    }
+
+
+# What a notebook measures, which depends on rounding, before it asks for the runs that follow.
+MEASURED = {"07_inside_the_network": lambda: {"tests": suggested()}}
+
+
+def names_of(code: CodeType) -> tuple[set[str], set[str]]:
+    """The names that a cell makes, and those that it uses and has not made before."""
+    made, used = set(), set()
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_NAME":
+            made.add(step.argval)
+        elif step.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
+            used |= {step.argval} - made
+        elif isinstance(step.argval, CodeType):
+            used |= names_of(step.argval)[1] - made
+    return made, used
+
+
+def cells_that_load(path: Path, given: set[str]) -> list[str]:
+    """The cells that ask for kept runs and those that these need, but for names that are given."""
+    needed, names = [], set()
+    for cell in reversed(code_cells(path)):
+        made, used = names_of(compile(python_of(cell.source), path.name, "exec"))
+        if made & names or re.search(r"\bkept=", cell.source):
+            needed.append(cell.source)
+            names = names - made | used - given
+    return needed[::-1]
+
+
+def run_cells(cells: list[str], names: dict) -> dict:
+    """Runs the cells as a kernel does, which knows their source."""
+    for number, source in enumerate(f"{cell}\n" for cell in cells):
+        file = f"<cell {number}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        exec(compile(source, file, "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="session")
+def decoded(tmp_path_factory) -> Path:
+    """A cache folder for all notebooks: CIFAR-10 takes a while to decode."""
+    return tmp_path_factory.mktemp("decoded")
+
+
+@pytest.fixture
+def only_loading(monkeypatch, tmp_path, real_data_root, decoded) -> set[str]:
+    """Trains nothing, and notes the folders and the rows of tables that were taken instead."""
+    taken = set()
+
+    def load(self, network):
+        taken.add(self.directory.resolve().as_posix())
+        return loaded(self, network)
+
+    def sweep(*arguments, **options):
+        table = run_sweep(*arguments, **options)
+        taken.update(table["run"])
+        return table
+
+    def train(*_, **__):
+        pytest.fail("a kept run was not taken: see what was printed")
+
+    loaded, run_sweep = RunFolder.load, nl.run_sweep
+    monkeypatch.setattr(RunFolder, "load", load)
+    monkeypatch.setattr(nl, "run_sweep", sweep)
+    looked_at = SimpleNamespace(last={"test_accuracy": 0.5})  # for which no run was kept
+    monkeypatch.setattr(nl, "fit", lambda *_, **__: looked_at)
+    monkeypatch.setattr("normlab.fitting.make_engine", train)
+    monkeypatch.setattr("normlab.parallel.WORTHWHILE", float("inf"))  # not in other processes
+    monkeypatch.setenv("NORMLAB_DATA", str(real_data_root))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(decoded))
+    monkeypatch.delenv("NORMLAB_SMOKE", raising=False)
+    (tmp_path / "results").symlink_to(ROOT / "notebooks" / "results")
+    monkeypatch.chdir(tmp_path)
+    return taken
+
+
+def kept_in(folder: str) -> set[str]:
+    """The folders of the runs, and the digests in tables, that lie in the results of that name."""
+    found = set()
+    for place in (ROOT / "notebooks" / "results").glob(f"{folder}*/"):
+        found |= {file.parent.resolve().as_posix() for file in place.rglob("config.json")}
+        for file in place.glob("*.csv"):
+            found |= set(pd.read_csv(file).get("run", ()))
+    return found
+
+
+WITH_KEPT_RUNS = {
+    path: match[1]
+    for path in NOTEBOOKS
+    for cell in code_cells(path)
+    if (match := re.search(r'^KEPT = .*"results/([\w-]+)"', cell.source, re.M))
+}
+
+
+def test_every_kept_run_belongs_to_a_notebook():
+    assert set.union(*map(kept_in, WITH_KEPT_RUNS.values())) == kept_in("")
+
+
+@pytest.mark.parametrize("path", WITH_KEPT_RUNS, ids=lambda path: path.stem)
+def test_every_kept_run_is_loaded_by_the_very_call_of_its_notebook(path, only_loading):
+    given = MEASURED.get(path.stem, dict)()
+    cells = cells_that_load(path, set(given))
+    dataset = re.search(r'^DATASET = .* else "(\w+)"', "\n".join(cells), re.M)[1]
+    try:
+        nl.load_dataset(dataset, download=False)
+    except FileNotFoundError:
+        pytest.skip(f"NORMLAB_DATA names a folder without {dataset}")
+    run_cells(cells, {"__name__": "notebook", **given})
+    assert only_loading >= kept_in(WITH_KEPT_RUNS[path])

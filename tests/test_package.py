@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 import normlab as nl
@@ -293,6 +294,19 @@ def test_requirements_have_lower_bounds_only(metadata):
     assert {"torch", "nbval", "jupyter"} <= {requirement.name for requirement in requirements}
     for requirement in requirements:
         assert [bound.operator for bound in requirement.specifier] == [">="], requirement.name
+
+
+def test_the_python_versions_named_are_those_that_the_workflow_begins_and_ends_with(metadata):
+    (oldest,) = SpecifierSet(metadata["Requires-Python"])
+    assert oldest.operator == ">="  # as everywhere else, no upper bound
+    classifiers = metadata.get_all("Classifier")
+    named = re.findall(r"Python :: (3\.\d+)$", "\n".join(classifiers), re.M)
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    tested = re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.*)\]", workflow)[1])
+    assert tested == [named[0], named[-1]]
+    assert named == [f"3.{minor}" for minor in range(11, 15)]
+    assert oldest.version == named[0]
+    assert f"Python {oldest.version} or newer" in README
 
 
 def test_the_installed_wheel_works_from_another_folder(wheel, tmp_path, monkeypatch):

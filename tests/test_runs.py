@@ -4,7 +4,8 @@ import csv
 import json
 import linecache
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
-from normlab.runs import COLUMNS, _describe, identity, remove_run, stretches, weights_digest
+from normlab.runs import (
+    COLUMNS,
+    NETWORK_ARGUMENTS,
+    RECIPE_FIELDS,
+    RunFolder,
+    _describe,
+    identity,
+    remove_run,
+    stretches,
+    weights_digest,
+)
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1, augment=("flip",))
 FILES = {"config.json", "history.csv", "predictions.safetensors", "weights.safetensors"}
@@ -443,3 +454,109 @@ def test_a_network_of_a_notebook_is_the_same_when_the_notebook_is_run_again(with
     first = defined_in_a_cell(1, 2, with_source=with_source)
     assert defined_in_a_cell(2, 2, with_source=with_source) == first
     assert defined_in_a_cell(3, 4, with_source=with_source) != first
+
+
+# --- what came later -------------------------------------------------------------------------
+
+KEPT = Path(__file__).parents[1] / "notebooks" / "results" / "mnist-l1" / "runs" / "gn" / "seed-0"
+
+
+@dataclass(frozen=True)
+class LaterRecipe(nl.Recipe):
+    """The recipe of a version to come."""
+
+    warmup: float = 0.3
+
+
+def build_later(*arguments, bias=False, width=None, **options):
+    """`build_network` of a version to come: one default is a value, one follows from the rest."""
+    network = nl.build_network(*arguments, **options)
+    network.description |= {"bias": bias, "width": width or network.description["groups"] + 3}
+    return network
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A function that copies a kept run, its identity changed, and says whether it is found."""
+
+    def find(part: str, wanted: dict, *, without: tuple = (), **named: object) -> bool:
+        folder = shutil.copytree(KEPT, tmp_path / "kept", dirs_exist_ok=True)
+        config = json.loads((KEPT / "config.json").read_text())
+        values = {k: v for k, v in config["is"][part].items() if k not in without} | named
+        there = config | {"is": config["is"] | {part: values}}
+        (folder / "config.json").write_text(json.dumps(there))
+        run_folder = RunFolder(folder)
+        here = config["is"] | {part: config["is"][part] | wanted}
+        found = run_folder.open(here)
+        run = run_folder.load(nl.build_network("mnist-l1", "gn", groups=5, dropout=0.0, seed=0))
+        assert run.last["test_accuracy"] == pytest.approx(0.9944, abs=0.001)
+        return found
+
+    return find
+
+
+def test_a_field_that_only_a_later_recipe_has_counts_as_its_default(kept, monkeypatch):
+    assert kept("recipe", {}, warmup=0.0)  # kept by a version to come, which had it switched off
+    with pytest.raises(ValueError, match=r"recipe\.warmup is 0\.3 there and None here"):
+        kept("recipe", {}, warmup=0.3)
+    monkeypatch.setattr("normlab.runs.Recipe", LaterRecipe)
+    assert kept("recipe", {})
+    assert kept("recipe", {}, warmup=0.3)
+    assert kept("recipe", {"warmup": 0.3})
+    with pytest.raises(ValueError, match=r"recipe\.warmup is 0\.3 there and 0\.5 here"):
+        kept("recipe", {"warmup": 0.5})
+    with pytest.raises(ValueError, match=r"recipe\.warmup is 0\.5 there and 0\.3 here"):
+        kept("recipe", {}, warmup=0.5)
+
+
+def test_a_field_that_a_kept_recipe_lacks_counts_as_its_default(kept):
+    assert kept("recipe", {}, without=("nesterov", "label_smoothing"))
+    with pytest.raises(ValueError, match=r"\(recipe\.centred is False there and True here\)"):
+        kept("recipe", {}, without=("centred",))  # of which the default is another
+
+
+def test_an_argument_that_only_a_later_network_has_counts_as_its_default(kept, monkeypatch):
+    monkeypatch.setattr("normlab.runs.build_network", build_later)
+    assert kept("network", {})
+    assert kept("network", {"bias": False, "width": 8})
+    assert kept("network", {}, bias=False, width=8)
+    with pytest.raises(ValueError, match=r"\(network\.bias is False there and True here\)"):
+        kept("network", {"bias": True})
+    with pytest.raises(ValueError, match=r"\(network\.width is 8 there and 5 here\)"):
+        kept("network", {"width": 5})
+
+
+def test_what_came_later_is_named_only_where_it_is_not_at_its_default(digits, monkeypatch):
+    as_ever = identity(nl.build_network("mnist-l1", "gn", seed=0), digits, RECIPE)
+    assert tuple(as_ever["recipe"]) == RECIPE_FIELDS
+    assert tuple(as_ever["network"]) == NETWORK_ARGUMENTS
+    monkeypatch.setattr("normlab.runs.Recipe", LaterRecipe)
+    monkeypatch.setattr("normlab.runs.build_network", build_later)
+    recipe = LaterRecipe(**RECIPE.as_dict())
+    assert identity(build_later("mnist-l1", "gn", seed=0), digits, recipe) == as_ever
+    network = build_later("mnist-l1", "gn", width=4, seed=0)
+    other = identity(network, digits, recipe.replace(warmup=0.5))
+    assert other["recipe"] == as_ever["recipe"] | {"warmup": 0.5}
+    assert other["network"] == as_ever["network"] | {"width": 4}
+
+
+def test_what_only_newer_versions_tell_of_a_network_of_ones_own_is_no_difference(
+    tiny, tiny_network, run, folder
+):
+    config = json.loads((folder / "config.json").read_text())
+    told = config["is"]["network"].copy()
+    for network in ({k: told[k] for k in ("class", "layers")}, told | {"closure": "1f3a"}):
+        config["is"]["network"] = network
+        (folder / "config.json").write_text(json.dumps(config))
+        assert fit(tiny_network("gn"), tiny, folder).history == run.history
+    config["is"]["network"] = told | {"code": "another", "closure": "1f3a"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"\(network\.code is 'another' there"):
+        fit(tiny_network("gn"), tiny, folder)
+
+
+def test_a_built_network_with_a_layer_changed_is_not_taken_for_the_built_one(digits, folder):
+    few = digits.subset(train=64, test=32)
+    fit(nl.build_network("mnist-l1", seed=0), few, folder, RECIPE.replace(epochs=1))
+    with pytest.raises(ValueError, match=r"network\.class is None there and 'Network' here"):
+        fit(with_a_layer(nn.Tanh()), few, folder, RECIPE.replace(epochs=1))
