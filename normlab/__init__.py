@@ -25,7 +25,7 @@ _HOMES = {
     ),
     "assignments": ("ASSIGNMENTS", "Assignment", "Variant", "as_submitted"),
     "augment": ("AUGMENTATIONS",),
-    "comparison": ("Difference", "Interval", "compare", "interval", "mcnemar", "plot_compare"),
+    "comparison": ("Difference", "compare", "main_effects", "mcnemar", "plot_compare"),
     "data": ("Dataset",),
     "diagrams": ("plot_norm_axes", "plot_shared"),
     "example": ("example_batch",),
@@ -34,6 +34,7 @@ _HOMES = {
     "fairness": ("Finding", "check_fair"),
     "fitting": ("fit",),
     "galleries": ("plot_mistakes", "plot_samples"),
+    "intervals": ("Interval", "interval"),
     "invariance": ("Rescaled", "rescale_weights"),
     "networks": ("NETWORKS", "Network", "build_network"),
     "norms": (

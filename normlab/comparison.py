@@ -1,69 +1,42 @@
-"""Whether variants differ by more than chance: the chance of the seeds and of the test images."""
+"""Which variants differ by more than the chance of seeds and test images, in all pairs together."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from normlab.checks import instance
+from normlab.checks import instance, one_of
 from normlab.experiment import Results
+from normlab.intervals import Family, Interval, Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CONFIDENCE, POWER = 0.95, 0.8
-BEYOND = (1 + CONFIDENCE) / 2  # as much lies below the upper end of an interval
-MOST_SEEDS = 10_000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and images with its 95 % interval, mean ± margin.
-
-    Args:
-        mean: of the table that was given.
-        margin: half the width of the interval.
-        chance: what seeds and images contribute to it.
-    """
-
-    mean: float
-    margin: float
-    chance: Chance
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside."""
-        return abs(self.mean) > self.margin
-
-    @property
-    def needed(self) -> int | None:
-        """Seeds with which an experiment like this one would tell such a mean from 0.
-
-        That is in 80 % of cases; None where no number would, because so few images leave it open.
-        """
-        return self.chance.seeds_needed(self.mean)
-
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two variants lie apart in test accuracy after the last epoch.
+    """How far two variants, or two levels of a factor, lie apart in accuracy.
 
     Args:
-        first, second: labels of the variants.
-        interval: of the accuracy of the first less that of the second, as fractions.
-        seeds, images: how many of each it rests on.
-        mcnemar: p-value of McNemar's test on the two networks of the first seed, which says
-            nothing about other seeds.
+        first, second: labels of the two.
+        interval: of the accuracy of the first less that of the second, as fractions; all intervals
+            of a comparison together are right with 95 % probability.
+        seeds: how many each variant has, or the fewest that one has.
+        images: how many were counted; 0 where only accuracies were given.
+        mcnemar: p-value of McNemar's test on the first network of each, which says nothing about
+            other seeds; None where there are more networks to a level, or no predictions.
         source: what the images are, as figures name them.
+        method: what the interval's width is from.
+        pairs: how many differences the comparison has.
+        p: the p-value, for so many pairs: below 0.05 where the interval excludes 0.
+        interaction: p-value of the test whether the difference is the same throughout a main
+            effect; None elsewhere.
     """
 
     first: str
@@ -71,171 +44,186 @@ class Difference:
     interval: Interval
     seeds: int
     images: int
-    mcnemar: float
+    mcnemar: float | None
     source: str
+    method: str
+    pairs: int
+    p: float
+    interaction: float | None = None
 
     @property
     def pair(self) -> str:
-        """The first less the second; in brackets a label that holds a plus of its own."""
+        """The first less the second; in brackets a label that holds a plus or comma of its own."""
         labels = (self.first, self.second)
-        return " − ".join(f"({label})" if "+" in label else label for label in labels)
+        return " − ".join(f"({label})" if set("+,") & set(label) else label for label in labels)
 
     def __str__(self) -> str:
         mean, margin = (100 * value for value in (self.interval.mean, self.interval.margin))
-        found = f"{self.pair} = {mean:+.2f} ± {margin:.2f} points"
-        found += f" over {self.seeds} seeds"
+        found = f"{self.pair} = {mean:+.2f} ± {margin:.2f} points over {self.seeds} seeds: "
         if self.interval.excludes_zero:
-            return f"{found}: distinguishable"
-        needed = self.interval.needed
-        if needed is None:
-            return (
-                f"{found}: not distinguishable; a difference as small as this needs more than "
-                f"these {self.images:,} test images, however many seeds"
+            found += "significantly different"
+        else:
+            found += (
+                f"not significantly different; {self.seeds} seeds would show a difference of "
+                f"{100 * self.interval.detectable:.2f} points with 80 % probability"
             )
-        return (
-            f"{found}: not distinguishable; if it is as large as it looks, about {needed:,} seeds "
-            "would tell"
-        )
+        return f"{found} ({'; '.join(self._grounds())})"
+
+    def _grounds(self) -> list[str]:
+        """What the verdict rests on."""
+        family = f"{self.method}, {self.pairs} pair{'s' if self.pairs > 1 else ''}"
+        grounds = [_p_value(self.p), family]
+        if self.interaction is not None:
+            grounds.append(f"interaction: {_p_value(self.interaction)}")
+        return grounds if self.images else [*grounds, "seeds alone"]
 
 
-def compare(results: Results) -> list[Difference]:
-    """The differences between all pairs of variants, each with its 95 % interval.
+def _p_value(p: float) -> str:
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
-    Runs are paired by their seeds, which gave them the same initial weights and order of images.
-    Each interval stands by itself: of many pairs some exclude 0 by chance.
 
-    Raises `ValueError` for fewer than two variants or two seeds, and for variants that were not
-    tested on the same images.
+def compare(
+    results: Results | Mapping[str, ArrayLike], pairs: Iterable[tuple[str, str]] | None = None
+) -> list[Difference]:
+    """The differences between variants, with intervals that all hold together with 95 %.
+
+    The variance between seeds is pooled over all variants; that of the test images, which are the
+    same for all, is each pair's own. Satterthwaite's formula gives their sum's degrees of freedom,
+    Tukey's studentized range the width for all pairs ("Tukey–Kramer"). Where one spread is larger
+    than the others by Cochran's test (at a level of 40 %, since few seeds show so little), the
+    variants' own spreads with Welch's degrees of freedom give another width ("Games–Howell"), and
+    the larger counts. For a few chosen pairs Bonferroni's width is taken where it is smaller.
+
+    In simulations without a difference 2 to 7 % of the comparisons find one; with only two seeds,
+    one of whose spreads is four times the others, up to 11 %, since they cannot show that.
+
+    Args:
+        results: of `run_assignment`; or for each label which images each seed got right, bool
+            (seeds, images), or the seeds' accuracies alone, as fractions (seeds,): then the
+            chance of the images is left out.
+        pairs: which to compare, chosen before looking at them; all if left out.
+
+    Sources: Kramer, "Extension of multiple range tests to group means with unequal numbers of
+    replications", 1956; Games & Howell, "Pairwise multiple comparison procedures with unequal n's
+    and/or variances", 1976; Satterthwaite, "An approximate distribution of estimates of variance
+    components", 1946; Cochran, "The distribution of the largest of a set of estimated variances as
+    a fraction of their total", 1941.
+    Raises `ValueError` for fewer than two variants, a variant with one seed, and variants that
+    were not tested on the same images.
     """
-    instance(results, Results, "results", "nl.run_assignment(…) gives them")
-    if len(results.runs) < 2:
-        raise ValueError("a comparison takes at least two variants")
-    _check_images(results)
-    return [_difference(results, *pair) for pair in combinations(results.runs, 2)]
+    tables = _tables(results)
+    chosen = list(combinations(tables, 2) if pairs is None else pairs)
+    return _differences(tables, {label: [label] for label in tables}, chosen, _source(results))
 
 
-def _check_images(results: Results) -> None:
-    """Raises `ValueError` if a variant was not tested on the images of the results."""
-    for label, runs in results.runs.items():
-        for run in runs:
-            if run.config["is"]["data"]["fingerprint"] != results.data.fingerprint:
-                raise ValueError(
-                    f"{label}, seed {run.recipe.seed}, was trained and tested on other images than "
-                    f"those of {results.data.source}: there is no common test set to compare on"
-                )
+def main_effects(
+    results: Results | Mapping[str, ArrayLike] | Sequence[Results],
+    levels: Mapping[str, Sequence[str]],
+) -> list[Difference]:
+    """What the levels of a factor are worth on average, for all pairs of levels.
+
+        nl.main_effects(results, {"skip": ["BN + skip", "GN + skip"], "no skip": ["BN", "GN"]})
+
+    A level's accuracy is the mean of its variants, so all their runs count; the intervals are made
+    as those of `compare`. `interaction` says whether the difference depends on the variant (an F
+    test): where it is significant, the mean alone says little.
+
+    Args:
+        results: as for `compare`, or several results with the same test images, each of which
+            counts with those variants that it has.
+        levels: the labels of each level's variants, in the same order for all levels.
+
+    Raises `ValueError` for levels of different lengths, and for variants that are not there.
+    """
+    several = results if isinstance(results, list | tuple) else [results]
+    tables: dict[str, np.ndarray] = {}
+    members: dict[str, list[str]] = {level: [] for level in levels}
+    for number, each in enumerate(several):
+        found = _tables(each)
+        for row in zip(*levels.values(), strict=True):
+            if len(several) > 1 and not set(row) <= set(found):
+                continue
+            for level, label in zip(levels, row, strict=True):
+                tables[f"{label} ({number})"] = found[one_of(label, found, "variant")]
+                members[level].append(f"{label} ({number})")
+    return _differences(tables, members, list(combinations(levels, 2)), _source(several[0]))
 
 
-def _difference(results: Results, first: str, second: str) -> Difference:
+def _tables(results: Results | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+    """For each label which images its seeds got right, or how many; raises for what is neither."""
+    if not isinstance(results, Results):
+        instance(results, Mapping, "results", "nl.run_assignment(…) gives them")
+        return {label: np.asarray(table) for label, table in results.items()}
+    for label, run in ((label, run) for label, runs in results.runs.items() for run in runs):
+        if run.config["is"]["data"]["fingerprint"] != results.data.fingerprint:
+            raise ValueError(
+                f"{label}, seed {run.recipe.seed}, was trained and tested on other images than "
+                f"those of {results.data.source}: there is no common test set to compare on"
+            )
     labels = results.data.test_labels
-    one, other = (
-        {run.recipe.seed: (run.predicted == labels).numpy() for run in results.runs[label]}
-        for label in (first, second)
-    )
-    seeds = sorted(one.keys() & other.keys())
-    if len(seeds) < 2:
-        raise ValueError(
-            f"{first} and {second} have {'one seed' if seeds else 'no seed'} in common, which "
-            "cannot tell a difference from chance: train with seeds=3 or more"
-        )
-    table = np.stack([one[seed].astype(float) - other[seed] for seed in seeds])
-    p = mcnemar(one[seeds[0]], other[seeds[0]])
-    return Difference(first, second, interval(table), *table.shape, p, results.data.source)
+    return {
+        label: np.stack([(run.predicted == labels).numpy() for run in runs])
+        for label, runs in results.runs.items()
+    }
 
 
-def interval(table: np.ndarray) -> Interval:
-    """The mean of a table (seeds, images) with a 95 % interval for other seeds and images.
-
-    The error of the mean has two parts: that of the seeds, which is the spread of the seeds' own
-    means, and that of the images, whose variance is estimated from the two-way layout without
-    replication (what the images differ by beyond the noise of single cells). Satterthwaite's
-    formula gives the degrees of freedom of their sum, so that Student's t holds for few seeds.
-    Seeds that lie close by chance do not make it narrower than the noise of single cells allows,
-    which is known from many images.
-
-    In simulations without a difference 2 to 6 % of the intervals exclude 0, but up to 8 % of those
-    over 3 seeds where the luck of the seeds decides. For 2 seeds, with which the formula would be
-    too sure, seeds and images have margins of their own that are added in squares: at most 5 %.
-
-    Source: Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
-    Raises `ValueError` unless there are two seeds and two images at least, and for NaN.
-    """
-    if np.ndim(table) != 2 or min(np.shape(table)) < 2:
-        raise ValueError(
-            f"an interval needs at least 2 seeds by 2 images, not a table of {np.shape(table)}"
-        )
-    if not np.isfinite(table).all():
-        raise ValueError("an interval needs a table of finite numbers, without NaN")
-    seeds, images = table.shape
-    by_seed, by_image, mean = table.mean(1), table.mean(0), float(table.mean())
-    cells = ((table - by_seed[:, None] - by_image + mean) ** 2).sum() / (seeds - 1) / (images - 1)
-    of_images = max(by_image.var(ddof=1) - cells / seeds, 0.0) / images
-    chance = Chance(float(by_seed.var(ddof=1)), float(of_images), cells / images, images)
-    return Interval(mean, chance.margin(seeds), chance)
+def _source(results: Results | Mapping[str, ArrayLike]) -> str:
+    return results.data.source if isinstance(results, Results) else ""
 
 
-@dataclass(frozen=True)
-class Chance:
-    """Variance of one seed's mean, and what the `images` add to it however many seeds there are.
+def _differences(
+    tables: Mapping[str, np.ndarray],
+    levels: Mapping[str, Sequence[str]],
+    pairs: Sequence[tuple[str, str]],
+    source: str,
+) -> list[Difference]:
+    """The differences between levels, each of which is the mean of some of the tables."""
+    if len(levels) < 2 or not pairs:
+        raise ValueError("a comparison takes at least two variants")
+    _check(tables)
+    sample, family = Sample.of(list(tables.values())), Family(len(levels), len(pairs))
+    rows = dict(zip(tables, np.eye(len(tables)), strict=True))
+    found = []
+    for pair in pairs:
+        first, second = (levels[one_of(level, levels, "variant")] for level in pair)
+        gaps = np.stack([rows[a] - rows[b] for a, b in zip(first, second, strict=True)])
+        verdict = family.verdict(sample, gaps.mean(0))
+        about = {
+            "interval": verdict.interval,
+            "method": verdict.method,
+            "p": verdict.p,
+            "interaction": sample.interaction(gaps) if len(gaps) > 1 else None,
+            "seeds": min(len(tables[label]) for label in (*first, *second)),
+            "images": sample.images,
+            "mcnemar": _first_networks([tables[label] for label in (*first, *second)]),
+        }
+        found.append(Difference(*pair, source=source, pairs=len(pairs), **about))
+    return found
 
-    `of_cells` is the least that the first can be: the noise of single cells alone.
-    """
 
-    of_a_seed: float
-    of_images: float
-    of_cells: float
-    images: int
+def _check(tables: Mapping[str, np.ndarray]) -> None:
+    """Raises `ValueError` for tables that cannot be compared."""
+    for label, table in tables.items():
+        if table.ndim not in (1, 2) or table.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{label} must be a table (seeds, images) or accuracies (seeds,), not {table!r:.60}"
+            )
+        if len(table) < 2:
+            raise ValueError(
+                f"{label} has one seed, which cannot tell a difference from chance: train with "
+                "seeds=3 or more"
+            )
+        if not ((table >= 0) & (table <= 1)).all():  # NaN is neither
+            raise ValueError(f"{label} must hold fractions from 0 to 1, not {table!r:.60}")
+    if len({table.shape[1:] for table in tables.values()}) > 1:
+        raise ValueError("the variants were not tested on the same images")
 
-    def margin(self, seeds: int) -> float:
-        """Half the width of the 95 % interval of the mean over so many seeds."""
-        from scipy import stats
 
-        least = math.sqrt(self.of_cells / seeds + self.of_images)
-        return float(
-            max(self._margin(self.of_a_seed / seeds, seeds), stats.norm.ppf(BEYOND) * least)
-        )
-
-    def _margin(self, of_seeds: float, seeds: int) -> float:
-        """The margin where so many seeds add this to the variance of the mean."""
-        from scipy import stats
-
-        if seeds > 2:
-            limit = stats.t.ppf(BEYOND, self.freedom(seeds))
-            return float(limit * math.sqrt(of_seeds + self.of_images))
-        # Two seeds that lie close by chance would let the images decide how sure the sum is.
-        by_seeds = stats.t.ppf(BEYOND, seeds - 1) * math.sqrt(of_seeds)
-        return math.hypot(by_seeds, stats.norm.ppf(BEYOND) * math.sqrt(self.of_images))
-
-    def freedom(self, seeds: int) -> float:
-        """Satterthwaite's degrees of freedom of the error's square.
-
-        A few seeds that lie close by chance must not hand all weight to the many images.
-        """
-        of_seeds = self._of_seeds(seeds)
-        squares = of_seeds**2 / (seeds - 1) + self.of_images**2 / (self.images - 1)
-        return (of_seeds + self.of_images) ** 2 / squares if squares else seeds - 1.0
-
-    def _of_seeds(self, seeds: int) -> float:
-        """What so many seeds add to the variance of the mean: no less than it can be."""
-        return max(self.of_a_seed, self.of_cells) / seeds
-
-    def power(self, mean: float, seeds: int) -> float:
-        """How probable it is that the interval over so many seeds excludes 0."""
-        from scipy import stats
-
-        error = math.sqrt(self._of_seeds(seeds) + self.of_images)
-        limit = self._margin(self._of_seeds(seeds), seeds) / error
-        return float(stats.nct.sf(limit, self.freedom(seeds), abs(mean) / error))
-
-    def seeds_needed(self, mean: float) -> int | None:
-        """The fewest seeds of enough power, up to `MOST_SEEDS`."""
-        if not mean or not self._of_seeds(1) + self.of_images:
-            return None
-        enough = partial(self._is_enough, mean)
-        place = bisect_left(range(2, MOST_SEEDS + 1), True, key=enough)
-        return place + 2 if enough(place + 2) else None
-
-    def _is_enough(self, mean: float, seeds: int) -> bool:
-        return self.power(mean, seeds) >= POWER
+def _first_networks(tables: Sequence[np.ndarray]) -> float | None:
+    """McNemar's test of the first networks, where there are two tables of them."""
+    if len(tables) == 2 and all(table.ndim == 2 and table.dtype == bool for table in tables):
+        return mcnemar(*(table[0] for table in tables))
+    return None
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:

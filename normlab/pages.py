@@ -86,8 +86,9 @@ def place_text(what: str, results: Kept, *, beside: Path = Path()) -> str:
 
     "overview", "NAME / table", "NAME / figures", "NAME / VARIANT / QUANTITY" with one of
     `QUANTITIES`, or in percentage points "NAME / VARIANT / minus / VARIANT", and with the interval
-    of `compare` "NAME / VARIANT / against / VARIANT". An assignment without results gets `MISSING`,
-    a single seed `ONE_SEED`.
+    of `compare` "NAME / VARIANT / against / VARIANT", or of `main_effects` with several variants on
+    either side, "A, B / against / C, D". An assignment without results gets `MISSING`, a single
+    seed `ONE_SEED`.
     """
     parts = [part.strip() for part in what.split(" / ")]
     if parts[0] in ASSIGNMENTS and parts[0] not in results:
@@ -125,12 +126,14 @@ def _mean(kept: dict, label: str) -> float:
 
 def _against(kept: dict, first: str, second: str) -> str:
     """The difference with its interval; the results have each pair once, in one direction."""
-    pair = [_variant(kept, label)["variant"] for label in (first, second)]
-    for each in kept.get("differences", ()):  # there are none in reports of one seed
+    pair = [first, second]
+    for each in (*kept.get("differences", ()), *kept.get("main_effects", ())):
         found = [each["first"], each["second"]]
         if sorted(found) == sorted(pair):
             mean = each["mean"] if found == pair else -each["mean"]
             return f"{_points(mean)} ± {100 * each['margin']:.2f}"
+    for label in pair:
+        _variant(kept, label)  # raises if there is none
     return ONE_SEED
 
 

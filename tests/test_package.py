@@ -74,6 +74,7 @@ ORDER = (
     "assignments",
     "plans",
     "experiment",
+    "intervals",
     "comparison",
     "fairness",
     "plots",
