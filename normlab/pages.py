@@ -8,12 +8,14 @@ So a text never says anything else than the results that lie beside it.
 """
 
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean, stdev
 
-from normlab.assignments import ASSIGNMENTS
+from normlab.assignments import ASSIGNMENTS, folder_name
 from normlab.checks import one_of
 from normlab.files import read_json, write_text
 from normlab.report import (
@@ -23,6 +25,7 @@ from normlab.report import (
     mistakes_file,
     percent,
 )
+from normlab.runs import RunFolder
 
 _PLACE = re.compile(r"(<!-- normlab: (?P<what>.+?) -->)(?P<text>.*?)(<!-- / -->)", re.DOTALL)
 
@@ -34,11 +37,50 @@ Kept = Mapping[str, dict]
 
 
 def read_results(folder: str | Path) -> dict[str, dict]:
-    """The contents of all `FOLDER/*/results.json`; `FileNotFoundError` if there is none."""
+    """The contents of all `FOLDER/*/results.json`; `FileNotFoundError` if there is none.
+
+    Raises `ValueError` if one says something else than the runs that lie beside it.
+    """
     files = sorted(Path(folder).glob("*/results.json"))
     if not files:
         raise FileNotFoundError(f"there are no results in {folder}: no folder has a results.json")
-    return {file.parent.name: read_json(file) | {"folder": file.parent} for file in files}
+    results = {file.parent.name: read_json(file) | {"folder": file.parent} for file in files}
+    for kept in results.values():
+        if wrong := next(_contradictions(kept), None):
+            raise ValueError(
+                f"{kept['folder'] / 'results.json'} says something else of {wrong} than the runs "
+                f"beside it: write it anew, by `normlab run` with --out {kept['folder']}"
+            )
+    return results
+
+
+def _contradictions(kept: dict) -> Iterator[str]:
+    """Variants and pairs of which the results tell something else than their runs, if kept."""
+    runs = kept["folder"] / "runs"
+    if not runs.is_dir():
+        return
+    for variant in kept["variants"]:
+        if not _is_of_runs(variant, runs / folder_name(variant["variant"])):
+            yield variant["variant"]
+    for each in kept.get("differences", ()):
+        first, second = each["first"], each["second"]
+        if not math.isclose(each["mean"], _mean(kept, first) - _mean(kept, second), abs_tol=1e-9):
+            yield f"{first} − {second}"
+
+
+def _is_of_runs(variant: dict, place: Path) -> bool:
+    """Whether accuracies and losses are those of the last epochs of the runs in the folder."""
+    names = ("test_accuracy", "test_loss")
+    told = [tuple(run[name] for name in names) for run in variant["runs"]]
+    folders = (RunFolder(place / f"seed-{run['seed']}") for run in variant["runs"])
+    last = [row for folder in folders for row in folder.history_so_far()[-1:]]
+    accuracies = [accuracy for accuracy, _ in told]
+    spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return (
+        told == [tuple(row[name] for name in names) for row in last]
+        and math.isclose(variant["test_accuracy"], fmean(accuracies), abs_tol=1e-9)
+        and math.isclose(variant["sd"] or 0.0, spread, abs_tol=1e-9)
+    )
 
 
 def fill_pages(pages: Iterable[str | Path], results: Kept, *, write: bool = True) -> list[Path]:

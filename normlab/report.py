@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 from normlab.analysis import find_mistakes
@@ -43,7 +45,7 @@ def results_as_dict(results: Results) -> dict:
         "title": results.assignment.title,
         "data": first.config["is"]["data"] | {"source": results.data.source},
         "tested_on": results.data.test_name,
-        "from": {k: v for k, v in first.config["from"].items() if k != "data_source"},
+        "from": _origins(results),
         "variants": [
             row | _variant_as_dict(results, variant)
             for variant, row in zip(results.assignment.variants, rows, strict=True)
@@ -51,6 +53,17 @@ def results_as_dict(results: Results) -> dict:
         "differences": [_difference_as_dict(each) for each in _differences(results)],
         "main_effects": [_difference_as_dict(each) for each in _main_effects(results)],
     }
+
+
+def _origins(results: Results) -> dict[str, list]:
+    """What is known of where the runs came from: of each kind all that there is, by date."""
+    origins = [run.config["from"] for runs in results.runs.values() for run in runs]
+    origins.sort(key=itemgetter("date"))
+    found: dict[str, list] = {}
+    for key, value in chain.from_iterable(origin.items() for origin in origins):
+        if key != "data_source" and value not in found.setdefault(key, []):
+            found[key].append(value)
+    return found
 
 
 def _differences(results: Results) -> list[Difference]:
@@ -127,13 +140,12 @@ def percent(row: dict) -> str:
 
 def report_text(results: Results) -> str:
     """`report.md`: the table, the figures, and how everything was trained."""
-    first = next(iter(results.runs.values()))[0]
-    data, origin = results.data, first.config["from"]
+    data, origin = results.data, _origins(results)
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
     parts = [
         f"# {results.assignment.name}: {results.assignment.title}, on {data.source}",
-        f"{data.source}, {images} images. Device: {origin['device']}, "
-        f"torch {origin['torch']}, normlab {origin['normlab']}, {origin['date']}.",
+        f"{data.source}, {images} images. Device: {_all(origin['device'])}, torch "
+        f"{_all(origin['torch'])}, normlab {_all(origin['normlab'])}, {_period(origin['date'])}.",
         markdown_table(results),
         _caution(results),
         *_differences_part(results),
@@ -149,6 +161,17 @@ def report_text(results: Results) -> str:
         "`ln-elementwise` has one for every element.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _all(names: list[str]) -> str:
+    """ "A", "A and B", "A, B and C"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _period(dates: list[str]) -> str:
+    first, last = dates[0], dates[-1]
+    return first if first == last else f"{first} to {last}"
 
 
 def _differences_part(results: Results) -> list[str]:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from statistics import mean, stdev
 
 import nbformat
 import pytest
@@ -55,6 +57,60 @@ RESULTS = {
         ],
     },
 }
+
+
+def spoil_accuracy(kept):
+    kept["variants"][1]["test_accuracy"] += 0.0001
+
+
+def spoil_spread(kept):
+    kept["variants"][0]["sd"] = 0.0001
+
+
+def spoil_run(kept):
+    """Swapped digits in a single run, and the mean and spread that follow from them."""
+    variant = kept["variants"][1]
+    variant["runs"][0]["test_accuracy"] = 0.9494
+    accuracies = [run["test_accuracy"] for run in variant["runs"]]
+    variant |= {"test_accuracy": mean(accuracies), "sd": stdev(accuracies)}
+
+
+def spoil_loss(kept):
+    kept["variants"][1]["runs"][2]["test_loss"] /= 2
+
+
+def spoil_difference(kept):
+    kept["differences"][0]["mean"] *= -1
+
+
+def leave_out_a_run(kept):
+    kept["variants"][1]["runs"].append(kept["variants"][1]["runs"][0] | {"seed": 9})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (spoil_accuracy, "GN"),
+        (spoil_spread, r"BN \+ L1"),
+        (spoil_run, "GN"),
+        (spoil_loss, "GN"),
+        (spoil_difference, r"BN \+ L1 − GN"),
+        (leave_out_a_run, "GN"),
+    ],
+)
+def test_results_that_were_edited_are_refused(tmp_path, capsys, spoil, what):
+    kept = shutil.copytree(ROOT / "notebooks/results/mnist-l1", tmp_path / "results/mnist-l1")
+    page = tmp_path / "README.md"
+    page.write_text("none")
+    command = ["report", str(page), "--results", str(tmp_path / "results")]
+    assert main(command) == 0
+    results = json.loads((kept / "results.json").read_text())
+    spoil(results)
+    (kept / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=rf"says something else of {what} than .*: write it anew"):
+        read_results(tmp_path / "results")
+    assert main(command) == 1
+    assert "results.json says something else of" in capsys.readouterr().err
 
 
 PAGE = "BN: <!-- normlab: cifar10-add / BN + L1 / mean -->{}<!-- / -->, LN <!-- of course -->."

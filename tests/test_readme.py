@@ -1,15 +1,27 @@
-"""The README's worked example is what the layers compute."""
+"""The README's worked example is what the layers compute, and its numbers are measured."""
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from numbers_in_texts import (
+    changed,
+    exactly,
+    following_from,
+    holds,
+    is_among,
+    numbers_said,
+)
 
 import normlab as nl
+from normlab.pages import read_results
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+KEPT = read_results(ROOT / "notebooks" / "results")
 NORMS = {
     "BN": (nl.batch_norm, (0, 2, 3)),
     "LN": (nl.layer_norm, (1, 2, 3)),
@@ -33,3 +45,83 @@ def test_worked_example_is_right(name):
     if "to" in cells[1].partition(":")[2]:
         shared = set(range(min(shared), max(shared) + 1))
     assert sum(shared) / len(shared) == mean
+
+
+# --- numbers in sentences ---------------------------------------------------------------------
+#
+# A number in a sentence or a table, where `normlab report` does not fill it, follows from the kept
+# results that its section or its paragraph names, or is part of the worked example, or is listed
+# here with the reason. A formula ("= …") and a file ("in …") are checked.
+
+BENCHMARKS = "in tests/benchmarks/RESULTS.md"
+COMPUTED = "computed from the minutes of the kept runs and from tests/benchmarks/RESULTS.md"
+REASONS = {
+    "20": "epochs, what the assignments allow",
+    "95": "percent, the confidence of all intervals",
+    "3.11": "Python; `test_package.py` holds it against setup.cfg",
+    "1,797": "= 1437 + 360",
+    **dict.fromkeys(("0.02", "0.05", "0.1"), "in notebooks/results/search/cifar10-norms.csv"),
+    **dict.fromkeys(("2.1", "2.4", "2.6", "2.8", "2.9", "3.1", "1.5", "0.82"), BENCHMARKS),
+    **dict.fromkeys(("1.7", "5.1", "190", "98", "80"), COMPUTED),
+    "1.3": "kB of a task on a cluster",
+    "19.0": "= 190 / 10",
+    "3.9": "= 190 / 50 / 0.98",
+    **dict.fromkeys(("50", "100"), "workers"),
+    **dict.fromkeys(("16", "32", "64", "128", "512"), "images in a batch of a sweep"),
+}
+
+
+def blocks() -> Iterator[tuple[str, str]]:
+    """Each paragraph and each row of a table, with the heading above it; no code."""
+    text = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
+    text = re.sub(r"<!-- normlab: .+? -->.*?<!-- / -->", "", text, flags=re.S)
+    heading = ""
+    for block in re.split(r"\n\n|\n(?=\|)", text):
+        heading = block if block.startswith("#") else heading
+        yield heading, block
+
+
+def sources(heading: str, block: str) -> list[str]:
+    """The numbers that may stand in a block, exactly."""
+    names = [name for name in KEPT if f"`{name}`" in f"{heading} {block}"]
+    found = [number for name in names for number in following_from(KEPT[name])]
+    for name in names:
+        minutes = [variant["runs"][0]["seconds"] / 60 for variant in KEPT[name]["variants"]]
+        found += map(exactly, [*minutes, *gains(name)])
+    return found + (worked_example() if "normalization is performed" in heading else [])
+
+
+def gains(name: str) -> list[float]:
+    """What the recipe was worth against the submission's manner, in points, variant by variant."""
+    ours = {v["norm"]: v["test_accuracy"] for v in KEPT[name]["variants"]}
+    theirs = KEPT.get(f"{name}-as-submitted", {"variants": []})["variants"]
+    return [100 * (ours[v["norm"]] - v["test_accuracy"]) for v in theirs]
+
+
+def worked_example() -> list[str]:
+    x = torch.arange(16.0).reshape(2, 4, 1, 2)
+    found = [*range(16), 4.5 - 1]
+    for name, (norm, axes) in NORMS.items():
+        numbers = x.view(2, 2, 2, 1, 2) if "groups" in name else x
+        mean, variance = numbers.mean(axes), numbers.var(axes, correction=0)
+        found += [each.flatten()[0] for each in (mean, variance, variance.sqrt(), norm(x).abs())]
+    return [exactly(float(number)) for number in found]
+
+
+def test_every_number_in_a_sentence_is_measured_or_has_a_reason():
+    said = [(number, *where) for where in blocks() for number in numbers_said(where[1])]
+    missing = {number for number, *where in said if not is_among(number, sources(*where))}
+    assert missing <= REASONS.keys(), "from no result, and not explained in REASONS"
+    assert REASONS.keys() <= {number for number, *_ in said}, "to be removed from REASONS"
+    assert [number for number, reason in REASONS.items() if not holds(number, reason)] == []
+
+
+def test_a_changed_number_is_noticed():
+    """Nearly always: others may follow from the same results by chance."""
+    noticed = []
+    for heading, block in blocks():
+        said = [number for number in numbers_said(block) if number not in REASONS]
+        for other in (other for number in said for other in changed(number)):
+            noticed.append(not is_among(other, sources(heading, block)) and other not in REASONS)
+    assert len(noticed) > 60
+    assert sum(noticed) / len(noticed) > 0.8

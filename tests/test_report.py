@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import normlab as nl
-from normlab.report import report_text
+from normlab.report import report_text, results_as_dict
 
 FILES = {
     "test-loss.png",
@@ -182,7 +182,25 @@ def test_the_report_says_where_it_comes_from(two_seeds, tiny):
     assert facts["data"]["source"] == "made-up patterns"
     for words in ("Device: cpu", f"torch {torch.__version__}", f"normlab {nl.__version__}"):
         assert words in page
-    assert (facts["from"]["torch"], facts["from"]["normlab"]) == (torch.__version__, nl.__version__)
+    origin = facts["from"]
+    assert (origin["torch"], origin["normlab"]) == ([torch.__version__], [nl.__version__])
+
+
+def test_the_report_names_every_version_device_and_the_dates_of_its_runs(two_seeds, monkeypatch):
+    results, _ = two_seeds
+    runs = [run for label in results for run in results[label]]
+    for day, run in enumerate(runs):
+        monkeypatch.setitem(run.config["from"], "date", f"2030-01-0{9 - day} 10:00 UTC")
+        monkeypatch.setitem(run.config["from"], "torch", ("3.2", "3.1", "3.0")[day // 2])
+    monkeypatch.setitem(runs[0].config["from"], "device", "Some GPU")
+    monkeypatch.setitem(runs[0].config["from"], "before", [{"until_epoch": 1, "threads": 1}])
+    where = report_text(results).split("\n\n")[1]
+    assert f"Device: cpu and Some GPU, torch 3.0, 3.1 and 3.2, normlab {nl.__version__}" in where
+    assert where.endswith(", 2030-01-04 10:00 UTC to 2030-01-09 10:00 UTC.")
+    origin = results_as_dict(results)["from"]
+    assert origin["device"] == ["cpu", "Some GPU"]
+    assert origin["date"] == [f"2030-01-0{day} 10:00 UTC" for day in range(4, 10)]
+    assert origin["before"] == [[{"until_epoch": 1, "threads": 1}]]
 
 
 def test_a_validation_part_is_called_so(tiny, tiny_assignment, tmp_path):
