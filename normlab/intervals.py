@@ -75,7 +75,7 @@ def interval(table: np.ndarray) -> Interval:
         )
     if not np.isfinite(table).all():
         raise ValueError("an interval needs a table of finite numbers, without NaN")
-    return Family(levels=2, pairs=1).verdict(Sample.of([table]), np.ones(1)).interval
+    return Family(levels=2, pairs=1).interval(Sample.of([table]), np.ones(1))[0]
 
 
 @dataclass(frozen=True)
@@ -176,47 +176,41 @@ def _noise(table: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """An interval with the name of the method that made it, and the p-value that belongs to it."""
-
-    interval: Interval
-    method: str
-    p: float
-
-
-@dataclass(frozen=True)
 class Family:
     """`pairs` of some `levels`, whose intervals shall hold together with 95 %."""
 
     levels: int
     pairs: int
 
-    def verdict(self, sample: Sample, contrast: np.ndarray) -> Verdict:
-        """The wider of the intervals with pooled spreads and, if they are unequal, with their own.
+    def interval(self, sample: Sample, contrast: np.ndarray) -> tuple[Interval, str]:
+        """The interval of a sum of means with these factors, and the name of its method.
 
-        The second alone holds too little with three seeds, whose spreads are hardly known, and the
-        first where a spread is much larger than the others.
+        It is the wider of those with pooled spreads and, if they are unequal, with their own. The
+        second alone holds too seldom with three seeds, whose spreads are hardly known, and the
+        first where one spread is much larger than the others.
         """
-        found = [self._verdict(sample, contrast, pooled=True)]
+        found = [self._interval(sample, contrast, pooled=True)]
         if sample.is_unequal:
-            found.append(self._verdict(sample, contrast, pooled=False))
-        return max(found, key=lambda verdict: verdict.interval.margin)
+            found.append(self._interval(sample, contrast, pooled=False))
+        return max(found, key=lambda each: each[0].margin)
 
-    def _verdict(self, sample: Sample, contrast: np.ndarray, *, pooled: bool) -> Verdict:
+    def _interval(
+        self, sample: Sample, contrast: np.ndarray, *, pooled: bool
+    ) -> tuple[Interval, str]:
         from scipy import stats
 
         error, freedom = sample.error(contrast, pooled)
         freedom = _rounded(freedom)
-        mean, each = float(contrast @ sample.means), (1 - CONFIDENCE) / self.pairs
         by_range = _range(self.levels, freedom)
-        by_pairs = float(stats.t.isf(each / 2, freedom))
+        by_pairs = float(stats.t.isf((1 - CONFIDENCE) / 2 / self.pairs, freedom))
         few = by_pairs < by_range and self.pairs < math.comb(self.levels, 2)
         kind = "one" if self.levels == 2 else "few" if few else "all"
-        interval = Interval(mean, min(by_range, by_pairs) * error, error, freedom)
-        return Verdict(interval, _METHODS[kind, pooled], self._p(interval))
+        margin = min(by_range, by_pairs) * error
+        interval = Interval(float(contrast @ sample.means), margin, error, freedom)
+        return interval, _METHODS[kind, pooled]
 
-    def _p(self, interval: Interval) -> float:
-        """The p-value of the whole family: below 0.05 where the interval excludes 0."""
+    def p(self, interval: Interval) -> float:
+        """The p-value for so many pairs: below 0.05 where the interval excludes 0."""
         from scipy import stats
 
         if not interval.error:

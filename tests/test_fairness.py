@@ -92,8 +92,8 @@ def test_a_network_that_was_trained_before_is_told(tiny, tiny_assignment):
 def test_results_alone_are_checked():
     with pytest.raises(TypeError, match=r"results must be a Results, not \{\}: nl.run_assignment"):
         nl.check_fair({})
-    with pytest.raises(TypeError, match=r"results must be a Results, not \{\}: nl.run_assignment"):
-        nl.compare({})
+    with pytest.raises(TypeError, match=r"results must be a Mapping, not 0.9: nl.run_assignment"):
+        nl.compare(0.9)
 
 
 def test_limits_that_are_passed_are_named(tiny, tiny_assignment):

@@ -40,6 +40,7 @@ RESULTS = {
             },
         ],
         "differences": [{"first": "LN", "second": "BN + L1", "mean": -0.04, "margin": 0.0123}],
+        "main_effects": [{"first": "A, B", "second": "C, D", "mean": 0.0044, "margin": 0.0023}],
     },
     "digits": {
         "data": {"source": "digits"},
@@ -133,6 +134,8 @@ PAGE = "BN: <!-- normlab: cifar10-add / BN + L1 / mean -->{}<!-- / -->, LN <!-- 
         ("cifar10-add / LN / minus / BN + L1", "−4.00"),
         ("cifar10-add / LN / against / BN + L1", "−4.00 ± 1.23"),
         ("cifar10-add / BN + L1 / against / LN", "+4.00 ± 1.23"),
+        ("cifar10-add / A, B / against / C, D", "+0.44 ± 0.23"),
+        ("cifar10-add / C, D / against / A, B", "−0.44 ± 0.23"),
         ("digits / GN / against / GN", "(one seed: no interval)"),
         ("cifar10-skip / LN / mean", "(not trained yet)"),
     ],
@@ -146,6 +149,7 @@ def test_each_quantity_is_that_of_the_results(what, text):
     [
         ("cifar10-ad / LN / mean", "unknown results 'cifar10-ad'.* did you mean 'cifar10-add'"),
         ("cifar10-add / XN / mean", "unknown variant 'XN'"),
+        ("cifar10-add / LN / against / XN", "unknown variant 'XN'"),
         ("cifar10-add / LN / median", "unknown quantity 'median'"),
         ("cifar10-add / LN / over / BN + L1", "none of NAME / VARIANT / QUANTITY"),
         ("tables", "none of NAME / VARIANT / QUANTITY"),

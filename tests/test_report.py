@@ -132,18 +132,40 @@ def test_page_and_tables_hold_the_numbers_of_the_runs(two_seeds):
         assert [run["seed"] for run in variant["runs"]] == [0, 1]
 
 
-def test_page_and_results_hold_the_differences_of_all_pairs(two_seeds):
-    results, folder = two_seeds
-    expected = nl.compare(results)
-    page = (folder / "report.md").read_text()
-    kept = read_json(folder)["differences"]
+def check_kept(kept: list[dict], expected: list[nl.Difference], page: str) -> None:
+    """What is kept of differences, and what the page says of them, is what they are."""
     for difference, stored in zip(expected, kept, strict=True):
         assert f"- {difference}\n" in page
-        names = ("mean", "margin")
-        assert [stored[name] for name in names] == [
-            getattr(difference.interval, name) for name in names
-        ]
-        assert (stored["first"], stored["seeds"]) == (difference.first, 2)
+        for name in ("mean", "margin", "detectable"):
+            assert stored[name] == getattr(difference.interval, name)
+        for name in ("first", "second", "seeds", "method", "pairs", "p", "interaction", "mcnemar"):
+            assert stored[name] == getattr(difference, name)
+
+
+def test_page_and_results_hold_the_differences_of_all_pairs(two_seeds):
+    results, folder = two_seeds
+    page, kept = (folder / "report.md").read_text(), read_json(folder)
+    check_kept(kept["differences"], nl.compare(results), page)
+    assert "The intervals hold for all pairs together (3) with 95 %" in page
+    assert kept["main_effects"] == []  # only BN has an L1
+    assert "on average" not in page
+
+
+def test_page_and_results_hold_the_main_effects_of_crossed_factors(tiny, tiny_assignment, tmp_path):
+    changes = {"": {}, " + L1": {"l1": 1e-4}}
+    variants = [
+        nl.Variant(f"{norm.upper()}{what}", norm, changes=change)
+        for what, change in changes.items()
+        for norm in ("bn", "gn")
+    ]
+    results = train(replace(tiny_assignment, variants=tuple(variants)), tiny, 2)
+    nl.write_report(results, tmp_path)
+    rows = {"BN + L1, GN + L1": ["BN + L1", "GN + L1"], "BN, GN": ["BN", "GN"]}
+    norms = {"BN, BN + L1": ["BN", "BN + L1"], "GN, GN + L1": ["GN", "GN + L1"]}
+    expected = [each for levels in (rows, norms) for each in nl.main_effects(results, levels)]
+    page = (tmp_path / "report.md").read_text()
+    check_kept(read_json(tmp_path)["main_effects"], expected, page)
+    assert "- (BN + L1, GN + L1) − (BN, GN) = " in page
 
 
 def test_one_seed_has_no_spread_anywhere(one_seed):
