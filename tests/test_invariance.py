@@ -38,6 +38,42 @@ def test_output_stays_and_the_gradient_shrinks_by_the_factor(norm, factor, relu)
     assert found.gradient_cosine == pytest.approx(1, abs=1e-9)
 
 
+ONE, GROUP, ALL = [0], range(2), range(6)  # of six filters in three groups
+
+
+@pytest.mark.parametrize(
+    ("norm", "filters", "stays"),
+    [
+        *(("bn", filters, True) for filters in (ONE, GROUP, ALL)),
+        *(("in", filters, True) for filters in (ONE, GROUP, ALL)),
+        *(("gn", filters, filters is not ONE) for filters in (ONE, GROUP, ALL)),
+        *(("ln", filters, filters is ALL) for filters in (ONE, GROUP, ALL)),
+        ("gn", [1, 2], False),  # two filters, but of two groups
+        ("none", ONE, False),
+    ],
+)
+def test_what_shares_a_standard_deviation_may_be_multiplied(norm, filters, stays):
+    network = block(norm, eps=1e-18)
+    longer = block(norm, eps=1e-18)
+    with torch.no_grad():
+        longer[0].weight[list(filters)] *= 10
+        before, after = network(images()), longer(images())
+    found = nl.rescale_weights(network, images(), filters=filters)
+    change = ((after - before).abs().max() / before.abs().max()).item()
+    assert found.output_change == pytest.approx(change, abs=1e-12)
+    assert (found.output_change < 1e-9) == stays
+    assert found.output_change < 1e-9 or found.output_change > 0.5
+    if stays:
+        assert found.gradient_ratio == pytest.approx(0.1, rel=1e-6)
+        assert found.gradient_cosine == pytest.approx(1, abs=1e-9)
+
+
+def test_without_filters_all_are_multiplied():
+    network = block("gn", eps=1e-5)
+    everything = nl.rescale_weights(network, images(), filters=range(6))
+    assert nl.rescale_weights(network, images()) == everything
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_plain_autograd_agrees(norm):
     network = block(norm, eps=1e-5)
@@ -77,6 +113,12 @@ def test_only_means_of_single_channels_remove_a_bias(norm, removed):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_no_norm_removes_a_bias_behind_which_a_relu_stands(norm):
+    network = block(norm, eps=1e-18, relu=True, bias=True)
+    assert nl.rescale_weights(network, images()).output_change > 0.05
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_whole_network_with_dropout_is_tried_and_left_as_it_is(norm):
     network = nl.build_network("mnist-l1", norm, dropout=0.3, seed=0).eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -98,6 +140,9 @@ def test_a_whole_network_with_dropout_is_tried_and_left_as_it_is(norm):
         (nn.Linear(2, 2), {}, "Linear has no convolution, whose weights"),
         (nn.Conv2d(2, 2, 1), {"layer": "3"}, "Conv2d has no layer '3' with a weight, whose"),
         (nn.Conv2d(2, 2, 1), {"factor": 0}, "factor must be greater than 0, not 0"),
+        (nn.Conv2d(2, 2, 1), {"filters": [2]}, "numbers from 0 to 1, as layer '' has 2 of them"),
+        (nn.Conv2d(2, 2, 1), {"filters": []}, r"numbers from 0 to 1.*, not \[\]"),
+        (nn.Conv2d(2, 2, 1), {"filters": [-1]}, "a filter must be at least 0, not -1"),
     ],
 )
 def test_bad_input_gets_one_sentence(network, options, message):
@@ -108,3 +153,9 @@ def test_bad_input_gets_one_sentence(network, options, message):
 def test_without_images_there_is_nothing_to_measure():
     with pytest.raises(ValueError, match="at least one image"):
         nl.rescale_weights(nn.Conv2d(2, 2, 1), torch.zeros(0, 2, 4, 4))
+
+
+@pytest.mark.parametrize("filters", [0, "0", [0.5]])
+def test_filters_are_whole_numbers(filters):
+    with pytest.raises(TypeError, match=r"filter.* not (0|'0'|0\.5)"):
+        nl.rescale_weights(nn.Conv2d(2, 2, 1), torch.zeros(2, 2, 4, 4), filters=filters)
