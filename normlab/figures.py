@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import re
 import textwrap
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ParamSpec
 
 if TYPE_CHECKING:
@@ -31,12 +31,22 @@ _KEPT = re.compile(r"color|dpi|unicode_minus")
 LEGIBLE = 4.5  # the least contrast of small text, by WCAG 2
 
 
-def own_style() -> AbstractContextManager:
-    """matplotlib's own settings where figures rely on them, with the colours of the style."""
-    from matplotlib import rc_context, rcParamsDefault
+@contextmanager
+def own_style() -> Iterator[None]:
+    """matplotlib's own settings where figures rely on them, with the colours of the style.
+
+    No others are set back afterwards, as `rc_context` would: in a notebook the first figure
+    switches on that figures are shown.
+    """
+    from matplotlib import rcParams, rcParamsDefault
 
     names = [name for name in rcParamsDefault if _OWN.match(name) and not _KEPT.search(name)]
-    return rc_context({name: rcParamsDefault[name] for name in names})
+    before = {name: rcParams[name] for name in names}
+    rcParams.update({name: rcParamsDefault[name] for name in names})
+    try:
+        yield
+    finally:
+        rcParams.update(before)
 
 
 def drawn(plot: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:

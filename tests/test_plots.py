@@ -10,10 +10,12 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
 
 import normlab as nl
+from normlab.figures import drawn
 from normlab.plots import COLOURS, LINES
 from normlab.runs import COLUMNS, QUANTITIES
 
@@ -494,3 +496,19 @@ def test_nothing_opens_a_window(monkeypatch, tmp_path):
     nl.plot_loss_and_accuracy(runs)
     nl.plot_mistakes(make_mistakes(3))
     nl.save_figure(nl.plot_confusion(torch.eye(2, dtype=torch.int64), "ab"), tmp_path / "a.png")
+
+
+def test_the_first_figure_leaves_on_what_a_notebook_switches_on_with_it(monkeypatch):
+    """There matplotlib is imported with the first figure, and shows all while it is interactive."""
+    monkeypatch.setitem(matplotlib.rcParams, "interactive", False)
+    monkeypatch.setitem(matplotlib.rcParams, "axes.grid", True)
+
+    @drawn
+    def plot():
+        assert not matplotlib.rcParams["axes.grid"]
+        matplotlib.interactive(True)
+        return Figure()
+
+    plot()
+    assert matplotlib.is_interactive()
+    assert matplotlib.rcParams["axes.grid"]
