@@ -24,7 +24,7 @@ Arguments = ParamSpec("Arguments")
 
 _OWN = re.compile(
     r"(axes|axes3d|errorbar|grid|image|legend|lines|markers|mathtext|patch|savefig|text|[xy]tick)\."
-    r"|font\.(size|weight)|figure\.(autolayout|constrained|subplot|title)"
+    r"|font\.(size|weight)|figure\.(autolayout|constrained|label|subplot|title)|_internal"
 )
 # A minus sign that the chosen font lacks is the reader's to switch off.
 _KEPT = re.compile(r"color|dpi|unicode_minus")

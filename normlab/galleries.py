@@ -37,7 +37,7 @@ def plot_samples(
     picked = _sample(data, whole_number(per_class, "per_class"), seed)
     images = _augmented(data.train_images[picked], augment, seed)
     names = [shortened(name) for name in data.classes]
-    width = max(0.55 * per_class + 0.4 + 0.075 * max(map(len, names)), 2.5)
+    width = max(0.55 * per_class + 0.6 + 0.08 * max(map(len, names)), 2.5)
     heading = fitted(title if title is not None else _samples_title(data, augment), width)
     ax = new_axes(width, 0.55 * len(names) + 0.2 * heading.count("\n") + 0.4)
     ax.figure.suptitle(heading, fontsize=10)
@@ -49,6 +49,7 @@ def plot_samples(
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    ax.set_anchor("E")  # what is left of the room is the names'
     return ax.figure
 
 
@@ -142,4 +143,5 @@ def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
     true, predicted = (classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
     probability = float(mistakes.probability[place])
     sure = f"{100 * probability:.1f} %" if probability < 0.9995 else "> 99.9 %"
-    ax.set_title(f"true: {true}\npredicted: {predicted} ({sure})", fontsize=9)
+    text = f"true: {true}\npredicted: {predicted} ({sure})"
+    ax.set_title(fitted(text, 2.4, size=9), fontsize=9)

@@ -165,7 +165,7 @@ def _title(groups: dict[str, list[Run]], quantity: str) -> str:
 def _annotate(ax: Axes, quantity: str, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    set_title(ax, title)
+    set_title(ax, title, inches=4.2)  # values at the ends of the curves stand beside the axes
     ax.set_xlabel("epoch")
     ax.set_ylabel(NAMES[quantity][1])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
@@ -177,10 +177,9 @@ def _annotate(ax: Axes, quantity: str, title: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def set_title(ax: Axes, title: str, **options: float) -> None:
-    """A title in as many lines as the axes' figure needs for it."""
-    columns = max(1, round(ax.figure.get_figwidth() / 6.4))
-    ax.set_title(fitted(title, ax.figure.get_figwidth() / columns, size=12), **options)
+def set_title(ax: Axes, title: str, *, inches: float = 6.4, **options: float) -> None:
+    """A title in as many lines as it takes above axes of about this width."""
+    ax.set_title(fitted(title, inches, size=12), **options)
 
 
 def _legend(ax: Axes, lines: list[Line2D], groups: dict[str, list[Run]], quantity: str) -> None:
@@ -384,7 +383,7 @@ def plot_confusion(
     _write_counts(ax, counts, pale=share <= 0.65 * top)
     _label_classes(ax, classes)
     heading = title if title is not None else "Test images by true and predicted class"
-    ax.set_title(fitted(heading, side - beside, size=12))
+    set_title(ax, heading, inches=side - beside)
     return ax.figure
 
 

@@ -137,6 +137,21 @@ def test_seeds_make_more_runs(again, capsys):
     assert " ± " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_figure_that_fails_leaves_status_and_table(command, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise RuntimeError("a broken font")
+
+    for name in ("report.plot_curves", "sweep_plots.plot_sweep"):
+        monkeypatch.setattr(f"normlab.{name}", fail)
+    shades, out = make_folder(tmp_path / "shades"), tmp_path / "out"
+    words = [command, "mnist-l1", "--dataset", str(shades), "--epochs", "1", "--device", "cpu"]
+    with pytest.warns(UserWarning, match="could not be drawn: RuntimeError: a broken font"):
+        assert main([*words, "--out", str(out)]) == 0
+    assert "| variant |" in capsys.readouterr().out
+    assert (out / {"run": "results.csv", "sweep": "sweep.csv"}[command]).is_file()
+
+
 def test_sweep_writes_a_table_and_a_figure(tmp_path, capsys):
     shades, out = make_folder(tmp_path / "shades"), tmp_path / "sweep"
     command = ["sweep", "mnist-l1", "--dataset", str(shades), "--norms", "gn", "none"]

@@ -119,6 +119,24 @@ def test_one_seed_has_no_standard_deviation(tiny, tiny_assignment):
     assert all(map(math.isnan, table["sd"]))
 
 
+@pytest.mark.parametrize("length", [2, 18, 36])
+def test_a_narrow_terminal_shows_the_test_accuracy(finished, monkeypatch, length):
+    import pandas
+
+    monkeypatch.setenv("COLUMNS", "80")
+    results, _ = finished
+    named = {f"{name:.<{length}.{length}}": runs for name, runs in results.items()}
+    table = replace(results, runs=named).table()
+    with pandas.option_context("display.width", 80, "display.max_columns", 0):
+        head, *rows = str(table).splitlines()
+    assert head.split()[:2] == ["variant", "test_accuracy"]
+    assert len(head) <= 80
+    for row, (name, runs) in zip(rows[: len(named)], named.items(), strict=True):
+        assert name in row
+        mean = statistics.mean(run.last["test_accuracy"] for run in runs)
+        assert float(row.partition(name)[2].split()[0]) == pytest.approx(mean)
+
+
 def test_finished_runs_are_loaded(finished, tiny, tiny_assignment, watch):
     results, folder = finished
     again = run(tiny_assignment, tiny, folder, seeds=2)

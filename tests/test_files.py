@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
 import normlab as nl
+from normlab.cli import main
 from normlab.files import (
     read_json,
     remove_leftovers,
     scratch_folder,
+    user_path,
     write_bytes,
     write_json,
     write_text,
@@ -206,3 +209,49 @@ def test_a_temporary_folder_outlasts_no_process_that_used_it(tmp_path, monkeypat
         assert first.is_dir()  # in use: the second does not remove it
         assert second.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["normlab-of-another-kind"]
+
+
+# --- the home folder --------------------------------------------------------------------------
+
+
+def write_everywhere(results: nl.Results, tiny, network) -> dict[str, object]:
+    """Lets everything that takes a path from a user write below `~`; returns what came back."""
+    options = {"device": "cpu", "progress": False}
+    one = {"data": tiny, "epochs": 1, **options}
+    nl.run_assignment(results.assignment, directory="~/kept", **one)
+    return {
+        "runs": nl.run_assignment(results.assignment, directory="~/r", kept="~/kept", **one),
+        "fit": nl.fit(network, tiny, nl.Recipe(epochs=1), directory="~/fit", **options),
+        "sweep": nl.run_sweep(results.assignment, norms=("gn",), directory="~/sweep", **one),
+        "report": nl.write_report(results, "~/report"),
+        "figure": nl.save_figure(nl.plot_curves(results), "~/a/figure.png"),
+        "xlsx": nl.to_spreadsheet("~/example.xlsx"),
+    }
+
+
+def test_a_tilde_is_the_home_folder_everywhere(
+    tiny, tiny_assignment, tiny_network, tmp_path, monkeypatch
+):
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(here)
+    results = nl.run_assignment(tiny_assignment, data=tiny, epochs=1, device="cpu", progress=False)
+    written = write_everywhere(results, tiny, tiny_network())
+    assert list(here.iterdir()) == []
+    assert {path.name for path in home.iterdir()} == {
+        *("kept", "fit", "sweep", "report", "a", "example.xlsx")
+    }
+    taken = [run for runs in written["runs"].values() for run in runs]
+    assert all(run.directory.is_relative_to(home / "kept") for run in taken)
+    assert written["figure"] == home / "a" / "figure.png"
+    assert main(["run", "mnist-l1", "--dataset", "digits", "--data-root", "~/none"]) == 2
+    assert main(["report", "~/page.md", "--results", "~/results"]) == 2
+
+
+def test_a_home_that_is_not_there_is_told():
+    assert user_path("a/~b") == Path("a/~b")
+    with pytest.raises(ValueError, match="no home folder for ~nobody-of-this-name/x"):
+        user_path("~nobody-of-this-name/x")

@@ -1,7 +1,10 @@
 """Samples of a data set: the images of their class, before and after augmentation."""
 
+import time
+
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot
 
 import normlab as nl
@@ -50,3 +53,28 @@ def test_augmentation_changes_the_same_images(digits):
 def test_too_few_images_of_a_class_are_told(digits):
     with pytest.raises(ValueError, match=r"per_class=500: one class has 1\d\d training images"):
         nl.plot_samples(digits, per_class=500)
+
+
+@pytest.mark.parametrize("per_class", [1, 3, 8])
+def test_the_title_is_not_cut(digits, per_class):
+    figure = nl.plot_samples(digits, ("rotate:20", "shift:2", "flip:0.5"), per_class=per_class)
+    figure.canvas.draw()
+    (title,) = figure.texts
+    box, images = title.get_window_extent(), figure.axes[0].images[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert images.y1 <= box.y0 < box.y1 <= figure.bbox.y1
+
+
+def test_a_hundred_classes_take_seconds():
+    images = torch.arange(200 * 3 * 8 * 8).view(200, 3, 8, 8).byte()
+    labels = torch.arange(200) % 100
+    names = tuple(f"class {n}" for n in range(100))
+    data = nl.Dataset("many", images, labels, images, labels, names, "many classes")
+    start = time.process_time()
+    figure = nl.plot_samples(data, per_class=2)
+    figure.canvas.draw()
+    assert time.process_time() - start < 8
+    pixels = np.asarray(figure.axes[0].images[0].get_array())
+    rows = [pixels[9 * row : 9 * row + 8, :8, :3].transpose(2, 0, 1) for row in range(100)]
+    for label, row in enumerate(rows):
+        assert any((row == image).all() for image in images[labels == label].numpy())

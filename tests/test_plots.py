@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import time
 
 import matplotlib.image
 import numpy as np
@@ -283,6 +284,29 @@ def test_looks_differ_in_grey_too():
     assert len({line.get_marker() for line in ax.lines}) == len(COLOURS)
 
 
+@pytest.mark.parametrize("count", [8, 15, 30])
+def test_many_variants_stay_distinguishable(count):
+    labels = [f"number {n}" for n in range(count)]
+    lines = nl.plot_curves({name: run_with(lr=[1.0, 2.0]) for name in labels}, "lr").axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == count
+
+
+@pytest.mark.parametrize("count", [6, 8, 15])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_legend_of_many_names_does_not_cover_the_curves(count, own):
+    runs = {f"number {n}": run_with(test_loss=FALLING) for n in range(count)}
+    ax = None if own else pyplot.subplots(layout="constrained", figsize=(7, 7))[1]
+    figure = nl.plot_curves(runs, ax=ax)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    legend = ax.get_legend().get_window_extent()
+    assert not legend.overlaps(ax.bbox)
+    assert not legend.overlaps(ax.xaxis.label.get_window_extent())
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= legend.y0 < legend.y1 <= figure.bbox.y1
+    assert ax.bbox.height > 2 * figure.dpi
+
+
 def test_relatives_share_a_colour_and_not_a_line():
     labels = ["BN", "GN", "BN + skip", "LN element-wise", "GN + skip"]
     runs = {label: run_with(lr=[1.0, 2.0]) for label in labels}
@@ -411,6 +435,17 @@ def test_a_confusion_table_goes_into_the_axes_given():
     figure, ax = pyplot.subplots()
     assert nl.plot_confusion(torch.eye(2, dtype=torch.int64), "ab", ax=ax) is figure
     assert len(pyplot.get_fignums()) == 1
+
+
+def test_a_hundred_classes_take_seconds():
+    counts = torch.eye(100, dtype=torch.int64) * 50
+    counts[:, ::4] += 1
+    start = time.process_time()
+    figure = nl.plot_confusion(counts, [f"class {n}" for n in range(100)])
+    figure.canvas.draw()
+    assert time.process_time() - start < 10
+    assert len(figure.axes[0].texts) == 100 * 25 + 75
+    assert not any(text.get_in_layout() for text in figure.axes[0].texts)  # which took the longest
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (2, 3), (4,)])

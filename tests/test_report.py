@@ -1,9 +1,11 @@
 """The page, the tables and the figures that a comparison leaves behind agree with its runs."""
 
 import csv
+import html
 import json
 import re
 import statistics
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import normlab as nl
-from normlab.report import report_text, results_as_dict
+from normlab.report import escaped, report_text, results_as_dict
 
 FILES = {
     "test-loss.png",
@@ -248,3 +250,77 @@ def test_the_kept_report_on_the_digits_is_of_todays_assignment():
         assert row["recipe"] == {key: recipe[key] for key in recipe if key != "seed"}
         assert f"| {variant.label} | {row['parameters']:,} |" in page
         assert f"| {100 * row['test_accuracy']:.2f} |" in page
+
+
+# --- names are text, and drawing costs nothing ------------------------------------------------
+
+NORMS = ("bn", "gn", "ln", "in")
+ODD = ("=1+1", "Ca$h | <b>x</b> -->", "_l_ `*", "$\\frac{$")
+
+
+@pytest.fixture(scope="module")
+def odd_labels(tiny, tiny_assignment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    variants = tuple(nl.Variant(label, norm) for label, norm in zip(ODD, NORMS, strict=True))
+    strange = replace(tiny, classes=("Ca$h", "$0-$10", "_x", "=a|b"), source="<i>$a$ and $b$")
+    results = train(replace(tiny_assignment, variants=variants), strange, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nl.write_report(results, folder)
+    return results, folder
+
+
+def test_any_name_ends_in_a_whole_report(odd_labels):
+    _, folder = odd_labels
+    assert len(list(folder.glob("*.png"))) == 3 + len(ODD)
+
+
+def test_names_are_no_markup_in_the_page(odd_labels):
+    _, folder = odd_labels
+    page = (folder / "report.md").read_text()
+    assert "<" not in page
+    assert "$" not in page
+    rows = read_table(folder, "| variant ")
+    assert [html.unescape(cells[0]) for cells in rows] == list(ODD)
+    assert {len(cells) for cells in rows} == {6}
+    assert {len(cells) for cells in read_table(folder, "| | ")} == {1 + len(ODD)}
+
+
+def test_names_are_no_formulas_in_a_spreadsheet(odd_labels):
+    _, folder = odd_labels
+    assert [row["variant"] for row in read_csv(folder)] == ["'=1+1", *ODD[1:]]
+    assert [row["variant"] for row in read_json(folder)["variants"]] == list(ODD)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("GN, 4 groups (my_net)", "GN, 4 groups (my_net)"),
+        ("BN − GN = +0.40 ± 0.60", "BN − GN = +0.40 ± 0.60"),
+        ("a|b\nc", "a&#124;b c"),
+        ("_a_ - -->", "&#95;a&#95; - --&#62;"),
+        ('<img alt="x">', "&#60;img alt=&#34;x&#34;&#62;"),
+        ("- a", "&#45; a"),
+    ],
+)
+def test_only_markup_is_escaped(name, shown):
+    assert escaped(name) == shown
+    assert html.unescape(shown) == " ".join(name.split())
+
+
+@pytest.mark.parametrize("error", [ValueError("no such font"), MemoryError(), KeyError("x")])
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(two_seeds, tmp_path, monkeypatch, error):
+    results, whole = two_seeds
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("normlab.report.plot_loss_and_accuracy", fail)
+    with pytest.warns(UserWarning, match=r"training-and-test\.png could not be drawn"):
+        nl.write_report(results, tmp_path)
+    assert {entry.name for entry in tmp_path.iterdir()} == FILES - {"training-and-test.png"}
+    page = (tmp_path / "report.md").read_text()
+    assert "(training-and-test.png could not be drawn.)" in page
+    assert "](training-and-test.png)" not in page
+    for name in ("results.csv", "results.json"):
+        assert (tmp_path / name).read_text() == (whole / name).read_text()

@@ -422,6 +422,13 @@ def looks_of(ax) -> dict[str, tuple]:
     return {label: (line.get_color(), line.get_marker()) for (line, *_), label in curves}
 
 
+def test_the_title_names_the_data(tiny, tiny_assignment):
+    table = sweep(tiny_assignment, tiny, norms=("gn",), epochs=1)
+    title = "Test accuracy, made-up patterns, last epoch, one seed"
+    assert nl.plot_sweep(table).axes[0].get_title() == title
+    assert nl.plot_sweep(table, title="Mine").axes[0].get_title() == "Mine"
+
+
 def test_a_norm_looks_the_same_in_every_sweep():
     def sweep_of(*labels):
         return table_of([(label, size, 0.1, 0, 0.5) for label in labels for size in (2, 4)])
