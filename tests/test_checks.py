@@ -1,5 +1,7 @@
 """What a user passes in works at every entry point, or ends in one sentence at every one."""
 
+import threading
+
 import numpy as np
 import pandas
 import pytest
@@ -110,6 +112,14 @@ def convolution():
     return nn.Conv2d(1, 8, 3, bias=False)
 
 
+class Guarded(nn.Sequential):
+    """Holds what Python cannot copy, as an open file is, or a logger's lock."""
+
+    def __init__(self):
+        super().__init__(*network())
+        self.lock = threading.Lock()
+
+
 WORKING = {
     "stored activations": keeper,
     "weight_norm": lambda: network(nn.utils.parametrizations.weight_norm(convolution())),
@@ -153,6 +163,38 @@ USES = ENTRIES | {
 @pytest.mark.parametrize("kind", WORKING)
 def test_unusual_layers_work_everywhere(kind, entry, tiny):
     USES[entry](WORKING[kind], tiny)
+
+
+@pytest.mark.parametrize("entry", [*USES, "resumed"])
+def test_what_cannot_be_copied_is_trained_all_the_same(entry, tiny, tmp_path):
+    copies = ("summary", "find_rate")
+    if entry in copies:
+        with pytest.raises(TypeError, match=r"^Guarded cannot be copied \(.*lock.*\): keep what"):
+            USES[entry](Guarded, tiny)
+    elif entry == "resumed":
+        for _ in range(2):
+            nl.run_assignment(assignment(Guarded), data=tiny, directory=tmp_path, **SILENT)
+    else:
+        USES[entry](Guarded, tiny)
+
+
+class Late(nn.Module):
+    """Makes its last layer when it sees how large the images have become."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3), None
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1)
+        self.head = self.head or nn.Linear(x.shape[1], 4)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e not in ("summary", "l1_penalty")])
+def test_a_layer_that_is_made_by_the_first_images_is_named_everywhere(entry, tiny):
+    with pytest.raises(ValueError, match=r"^Late makes 'head\.weight' only when it first sees"):
+        ENTRIES[entry](Late, tiny)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
