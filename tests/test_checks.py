@@ -7,6 +7,7 @@ import pandas
 import pytest
 import torch
 import torch.nn.utils.prune
+from matplotlib import pyplot
 from torch import nn
 
 import normlab as nl
@@ -75,6 +76,11 @@ def test_a_shape_may_be_held_by_anything(of):
     assert built.description["input_shape"] == (1, 28, 20)
     assert nl.summary(built, of([1, 28, 20])) == 7_750
     assert nl.load_dataset("digits", input_shape=of([1, 28, 20])).input_shape == (1, 28, 20)
+    assert nl.make_norm("ln-elementwise", 8, size=of([3, 2])).normalized_shape == (8, 3, 2)
+    two = of([2])[0]  # in a library's own type
+    nl.explore_norm(shape=of([2, 4, 2, 2]), groups=two, form=False)
+    nl.plot_norm_axes(["gn"], shape=of([2, 4, 3]), groups=two)
+    pyplot.close("all")
 
 
 # --- layers whose weights are not plain parameters -------------------------------------------

@@ -308,6 +308,11 @@ def test_only_markup_is_escaped(name, shown):
     assert html.unescape(shown) == " ".join(name.split())
 
 
+def test_one_test_image_costs_no_report(tiny, tiny_assignment, tmp_path):
+    results = train(tiny_assignment, tiny.subset(test=1), 2)
+    assert "Which differences count" not in nl.write_report(results, tmp_path).read_text()
+
+
 @pytest.mark.parametrize("error", [ValueError("no such font"), MemoryError(), KeyError("x")])
 def test_a_figure_that_cannot_be_drawn_costs_nothing_else(two_seeds, tmp_path, monkeypatch, error):
     results, whole = two_seeds
