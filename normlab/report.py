@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 TRAINING_FIGURE = "training-and-test.png"
 # What Markdown or HTML would take for markup. Within a word, "_" is none.
-_MARKUP = re.compile(r"""[\\`*[\]>&|~#$"]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)|^[-+=]""")
+_MARKUP = re.compile(r"""[\\`*[\]>&|~#$"]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W_])|^[-+=]""")
 _FORMULA = ("=", "+", "-", "@")  # a cell that starts so is computed
 
 

@@ -301,6 +301,7 @@ def test_names_are_no_formulas_in_a_spreadsheet(odd_labels):
         ("_a_ - -->", "&#95;a&#95; - --&#62;"),
         ('<img alt="x">', "&#60;img alt=&#34;x&#34;&#62;"),
         ("- a", "&#45; a"),
+        ("__init__ of a_net", "&#95;&#95;init&#95;&#95; of a_net"),
     ],
 )
 def test_only_markup_is_escaped(name, shown):
