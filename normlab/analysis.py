@@ -74,6 +74,7 @@ def check_network(network: nn.Module, data: Dataset) -> None:
     has_weights(network)
     example = next(network.parameters(), torch.zeros(()))
     images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
+    before = {name for name, _ in network.named_parameters()}
     try:
         with torch.no_grad(), evaluating(network), fork_random_state(example.device):
             logits = network(images)
@@ -82,6 +83,11 @@ def check_network(network: nn.Module, data: Dataset) -> None:
             f"{type(network).__name__} cannot take images of shape {data.input_shape}: {error}"
         ) from error
     check_logits(network, images, logits, len(data.classes))
+    if made := [name for name, _ in network.named_parameters() if name not in before]:
+        raise ValueError(
+            f"{type(network).__name__} makes {made[0]!r} only when it first sees images: "
+            "make it in __init__, or call the network once on images where it is built"
+        )
 
 
 def _warn_of_batch_statistics(network: nn.Module) -> None:

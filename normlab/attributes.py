@@ -12,10 +12,17 @@ def copied(network: nn.Module) -> nn.Module:
 
     torch copies no tensor that was computed: an activation that is kept for a picture, say, or the
     weight that `torch.nn.utils.weight_norm` makes.
+    Raises `TypeError` of one sentence for what Python cannot copy, such as an open file.
     """
     stored = (value for layer in network.modules() for value in _tensors(vars(layer)))
     memo = {id(value): value.detach().clone() for value in stored if not value.is_leaf}
-    return copy.deepcopy(network, memo)
+    try:
+        return copy.deepcopy(network, memo)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(network).__name__} cannot be copied ({error}): keep what cannot be outside the "
+            "network"
+        ) from error
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -141,9 +141,9 @@ def main_effects(
     found = [_tables(each) for each in several]
     if len({each.data.fingerprint for each in several if isinstance(each, Results)}) > 1:
         raise ValueError("the results are of different data: there is no common test set")
-    if len({len(labels) for labels in levels.values()}) > 1:
+    if len({len(labels) for labels in levels.values()}) > 1 or not all(levels.values()):
         counts = ", ".join(str(len(labels)) for labels in levels.values())
-        raise ValueError(f"give as many variants for each level, not {counts}")
+        raise ValueError(f"give as many variants for each level, at least one, not {counts}")
     tables: dict[str, np.ndarray] = {}
     members: dict[str, list[str]] = {level: [] for level in levels}
     for row in zip(*levels.values(), strict=True):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.checks import whole_number
+from normlab.checks import plain, whole_number
 from normlab.figures import drawn, new_axes
 from normlab.norms import NORMS, NormKind, norm_name
 from normlab.sharing import shared_statistics
@@ -48,6 +48,7 @@ def plot_norm_axes(
     """
     from matplotlib import pyplot
 
+    shape, groups = plain(shape), plain(groups)
     if len(shape) != 3 or not kinds:
         raise ValueError(f"cubes need kinds and a shape (N, C, H·W), not {kinds} and {shape}")
     for name, size in zip(("N", "C", "H·W", "groups"), (*shape, groups), strict=True):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import one_of, warn, whole_number
+from normlab.checks import one_of, plain, warn, whole_number
 from normlab.diagrams import GAP, draw_cube, plot_shared
 from normlab.example import example_batch
 from normlab.figures import drawn
@@ -49,6 +49,7 @@ def explore_norm(
     Raises `ValueError` for an unknown kind, sizes out of range, groups that do not divide C.
     """
     kind = one_of(norm_name(kind), KINDS, "norm to explore")
+    shape, groups = plain(shape), plain(groups)
     _check_shape(shape)
     if "C/G" in NORMS[kind].averaged:
         make_norm(kind, shape[1], groups=groups)  # says which groups there are

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normlab.analysis import check_network, class_and_probability, predict
-from normlab.attributes import copied, modes_kept
+from normlab.attributes import modes_kept
 from normlab.checks import instance, one_of, warn
 from normlab.compiler import compiler_left_out
 from normlab.data import Batches, Dataset
@@ -32,9 +32,13 @@ from normlab.runs import (
     weights_digest,
 )
 from normlab.seeding import seeded
-from normlab.training import evaluating, gradients
+from normlab.training import device_of, evaluating, gradients
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
+
+# How far apart the mean probability of the predicted classes may be where the same network with the
+# same weights predicts on another processor, after a training that a GPU may have done.
+PROBABILITIES_APART = 1e-3
 
 CHANCE_EPOCHS = 5  # after so many a network that has learned nothing is worth a warning
 
@@ -173,8 +177,39 @@ def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
     _check_dtype(device, job.recipe)
     if job.directory is None:
         return False
-    what = job.what or identity(copied(job.network).to(DTYPES[job.recipe.dtype]), data, job.recipe)
-    return RunFolder(job.directory).open(what)
+    return RunFolder(job.directory).open(job.what or identity(job.network, data, job.recipe))
+
+
+def load_run(job: Job, data: Dataset, device: torch.device) -> Run:
+    """The finished run that lies in the job's folder, its weights put into the network there.
+
+    A network of one's own must predict with them what the run keeps. Its identity holds the source
+    of its classes, but not what they refer to: functions, numbers that it was built with.
+    Raises `ValueError` if it does not; then the network has its own weights again.
+    """
+    move(job.network, device, job.recipe)
+    initial = {name: value.clone() for name, value in job.network.state_dict().items()}
+    run = RunFolder(job.directory).load(job.network)
+    if "class" in run.config["is"]["network"] and not agrees(run, data):
+        job.network.load_state_dict(initial)
+        raise ValueError(
+            f"{job.directory} holds a run that is something else (its network predicted otherwise, "
+            "with the same weights): choose another directory, or delete this one (--fresh on the "
+            "command line)"
+        )
+    return run
+
+
+def agrees(run: Run, data: Dataset) -> bool:
+    """Whether the run's network predicts what the run keeps, but for rounding errors."""
+    device, dtype = device_of(run.network), DTYPES[run.recipe.dtype]
+    images, _ = next(iter(data.loader(False, TEST_BATCH, device=device, dtype=dtype)))
+    random = seeded(run.recipe.seed, "predictions", device=device)
+    with torch.no_grad(), evaluating(run.network), random:
+        given = run.network(images).float().softmax(1).cpu()
+    there = given.gather(1, run.predicted[: len(images), None])[:, 0]
+    apart = (there - run.probability[: len(images)]).abs().mean().item()
+    return apart <= PROBABILITIES_APART  # as NaN is not
 
 
 class _Training:
@@ -183,7 +218,7 @@ class _Training:
     def __init__(
         self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
     ) -> None:
-        self.network, self.recipe, self.data, self.what = job.network, job.recipe, data, job.what
+        self.job, self.network, self.recipe, self.data = job, job.network, job.recipe, data
         self.device, self.choice, self.progress = device, engine, progress
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
@@ -242,7 +277,7 @@ class _Training:
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        what = self.what or identity(self.network, self.data, self.recipe)
+        what = self.job.what or identity(self.network, self.data, self.recipe)
         self.config = {"is": what, "from": provenance(self.data, self.device)}
         self.engine, why = make_engine(self.choice, *self._ingredients())
         self._resume()
@@ -332,7 +367,7 @@ class _Training:
 
     def run(self) -> Run:
         """The finished run, which its folder then holds."""
-        return self.folder.load(self.network) if self.loaded else self._keep()
+        return load_run(self.job, self.data, self.device) if self.loaded else self._keep()
 
     def _keep(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.device):

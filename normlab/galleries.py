@@ -111,8 +111,8 @@ def plot_mistakes(
     """
     from matplotlib import pyplot
 
-    room = whole_number(rows, "rows") * whole_number(cols, "cols")
-    heading = _mistakes_title(mistakes, room, title, width=max(4.6, 2.4 * cols))
+    rows, cols = whole_number(rows, "rows"), whole_number(cols, "cols")
+    heading = _mistakes_title(mistakes, rows * cols, title, width=max(4.6, 2.4 * cols))
     if not len(mistakes):
         figure = pyplot.figure(figsize=(4.6, 0.9))
         figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)

@@ -75,7 +75,7 @@ def interval(table: np.ndarray) -> Interval:
         )
     if not np.isfinite(table).all():
         raise ValueError("an interval needs a table of finite numbers, without NaN")
-    return Family(levels=2, pairs=1).interval(Sample.of([table]), np.ones(1))[0]
+    return Family(levels=2, pairs=1).interval(Sample.of([np.asarray(table)]), np.ones(1))[0]
 
 
 @dataclass(frozen=True)

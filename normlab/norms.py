@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import one_of, whole_number
+from normlab.checks import one_of, plain, whole_number
 
 EPSILON = 1e-5  # added to every variance, the same for all, so that no variant has an edge
 
@@ -154,7 +154,7 @@ def make_norm(
     if kind == "gn":
         _check_groups(groups, channels)
     if kind == "ln-elementwise":
-        _check_size(size)
+        size = _checked_size(size)
     makers: dict[str, Callable[[], nn.Module]] = {
         "bn": lambda: nn.BatchNorm2d(channels, eps=EPSILON),
         "ln": lambda: nn.GroupNorm(1, channels, eps=EPSILON),
@@ -177,14 +177,14 @@ def _check_groups(groups: int | None, channels: int) -> None:
         )
 
 
-def _check_size(size: tuple[int, int] | None) -> None:
+def _checked_size(size: tuple[int, int] | None) -> list[int]:
+    size = plain(size)
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         given = "" if size is None else f", not {size!r}"
         raise ValueError(
             f"ln-elementwise learns a scale for every pixel, so it needs size=(H, W){given}"
         )
-    for side in size:
-        whole_number(side, "each side of size")
+    return [whole_number(side, "each side of size") for side in size]
 
 
 # --- by hand ---------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ that it uses: a process that looked for it by its name might find something else
 
 import copy
 import io
-import math
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -18,23 +17,20 @@ from typing import Protocol
 
 import cloudpickle
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normlab.data import Dataset
-from normlab.fitting import TEST_BATCH, Job, identified, move
+from normlab.fitting import Job, agrees, identified, move
 from normlab.recipes import DTYPES
 from normlab.runs import RunFolder, remove_run
 from normlab.seeding import seeded
-from normlab.training import evaluating
 
 MOST_BYTES = 50_000_000  # of a parcel: a network whose class refers to all images has more
 TRIAL_IMAGES = 8
 
-# How far apart the same computation may end in two processes, which may have other numbers of
-# threads or, in a cluster, other processors: logits relative to the largest one, and the mean
-# probability of the predicted classes after a training that a GPU may have done.
+# How far apart the same logits may be in two processes, relative to the largest one: they may have
+# other numbers of threads or, in a cluster, other processors.
 LOGITS_APART = 1e-4
-PROBABILITIES_APART = 1e-3
 
 
 class Planned(Protocol):
@@ -82,6 +78,10 @@ def pack_all(
 def _pack(job: Job, data: Dataset) -> tuple[bytes, list]:
     """What `unpack` makes the same job of in another process."""
     job = identified(job, data)
+    if type(data) is not Dataset:  # another has only what a file keeps of it
+        raise StaysHere(f"its images are in a {type(data).__name__}, not a plain Dataset")
+    if name := _hooked(job.network):
+        raise StaysHere(f"a hook of its weight {name!r} cannot be sent to another")
     content = io.BytesIO()
     try:
         torch.save(job, content, pickle_module=cloudpickle, pickle_protocol=5)
@@ -91,6 +91,13 @@ def _pack(job: Job, data: Dataset) -> tuple[bytes, list]:
     if len(content.getvalue()) > MOST_BYTES:
         raise StaysHere(f"its network would be sent with {len(content.getvalue()):,} bytes")
     return content.getvalue(), logits
+
+
+def _hooked(network: nn.Module) -> str:
+    """The first weight at whose gradient a hook is called, which pickling leaves out silently."""
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    each = network.named_parameters()
+    return next((name for name, w in each if any(getattr(w, hook, None) for hook in hooks)), "")
 
 
 def unpack(sent: tuple[bytes, list], data: Dataset) -> Job:
@@ -129,26 +136,15 @@ def mismatch(plan: Planned, data: Dataset) -> StaysHere | None:
     """
     if not RunFolder(plan.directory).is_finished():
         return None
-    try:
-        apart = _from_stored(plan, data)
-    except RuntimeError:  # the weights do not fit
-        apart = math.inf
-    if apart <= PROBABILITIES_APART:  # as NaN is not
-        return None
-    remove_run(plan.directory)
-    return StaysHere("its network predicts otherwise here, with the weights that another found")
-
-
-def _from_stored(plan: Planned, data: Dataset) -> float:
-    """How far the predictions of the plan's network are from those of its run, on the average."""
     job = plan.job(data)
     move(job.network, torch.device("cpu"), job.recipe)
-    run = RunFolder(plan.directory).load(job.network)
-    images, _ = next(iter(data.loader(False, TEST_BATCH, dtype=DTYPES[job.recipe.dtype])))
-    with torch.no_grad(), evaluating(run.network), seeded(job.recipe.seed, "predictions"):
-        given = run.network(images).float().softmax(1)
-    there = given.gather(1, run.predicted[: len(images), None])[:, 0]
-    return (there - run.probability[: len(images)]).abs().mean().item()
+    try:
+        if agrees(RunFolder(plan.directory).load(job.network), data):
+            return None
+    except RuntimeError:  # the weights do not fit
+        pass
+    remove_run(plan.directory)
+    return StaysHere("its network predicts otherwise here, with the weights that another found")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from normlab.assignments import Assignment, Variant, build_variant
 from normlab.checks import instance, plain, whole_number
 from normlab.data import Dataset
-from normlab.fitting import Job, check_trainable, identified, is_done
+from normlab.fitting import Job, check_trainable, identified, is_done, load_run
 from normlab.parallel import is_worthwhile
 from normlab.recipes import Recipe
 from normlab.summaries import multiply_adds
@@ -91,7 +91,7 @@ def _are_done(plans: list[Plan], data: Dataset, device: torch.device) -> list[bo
     found, problem = [], ""
     for plan in plans:
         try:
-            found.append(is_done(plan.job(data), data, device))
+            found.append(_is_done(plan, data, device))
         except ValueError as error:
             found.append(False)
             problem = problem or str(error)
@@ -113,7 +113,15 @@ def check_plans(plans: list[Plan], data: Dataset, device: torch.device) -> None:
 
 def left_to_do(plans: list[Plan], data: Dataset, device: torch.device) -> list[Plan]:
     """Those that are not finished. Raises `ValueError` if a folder holds another run."""
-    return [plan for plan in plans if not is_done(plan.job(data), data, device)]
+    return [plan for plan in plans if not _is_done(plan, data, device)]
+
+
+def _is_done(plan: Plan, data: Dataset, device: torch.device) -> bool:
+    """Whether it is finished; what cannot be loaded is told before others are trained."""
+    done = is_done(plan.job(data), data, device)
+    if done:
+        load_run(plan.job(data), data, device)
+    return done
 
 
 def in_flight(plans: Sequence[Plan], device: torch.device) -> list[Sequence[Plan]]:

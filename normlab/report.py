@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 TRAINING_FIGURE = "training-and-test.png"
 # What Markdown or HTML would take for markup. Within a word, "_" is none.
-_MARKUP = re.compile(r"""[\\`*[\]>&|~#$"]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)|^[-+=]""")
+_MARKUP = re.compile(r"""[\\`*[\]>&|~#$"]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W_])|^[-+=]""")
 _FORMULA = ("=", "+", "-", "@")  # a cell that starts so is computed
 
 
@@ -99,7 +99,7 @@ def _origins(results: Results) -> dict[str, list]:
 
 
 def _differences(results: Results) -> list[Difference]:
-    """Those of all pairs; none where one seed says nothing of chance."""
+    """Those of all pairs; none where one seed or one image says nothing of chance."""
     return compare(results) if _are_comparable(results) else []
 
 
@@ -119,7 +119,8 @@ def _main_effects(results: Results) -> list[Difference]:
 
 
 def _are_comparable(results: Results) -> bool:
-    return len(results.runs) > 1 and min(map(len, results.runs.values())) > 1
+    fewest = min(len(results.data.test_images), *map(len, results.runs.values()))
+    return len(results.runs) > 1 and fewest > 1  # of seeds, and of images
 
 
 def _difference_as_dict(difference: Difference) -> dict:

@@ -22,7 +22,7 @@ from normlab.data import Dataset
 from normlab.files import read_json, remove_leftovers, write_bytes, write_json, write_text
 from normlab.networks import Network, build_network
 from normlab.norms import NORMS
-from normlab.recipes import Recipe
+from normlab.recipes import DTYPES, Recipe
 from normlab.summaries import count_parameters
 
 COLUMNS = (
@@ -118,7 +118,7 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
         "recipe": _named(recipe.as_dict(), RECIPE_FIELDS, lambda **_: type(recipe)().as_dict()),
         "network": _describe(network),
         "parameters": count_parameters(network),
-        "initial_weights": weights_digest(network.state_dict()),
+        "initial_weights": weights_digest(_in_dtype(network.state_dict(), DTYPES[recipe.dtype])),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -126,6 +126,11 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
             f"{data.test_name}_images": len(data.test_images),
         },
     }
+
+
+def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as they are when the network is trained; whole numbers stay such."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
 
 
 def _recipe(named: dict) -> Recipe:

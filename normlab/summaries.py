@@ -3,11 +3,12 @@
 import contextlib
 import io
 import re
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from normlab.attributes import copied
+from normlab.attributes import copied, modes_kept
 from normlab.checks import has_weights, image_shape
 from normlab.seeding import fork_random_state
 
@@ -21,17 +22,16 @@ def count_parameters(network: nn.Module) -> int:
 def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Multiply-adds of the convolution and linear layers for one image, forward."""
     has_weights(network)
-    counted = []
+    example, counted = next(network.parameters(), torch.zeros(())), []
 
     def count(layer: nn.Module, _: tuple, output: Tensor) -> None:
         counted.append(output[0].numel() * layer.weight[0].numel())
 
-    twin = copied(network).cpu().float().eval()
-    for layer in twin.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    with torch.no_grad():
-        twin(torch.zeros(1, *input_shape))
+    with torch.no_grad(), modes_kept(network), ExitStack() as stack:
+        for layer in network.eval().modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                stack.callback(layer.register_forward_hook(count).remove)
+        network(example.new_zeros(1, *input_shape))
     return sum(counted)
 
 

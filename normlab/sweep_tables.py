@@ -92,7 +92,8 @@ class SweepTable:
                 others.append(plan)
             else:
                 self._fill(plan, {name: row[name] for name in (*MEASURED, "seconds")})
-        left = left_to_do(others, self.data, device)
+        unfinished = left_to_do(self.plans, self.data, device)  # looks at each run that is here
+        left = [plan for plan in others if plan in unfinished]
         for plan in others:
             if plan not in left:
                 self._fill(plan, _last(plan))

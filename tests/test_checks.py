@@ -1,10 +1,13 @@
 """What a user passes in works at every entry point, or ends in one sentence at every one."""
 
+import threading
+
 import numpy as np
 import pandas
 import pytest
 import torch
 import torch.nn.utils.prune
+from matplotlib import pyplot
 from torch import nn
 
 import normlab as nl
@@ -73,6 +76,11 @@ def test_a_shape_may_be_held_by_anything(of):
     assert built.description["input_shape"] == (1, 28, 20)
     assert nl.summary(built, of([1, 28, 20])) == 7_750
     assert nl.load_dataset("digits", input_shape=of([1, 28, 20])).input_shape == (1, 28, 20)
+    assert nl.make_norm("ln-elementwise", 8, size=of([3, 2])).normalized_shape == (8, 3, 2)
+    two = of([2])[0]  # in a library's own type
+    nl.explore_norm(shape=of([2, 4, 2, 2]), groups=two, form=False)
+    nl.plot_norm_axes(["gn"], shape=of([2, 4, 3]), groups=two)
+    pyplot.close("all")
 
 
 # --- layers whose weights are not plain parameters -------------------------------------------
@@ -108,6 +116,14 @@ def keeper():
 
 def convolution():
     return nn.Conv2d(1, 8, 3, bias=False)
+
+
+class Guarded(nn.Sequential):
+    """Holds what Python cannot copy, as an open file is, or a logger's lock."""
+
+    def __init__(self):
+        super().__init__(*network())
+        self.lock = threading.Lock()
 
 
 WORKING = {
@@ -153,6 +169,38 @@ USES = ENTRIES | {
 @pytest.mark.parametrize("kind", WORKING)
 def test_unusual_layers_work_everywhere(kind, entry, tiny):
     USES[entry](WORKING[kind], tiny)
+
+
+@pytest.mark.parametrize("entry", [*USES, "resumed"])
+def test_what_cannot_be_copied_is_trained_all_the_same(entry, tiny, tmp_path):
+    copies = ("summary", "find_rate")
+    if entry in copies:
+        with pytest.raises(TypeError, match=r"^Guarded cannot be copied \(.*lock.*\): keep what"):
+            USES[entry](Guarded, tiny)
+    elif entry == "resumed":
+        for _ in range(2):
+            nl.run_assignment(assignment(Guarded), data=tiny, directory=tmp_path, **SILENT)
+    else:
+        USES[entry](Guarded, tiny)
+
+
+class Late(nn.Module):
+    """Makes its last layer when it sees how large the images have become."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3), None
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1)
+        self.head = self.head or nn.Linear(x.shape[1], 4)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e not in ("summary", "l1_penalty")])
+def test_a_layer_that_is_made_by_the_first_images_is_named_everywhere(entry, tiny):
+    with pytest.raises(ValueError, match=r"^Late makes 'head\.weight' only when it first sees"):
+        ENTRIES[entry](Late, tiny)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

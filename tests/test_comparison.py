@@ -37,6 +37,11 @@ def simulated(
     return arms[0].astype(float) - arms[1]
 
 
+def test_a_table_may_be_lists():
+    table = [[1, 0, 1], [0, 1, 1]]
+    assert nl.interval(table) == nl.interval(np.array(table))
+
+
 @pytest.mark.parametrize("shape", [(1, 50), (3, 1), (50,)])
 def test_too_small_a_table_has_no_interval(shape):
     with pytest.raises(ValueError, match="at least 2 seeds by 2 images"):
@@ -457,8 +462,10 @@ def test_several_results_are_taken_together(results, tiny):
 def test_levels_that_are_not_there_end_in_a_sentence(results):
     with pytest.raises(ValueError, match="none of the results has all of GN, XN"):
         nl.main_effects([results, results], {"GN": ["GN"], "LN": ["XN"]})
-    with pytest.raises(ValueError, match="as many variants for each level, not 2, 1"):
+    with pytest.raises(ValueError, match="as many variants for each level, at least one, not 2, 1"):
         nl.main_effects(results, {"BN": ["BN + L1", "GN"], "LN": ["LN"]})
+    with pytest.raises(ValueError, match="at least one, not 0, 0"):
+        nl.main_effects(results, {"BN": [], "LN": []})
 
 
 def test_several_results_are_of_the_same_images(results, tiny_assignment, tiny):

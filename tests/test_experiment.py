@@ -375,6 +375,43 @@ def test_kept_runs_of_other_data_are_told_and_trained_anew(
     assert "Not taken from the kept runs" in capsys.readouterr().out
 
 
+def test_a_run_of_a_network_that_computes_something_else_is_not_taken(
+    tiny, tiny_network, tmp_path, capsys
+):
+    """What a class refers to, and what it was built with, is not in its source."""
+
+    def own(slope):
+        def build(norm):
+            network = tiny_network(norm)
+            network.pool.register_forward_hook(lambda layer, images, output: slope * output)
+            return network
+
+        recipe = nl.Recipe(epochs=1, batch_size=32)
+        return nl.Assignment("own", "Own", "tiny", (nl.Variant("BN", "bn"),), recipe, build=build)
+
+    first = run(own(1.0), tiny, tmp_path / "a", seeds=2)
+    assert facts(run(own(1.0), tiny, tmp_path / "a", seeds=2)) == facts(first)
+    with pytest.raises(ValueError, match="its network predicted otherwise, with the same weights"):
+        run(own(3.0), tiny, tmp_path / "a", seeds=2)
+    with pytest.raises(ValueError, match="predicted otherwise"):  # before the others are trained
+        run(own(3.0), tiny, tmp_path / "a", seeds=3)
+    assert not (tmp_path / "a" / "bn" / "seed-2").exists()
+    anew = run(own(3.0), tiny, tmp_path / "b", seeds=2, kept=tmp_path / "a")
+    assert "Not taken from the kept runs: " in capsys.readouterr().out
+    assert facts(anew) == facts(run(own(3.0), tiny, seeds=2))
+
+
+def test_a_network_whose_kept_run_is_refused_keeps_its_weights(tiny, tiny_network, tmp_path):
+    recipe = nl.Recipe(epochs=1, batch_size=32)
+    nl.fit(tiny_network(), tiny, recipe, directory=tmp_path, device="cpu", progress=False)
+    network = tiny_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.pool.register_forward_hook(lambda layer, images, output: -output)
+    with pytest.raises(ValueError, match="predicted otherwise"):
+        nl.fit(network, tiny, recipe, directory=tmp_path, device="cpu", progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_fresh_trains_even_what_is_kept(finished, tiny, tiny_assignment, tmp_path, watch):
     _, kept = finished
     run(tiny_assignment, tiny, tmp_path, kept=kept, fresh=True)

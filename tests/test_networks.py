@@ -176,6 +176,7 @@ def test_multiply_adds_are_those_of_the_assignments_table(name, millions):
     network = build_network(name, seed=0)
     counted = multiply_adds(network, NETWORKS[name].input_shape)
     assert counted / 1e6 == pytest.approx(millions, abs=0.005)
+    assert all(layer.training and not layer._forward_hooks for layer in network.modules())
 
 
 def test_without_its_skips_cifar10_skip_loses_two_convolutions_and_their_norms():

@@ -106,6 +106,17 @@ def test_one_parameters_cell_reads_the_smoke_variable_and_nothing_else_does(path
 
 
 @every_notebook
+def test_the_files_and_options_that_it_names_are_there(path):
+    text = text_of(path)
+    files = re.findall(r"`((?:normlab|tests)/[\w/]+\.\w+|README\.md)`", text)
+    assert not [file for file in files if not (ROOT / file).is_file()]
+    options = set(
+        re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(re.findall(r"\bnormlab .*", text)))
+    )
+    assert options <= set(re.findall(r"--[a-z-]+", (ROOT / "normlab" / "cli.py").read_text()))
+
+
+@every_notebook
 def test_the_badge_opens_this_notebook_of_the_repository_that_colab_clones(path):
     badges = re.findall(
         r"colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/([^)]+)\)", text_of(path)

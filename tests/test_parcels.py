@@ -4,7 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import joblib
@@ -231,6 +231,41 @@ def packed(assignment, data, folder):
     """The parcels, and the sentences of what stays here."""
     found, here = parcels.pack_all(plan_runs(assignment, [0], 1, folder), data)
     return found, [str(reason) for _, reason in here]
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_weights_are_not_lost(kind, tiny_network, apart_and_here):
+    """Pickling would leave them out without a word."""
+
+    def hook(weight):
+        if kind == "register_hook":  # is given the gradient
+            return weight * 0
+        weight.grad.zero_()
+        return None
+
+    def build(norm):
+        network = tiny_network(norm)
+        getattr(network.conv.weight, kind)(hook)
+        return network
+
+    with pytest.warns(UserWarning, match=r"a hook of its weight 'conv\.weight' cannot be sent"):
+        apart, here = apart_and_here(assignment_of(build, "bn", "ln"), stay=("bn", "ln"))
+    assert apart == here
+
+
+class Mirrored(nl.Dataset):
+    """Mirrors the images of a training, in a way that no recipe names."""
+
+    def loader(self, *arguments, **options):
+        batches = super().loader(*arguments, **options)
+        batches.images = batches.images.flip(-1) if batches.shuffle else batches.images
+        return batches
+
+
+def test_images_with_a_loader_of_their_own_stay_here(tiny, tiny_network, tmp_path):
+    own = Mirrored(**{field.name: getattr(tiny, field.name) for field in fields(tiny)})
+    found, reasons = packed(assignment_of(tiny_network, "bn"), own, tmp_path)
+    assert (found, reasons) == ([], ["its images are in a Mirrored, not a plain Dataset"])
 
 
 def test_a_class_that_holds_all_images_stays_here(tiny, tmp_path, monkeypatch):

@@ -301,11 +301,17 @@ def test_names_are_no_formulas_in_a_spreadsheet(odd_labels):
         ("_a_ - -->", "&#95;a&#95; - --&#62;"),
         ('<img alt="x">', "&#60;img alt=&#34;x&#34;&#62;"),
         ("- a", "&#45; a"),
+        ("__init__ of a_net", "&#95;&#95;init&#95;&#95; of a_net"),
     ],
 )
 def test_only_markup_is_escaped(name, shown):
     assert escaped(name) == shown
     assert html.unescape(shown) == " ".join(name.split())
+
+
+def test_one_test_image_costs_no_report(tiny, tiny_assignment, tmp_path):
+    results = train(tiny_assignment, tiny.subset(test=1), 2)
+    assert "Which differences count" not in nl.write_report(results, tmp_path).read_text()
 
 
 @pytest.mark.parametrize("error", [ValueError("no such font"), MemoryError(), KeyError("x")])

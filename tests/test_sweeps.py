@@ -177,6 +177,27 @@ def test_sweeps_that_differ_in_anything_share_a_folder(
     assert trained == []
 
 
+def test_a_network_that_computes_something_else_does_not_get_the_rows_of_a_former_one(
+    tiny, tiny_network, tmp_path
+):
+    def sweep(slope, **options):
+        def build(norm):
+            network = tiny_network(norm)
+            network.pool.register_forward_hook(lambda layer, images, output: slope * output)
+            return network
+
+        recipe = nl.Recipe(epochs=1, batch_size=32)
+        own = nl.Assignment("own", "Own", "tiny", (nl.Variant("BN", "bn"),), recipe, build=build)
+        table = nl.run_sweep(own, data=tiny, device="cpu", progress=False, **options)
+        return table.drop(columns="seconds")
+
+    first = sweep(1.0, directory=tmp_path)
+    assert sweep(1.0, directory=tmp_path).equals(first)
+    with pytest.raises(ValueError, match="its network predicted otherwise, with the same weights"):
+        sweep(3.0, directory=tmp_path)
+    assert sweep(3.0, directory=tmp_path, fresh=True).equals(sweep(3.0))
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_runs_in_folders_of_their_seed_alone_are_found(
     finished, tiny_assignment, tiny, tmp_path, monkeypatch
