@@ -26,10 +26,10 @@ from normlab.recipes import DTYPES, Recipe, trained_parameters
 from normlab.runs import (
     Run,
     RunFolder,
+    finally_is,
     identity,
     provenance,
     stretches,
-    weights_digest,
 )
 from normlab.seeding import seeded
 from normlab.training import evaluating, gradients
@@ -183,7 +183,7 @@ class _Training:
     def __init__(
         self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
     ) -> None:
-        self.network, self.recipe, self.data, self.what = job.network, job.recipe, data, job.what
+        self.network, self.recipe, self.data = job.network, job.recipe, data
         self.device, self.choice, self.progress = device, engine, progress
         self.label = job.label or (job.directory.name if job.directory else None)
         self.label = self.label or type(job.network).__name__
@@ -192,7 +192,8 @@ class _Training:
         check_trainable(job.network, data, job.recipe)
         with self._explaining():
             move(job.network, device, job.recipe)
-        self.loaded = is_done(job, data, device)
+        self.what = job.what or identity(job.network, data, job.recipe)
+        self.loaded = is_done(replace(job, what=self.what), data, device)
 
     def turns(self) -> Iterator[bool]:
         """Trains, from each `next` to another for an epoch; at its end there is the `result`."""
@@ -242,8 +243,7 @@ class _Training:
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        what = self.what or identity(self.network, self.data, self.recipe)
-        self.config = {"is": what, "from": provenance(self.data, self.device)}
+        self.config = {"is": self.what, "from": provenance(self.data, self.device)}
         self.engine, why = make_engine(self.choice, *self._ingredients())
         self._resume()
         problem = self.engine.prepare()
@@ -337,7 +337,7 @@ class _Training:
     def _keep(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
-        self.config["final_weights"] = weights_digest(self.network.state_dict())
+        self.config |= finally_is(self.network, self.data, self.recipe)
         run = Run(
             self.network,
             self.recipe,

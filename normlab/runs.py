@@ -22,7 +22,8 @@ from normlab.data import Dataset
 from normlab.files import read_json, remove_leftovers, write_bytes, write_json, write_text
 from normlab.networks import Network, build_network
 from normlab.norms import NORMS
-from normlab.recipes import Recipe
+from normlab.probe import are_apart, probe
+from normlab.recipes import DTYPES, Recipe
 from normlab.summaries import count_parameters
 
 COLUMNS = (
@@ -109,16 +110,25 @@ RECIPE_FIELDS = (
     *("epochs", "batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay"),
     *("centred", "schedule", "l1", "label_smoothing", "augment", "dtype", "seed"),
 )
+LATER = {"frozen", "logits"}  # what kept runs of earlier versions do not tell
 NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
 
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     """What a run *is*: two runs without `differences` in it compute the same thing."""
+    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
+    return described(network, data, recipe) | {"logits": logits}
+
+
+def described(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """What there is to tell of a run without computing anything."""
+    weights = network.named_parameters()
     return {
         "recipe": _named(recipe.as_dict(), RECIPE_FIELDS, lambda **_: type(recipe)().as_dict()),
         "network": _describe(network),
         "parameters": count_parameters(network),
         "initial_weights": weights_digest(network.state_dict()),
+        "frozen": [name for name, weight in weights if not weight.requires_grad],
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -126,6 +136,27 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
             f"{data.test_name}_images": len(data.test_images),
         },
     }
+
+
+def finally_is(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """By what the trained network is known when it comes back to the folder of its run.
+
+    Then all its layers are in evaluation mode: which were frozen, there is no telling.
+    """
+    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
+    logits.pop("training", None)
+    weights = weights_digest(network.state_dict())
+    return {"final_weights": weights, "final_logits": logits}
+
+
+def digest_of(what: dict) -> str:
+    """Twelve hexadecimal digits for a run that is `what`; runs that differ have others.
+
+    But for what logits alone tell: they are compared with a tolerance. Of two such runs the second
+    is refused in the folder of the first.
+    """
+    told = {key: value for key, value in what.items() if key != "logits" and value != []}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _recipe(named: dict) -> Recipe:
@@ -251,8 +282,9 @@ class RunFolder:
             return False
         config = self._read_config()
         here = dict(config["is"])
-        if what["initial_weights"] == config.get("final_weights"):
-            here["initial_weights"] = what["initial_weights"]  # the run's own network, trained
+        if what["initial_weights"] == config.get("final_weights"):  # the run's own network
+            here["initial_weights"] = what["initial_weights"]
+            here["logits"] = config.get("final_logits", {})
         differing = differences(here, what)
         finished = "final_weights" in config
         if differing and (finished or self._checkpoint.is_file()):
@@ -432,7 +464,8 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
     """What differs between two identities, one phrase each.
 
     A field of the recipe, or an argument of `build_network`, that only one of them names counts as
-    its default in the other; what only one tells of a network of one's own is no difference.
+    its default in the other; what only one tells of a network of one's own, or of what a network
+    computes, is no difference. Logits may differ by `LOGITS_APART`.
 
     Args:
         there: of a kept run.
@@ -440,7 +473,8 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
         where: the key under which both lie in larger dicts, with a dot.
     """
     found = []
-    for key in sorted(there.keys() | here.keys()):
+    both = there.keys() & here.keys()
+    for key in sorted((there.keys() | here.keys()) - (LATER - both)):
         one, other = there.get(key), here.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found += differences(*_with_the_same_fields(key, one, other), f"{where}{key}.")
@@ -454,6 +488,10 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
 def _with_the_same_fields(key: str, there: dict, here: dict) -> tuple[dict, dict]:
     if key == "recipe":
         return _completed(there, here, _recipe_fields)
+    if key == "logits":
+        both = there.keys() & here.keys()
+        modes = [mode for mode in both if are_apart(there[mode], here[mode])]
+        return {mode: there[mode] for mode in modes}, {mode: here[mode] for mode in modes}
     if key == "network" and "name" in there and "name" in here:
         return _completed(there, here, _network_arguments)
     if key == "network" and "class" in there and "class" in here:

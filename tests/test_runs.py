@@ -39,7 +39,7 @@ def interrupted(network, data, directory, recipe=RECIPE):
 
     def hook(module, inputs):
         nonlocal batches
-        batches += module.training and bool(inputs[0].any())  # empty images only try the network
+        batches += module is network and module.training  # copies only try the network
         if batches > 2 * 3:
             raise KeyboardInterrupt
 
@@ -182,7 +182,9 @@ def test_best_and_last_epoch(run):
 def assert_loaded(network, data, directory, run):
     """`fit` gives `run` back with `network`, which never sees a training batch."""
     handle = network.register_forward_pre_hook(
-        lambda module, _: pytest.fail("it was trained again") if module.training else None
+        lambda module, _: (
+            pytest.fail("it was trained") if module is network and module.training else None
+        )
     )
     before = everything_in(directory)
     loaded = fit(network, data, directory)
