@@ -171,7 +171,7 @@ def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
     Raises `ValueError` if the folder holds another run, or the device lacks the recipe's dtype.
     """
     _check_dtype(device, job.recipe)
-    if job.directory is None:
+    if job.directory is None or RunFolder(job.directory).is_empty():
         return False
     what = job.what or identity(copied(job.network).to(DTYPES[job.recipe.dtype]), data, job.recipe)
     return RunFolder(job.directory).open(what)

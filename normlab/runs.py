@@ -261,11 +261,13 @@ class RunFolder:
     """The folder of one run: every file in it is whole, and `config.json` says if it is finished.
 
     `config.json`, `history.csv`, `weights.safetensors`, `predictions.safetensors` and, until the
-    run is done, `checkpoint.safetensors`.
+    run is done, `checkpoint.safetensors`. Digests cover all that is resumed or reported; what is
+    damaged, missing or of another run is named, and nothing is trained over it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
+        self._what: dict = {}
         self._config = self.directory / "config.json"
         self._checkpoint = self.directory / "checkpoint.safetensors"
         self._history = self.directory / "history.csv"
@@ -278,7 +280,7 @@ class RunFolder:
         Raises `ValueError`, naming the difference, if epochs of a run that is something else lie
         here.
         """
-        if not self._config.is_file():
+        if self.is_empty():
             return False
         config = self._read_config()
         here = dict(config["is"])
@@ -295,10 +297,28 @@ class RunFolder:
         return finished
 
     def _read_config(self) -> dict:
+        if not self._config.is_file():
+            raise self._damaged(self._config)
         config = read_json(self._config)
-        if not isinstance(config, dict) or not isinstance(config.get("is"), dict):
+        whole = _is_config(config) and config.get("digest", "") in ("", _json_digest(config))
+        if whole and "digest" not in config and "final_weights" not in config:
+            # As earlier versions wrote it: then only a checkpoint comes before the weights.
+            whole = self._checkpoint.is_file() or not self._weights.is_file()
+        if not whole:
             raise self._damaged(self._config)
         return config
+
+    def _write_config(self, config: dict) -> None:
+        config["digest"] = _json_digest(config)
+        write_json(self._config, config)
+
+    def is_empty(self) -> bool:
+        """Whether nothing of a run lies here."""
+        return not any(file.exists() for file in self._files())
+
+    def holds_no_other(self, what: dict) -> bool:
+        """Whether nothing lies here but, perhaps, the beginning of a run that is `what`."""
+        return self.is_empty() or not differences(self._read_config()["is"], what)
 
     def origin(self) -> dict:
         """Where the run that lies here came from so far; empty if there is none."""
@@ -309,8 +329,13 @@ class RunFolder:
         return self._config.is_file() and "final_weights" in self._read_config()
 
     def history_so_far(self) -> list[dict]:
-        """The epochs that are done, none if there is no run."""
+        """The epochs that are done, none if there is no run; the file is taken as it is."""
         return self._read_history() if self._history.is_file() else []
+
+    def finished_history(self) -> list[dict]:
+        """All epochs of the finished run; raises `ValueError` if any of its files is damaged."""
+        self._check_results(self._read_config())
+        return self._read_history()
 
     def pack(self) -> dict[str, bytes]:
         """The files of a finished run by their names, for `receive` elsewhere."""
@@ -320,20 +345,21 @@ class RunFolder:
 
     def receive(self, files: Mapping[str, bytes]) -> None:
         """Writes the files of a run that was finished elsewhere, last the one that says so."""
+        if files:  # of which one without the rest would be damage
+            config = json.loads(files[self._config.name])
+            self._write_config({"is": config["is"], "from": config["from"]})
         for name, content in files.items():
             write_bytes(self.directory / name, content)
 
     def start(self, what: dict, origin: dict) -> None:
         """Writes down what the run is before its first epoch; removes what no run can use."""
         remove_leftovers(self.directory)
-        if self._checkpoint.is_file() and not self._config.is_file():
-            self._checkpoint.unlink()  # of what run, there is nothing to tell
-        write_json(self._config, {"is": what, "from": origin})
+        self._what = what
+        self._write_config({"is": what, "from": origin})
 
     def clear(self) -> None:
         """Removes a run, if there is one: its files, and nothing else that lies here."""
-        self._config.unlink(missing_ok=True)
-        for file in (self._checkpoint, self._history, self._weights, self._predictions):
+        for file in self._files():
             file.unlink(missing_ok=True)
 
     def save_epoch(
@@ -343,7 +369,8 @@ class RunFolder:
         tensors = _prefixed("network", network.state_dict())
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= _prefixed(f"optimizer.{index}", state)
-        about = {"history": json.dumps(history), "digest": weights_digest(tensors)}
+        about = {"history": json.dumps(history), "is": json.dumps(self._what)}
+        about["digest"] = _json_digest(about | {"tensors": weights_digest(tensors)})
         write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
         self._write_history(history)
 
@@ -355,8 +382,11 @@ class RunFolder:
         if not (self._config.is_file() and self._checkpoint.is_file()):
             return []
         tensors, about = self._read(self._checkpoint)
-        if about.get("digest") != weights_digest(tensors):
+        if about.get("digest") != _json_digest(about | {"tensors": weights_digest(tensors)}):
             raise self._damaged(self._checkpoint)
+        differing = differences(json.loads(about["is"]), self._read_config()["is"])
+        if differing:
+            raise self._damaged(self._checkpoint, f"of another run ({'; '.join(differing)})")
         states: dict[int, dict] = {}
         for key, value in _unprefixed("optimizer", tensors).items():
             index, _, name = key.partition(".")
@@ -377,21 +407,19 @@ class RunFolder:
         guesses = {"predicted": run.predicted.to(torch.int16), "probability": run.probability}
         write_bytes(self._predictions, tensors_to_bytes(guesses))
         run.config["digests"] = {file.name: _file_digest(file) for file in self._results()}
-        write_json(self._config, run.config)
+        self._write_config(run.config)
         self._checkpoint.unlink(missing_ok=True)
 
     def load(self, network: nn.Module) -> Run:
         """The finished run that lies here, its weights put into `network`."""
         config = self._read_config()
-        for file in self._results():
-            if not file.is_file() or _file_digest(file) != config.get("digests", {}).get(file.name):
-                raise self._damaged(file)
+        self._check_results(config)
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
         network.load_state_dict(weights)
         return Run(
             network=network,
-            recipe=_recipe(config["is"]["recipe"]),
+            recipe=self._recipe_in(config),
             history=self._read_history(),
             predicted=guesses["predicted"].long(),
             probability=guesses["probability"],
@@ -399,8 +427,23 @@ class RunFolder:
             directory=self.directory,
         )
 
+    def _recipe_in(self, config: dict) -> Recipe:
+        try:
+            return _recipe(config["is"]["recipe"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(self._config) from error
+
     def _results(self) -> tuple[Path, ...]:
         return self._history, self._weights, self._predictions
+
+    def _files(self) -> tuple[Path, ...]:
+        return self._config, self._checkpoint, *self._results()
+
+    def _check_results(self, config: dict) -> None:
+        digests = config.get("digests", {})
+        for file in self._results():
+            if not file.is_file() or _file_digest(file) != digests.get(file.name):
+                raise self._damaged(file)
 
     def _write_history(self, history: list[dict]) -> None:
         lines = [",".join(COLUMNS)]
@@ -415,7 +458,7 @@ class RunFolder:
                 for line in lines
             ]
             return [row | {"epoch": int(row["epoch"])} for row in rows]
-        except (FileNotFoundError, ValueError, KeyError) as error:
+        except (FileNotFoundError, ValueError, KeyError, OverflowError) as error:
             raise self._damaged(self._history) from error
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -428,9 +471,31 @@ class RunFolder:
             raise self._damaged(path) from error
         return tensors, header.get("__metadata__", {})
 
-    def _damaged(self, path: Path) -> ValueError:
-        how = "damaged" if path.is_file() else "missing"
-        return ValueError(f"{path} is {how}: delete the folder {self.directory} and run again")
+    def _damaged(self, path: Path, how: str = "damaged") -> ValueError:
+        how = how if path.exists() else "missing"
+        return ValueError(
+            f"{path} is {how}: delete the folder {self.directory} and run again (--fresh on the "
+            "command line)"
+        )
+
+
+def _is_config(value: object) -> bool:
+    """Whether it has the parts of a `config.json`."""
+    if not isinstance(value, dict) or not isinstance(value.get("is"), dict):
+        return False
+    origin, digests = value.get("from", {}), value.get("digests", {})
+    if not isinstance(origin, dict) or not isinstance(digests, dict):
+        return False
+    before = origin.get("before", [])
+    return isinstance(before, list) and all(
+        isinstance(each, dict) and isinstance(each.get("until_epoch"), int) for each in before
+    )
+
+
+def _json_digest(value: dict) -> str:
+    """SHA-256 over all of it but its "digest"."""
+    covered = {name: each for name, each in value.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

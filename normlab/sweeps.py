@@ -120,8 +120,12 @@ def _in_own_folder(plan: Plan, data: Dataset, device: torch.device) -> Plan:
         is_here = is_done(plan.job(data), data, device)
         if is_here or RunFolder(plan.directory).history_so_far():
             return plan
-    own = f"{plan.directory.name}-{plan.digest(data)}"
-    return replace(plan, directory=plan.directory.with_name(own))
+    name = f"{plan.directory.name}-{plan.digest(data)}"
+    own = plan.directory.with_name(name)
+    if not own.is_dir():  # another sweep may have given the same run another label
+        elsewhere = plan.directory.parents[1].glob(f"*/{name}")
+        own = next((place for place in elsewhere if RunFolder(place).is_finished()), own)
+    return replace(plan, directory=own)
 
 
 def _images(
