@@ -76,7 +76,7 @@ def find_rate(
     highest rate of a cycle, which is what `Recipe.lr` is in the one-cycle schedule. It depends on
     the order of the images and on the number of steps, and is a rate to begin with, not the best:
     with Muon it trained to within a point of the tuned rate. With SGD (notebook 07) it was as good
-    as the best of nine rates for BN and too high for LN, which it cost 12.6 ± 9.6 points.
+    as the best of nine rates for BN and too high for LN, which it cost 12.6 ± 12.1 points.
 
     Args:
         network: maps images (B, C, H, W) to logits (B, classes); it is left as it is.

@@ -248,8 +248,6 @@ NOT_PRINTED = {
         "157": "= ceil(10000 / 64)",
     },
     "08_batch_norm_on_many_devices": {
-        "1.7": "measured with the benchmarks",
-        "0.6": "measured with the benchmarks",
         "256": "of a made-up network",
         "30": "of a made-up network",
     },

@@ -63,7 +63,7 @@ REASONS = {
     **dict.fromkeys(("0.02", "0.05", "0.1"), "in notebooks/results/search/cifar10-norms.csv"),
     **dict.fromkeys(("2.1", "2.4", "2.6", "2.8", "2.9", "3.1", "1.5", "0.82"), BENCHMARKS),
     **dict.fromkeys(("5.1", "190", "98", "80"), COMPUTED),
-    "1.3": "kB of a task on a cluster",
+    "45": "kB of a task on a cluster",
     **dict.fromkeys(("73.78", "72.07"), "last epochs of a submission's log"),
     "6.7": "= 75.26 - 68.56",
     **dict.fromkeys(("0.01", "0.9", "0.05"), "the recipe of `as_submitted`, and a rate tried"),
