@@ -64,6 +64,7 @@ def fit(
             loaded, an interrupted one goes on after its last finished epoch, to the same result.
             On a CPU with as many threads that is so bit for bit. On a GPU it is up to rounding
             errors, which grow: cuDNN picks the algorithms of each process by timing them.
+            Another run there is refused, also one whose network differs in its logits alone.
         device: "cpu", "cuda", "cuda:1", "mps"; without it, the fastest there is.
         progress: whether to say how far it is.
         label: what the progress calls the run.
@@ -272,7 +273,7 @@ class _Training:
         """The history so far; network and optimiser get the states after it."""
         self.history = []
         if self.folder is not None:
-            self.history = self.folder.load_epoch(self.network, self.engine.optimizer)
+            self.history = self.folder.load_epoch(self.network, self.engine.optimizer, self.what)
 
     def _put_back(self, initial: dict[str, torch.Tensor], error: BaseException | None) -> None:
         if error is not None and (self.folder is not None or _is_out_of_memory(error)):

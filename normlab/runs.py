@@ -374,8 +374,10 @@ class RunFolder:
         write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
         self._write_history(history)
 
-    def load_epoch(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Puts network and optimiser into the state of the last finished epoch.
+    def load_epoch(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, what: dict
+    ) -> list[dict]:
+        """Puts network and optimiser into the state of the last finished epoch of `what`.
 
         Returns the history up to it, empty if there is none.
         """
@@ -384,7 +386,7 @@ class RunFolder:
         tensors, about = self._read(self._checkpoint)
         if about.get("digest") != _json_digest(about | {"tensors": weights_digest(tensors)}):
             raise self._damaged(self._checkpoint)
-        differing = differences(json.loads(about["is"]), self._read_config()["is"])
+        differing = differences(json.loads(about["is"]), what)
         if differing:
             raise self._damaged(self._checkpoint, f"of another run ({'; '.join(differing)})")
         states: dict[int, dict] = {}
