@@ -38,8 +38,11 @@ def probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dic
     """
     images = torch.rand(IMAGES, *shape, generator=generator(0, "probe")).to(dtype)
     first, second = (_in_both_modes(network, images, seed) for seed in (0, 1))
-    both = first.keys() & second.keys()
-    return {mode: first[mode] for mode in both if not are_apart(first[mode], second[mode])}
+    return {
+        mode: logits
+        for mode, logits in first.items()
+        if mode in second and not are_apart(logits, second[mode])
+    }
 
 
 def are_apart(one: object, other: object) -> bool:
