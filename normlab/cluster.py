@@ -27,8 +27,8 @@ from normlab.checks import warn
 from normlab.data import Dataset
 from normlab.parallel import AfterEach, Outcomes, Train, WorkersLost, quiet, train_all, work_off
 from normlab.parcels import Parcel, unpack
-from normlab.plans import Plan, digest_of
-from normlab.runs import RunFolder
+from normlab.plans import Plan
+from normlab.runs import RunFolder, digest_of
 
 if TYPE_CHECKING:
     from distributed import Client, Worker

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+DEEPEST = 50  # of what is nested in JSON: more would be too much for whoever goes through it
+
 
 def user_path(path: str | Path) -> Path:
     """The path that a user wrote, with `~` as the home folder."""
@@ -88,9 +90,19 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict:
     """Reads JSON, in which NaN has no place; a damaged file is named, with what to do about it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        _check_depth(value, DEEPEST)
+        return value
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete its folder and run again") from error
+
+
+def _check_depth(value: object, left: int) -> None:
+    if not left:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_depth(each, left - 1)
 
 
 def _no_number(text: str) -> None:

@@ -26,10 +26,10 @@ from normlab.recipes import DTYPES, Recipe, trained_parameters
 from normlab.runs import (
     Run,
     RunFolder,
+    finally_is,
     identity,
     provenance,
     stretches,
-    weights_digest,
 )
 from normlab.seeding import seeded
 from normlab.training import device_of, evaluating, gradients
@@ -68,6 +68,7 @@ def fit(
             loaded, an interrupted one goes on after its last finished epoch, to the same result.
             On a CPU with as many threads that is so bit for bit. On a GPU it is up to rounding
             errors, which grow: cuDNN picks the algorithms of each process by timing them.
+            Another run there is refused, also one whose network differs in its logits alone.
         device: "cpu", "cuda", "cuda:1", "mps"; without it, the fastest there is.
         progress: whether to say how far it is.
         label: what the progress calls the run.
@@ -175,7 +176,7 @@ def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
     Raises `ValueError` if the folder holds another run, or the device lacks the recipe's dtype.
     """
     _check_dtype(device, job.recipe)
-    if job.directory is None:
+    if job.directory is None or RunFolder(job.directory).is_empty():
         return False
     return RunFolder(job.directory).open(job.what or identity(job.network, data, job.recipe))
 
@@ -227,7 +228,8 @@ class _Training:
         check_trainable(job.network, data, job.recipe)
         with self._explaining():
             move(job.network, device, job.recipe)
-        self.loaded = is_done(job, data, device)
+        self.what = job.what or identity(job.network, data, job.recipe)
+        self.loaded = is_done(replace(job, what=self.what), data, device)
 
     def turns(self) -> Iterator[bool]:
         """Trains, from each `next` to another for an epoch; at its end there is the `result`."""
@@ -277,8 +279,7 @@ class _Training:
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        what = self.job.what or identity(self.network, self.data, self.recipe)
-        self.config = {"is": what, "from": provenance(self.data, self.device)}
+        self.config = {"is": self.what, "from": provenance(self.data, self.device)}
         self.engine, why = make_engine(self.choice, *self._ingredients())
         self._resume()
         problem = self.engine.prepare()
@@ -307,7 +308,7 @@ class _Training:
         """The history so far; network and optimiser get the states after it."""
         self.history = []
         if self.folder is not None:
-            self.history = self.folder.load_epoch(self.network, self.engine.optimizer)
+            self.history = self.folder.load_epoch(self.network, self.engine.optimizer, self.what)
 
     def _put_back(self, initial: dict[str, torch.Tensor], error: BaseException | None) -> None:
         if error is not None and (self.folder is not None or _is_out_of_memory(error)):
@@ -372,7 +373,7 @@ class _Training:
     def _keep(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
-        self.config["final_weights"] = weights_digest(self.network.state_dict())
+        self.config |= finally_is(self.network, self.data, self.recipe)
         run = Run(
             self.network,
             self.recipe,

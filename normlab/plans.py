@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +12,10 @@ from torch import nn
 from normlab.assignments import Assignment, Variant, build_variant
 from normlab.checks import instance, plain, whole_number
 from normlab.data import Dataset
-from normlab.fitting import Job, check_trainable, identified, is_done, load_run
+from normlab.fitting import Job, check_trainable, is_done, load_run
 from normlab.parallel import is_worthwhile
 from normlab.recipes import Recipe
+from normlab.runs import described, digest_of
 from normlab.summaries import multiply_adds
 
 # Trainings in flight at once on a GPU, each of which holds the memory of its own captured steps.
@@ -53,13 +52,8 @@ class Plan:
         return Job(network, self.recipe, self.directory, self.label)
 
     def digest(self, data: Dataset) -> str:
-        """Twelve hexadecimal digits that tell this run from any that computes something else."""
-        return digest_of(identified(self.job(data), data).what)
-
-
-def digest_of(what: dict) -> str:
-    """The digest of a run that is `what`."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        """The run's `digest_of`."""
+        return digest_of(described(self.job(data).network, data, self.recipe))
 
 
 def plan_runs(

@@ -22,6 +22,7 @@ from normlab.data import Dataset
 from normlab.files import read_json, remove_leftovers, write_bytes, write_json, write_text
 from normlab.networks import Network, build_network
 from normlab.norms import NORMS
+from normlab.probe import are_apart, probe
 from normlab.recipes import DTYPES, Recipe
 from normlab.summaries import count_parameters
 
@@ -109,16 +110,25 @@ RECIPE_FIELDS = (
     *("epochs", "batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay"),
     *("centred", "schedule", "l1", "label_smoothing", "augment", "dtype", "seed"),
 )
+LATER = {"frozen", "logits"}  # what kept runs of earlier versions do not tell
 NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
 
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     """What a run *is*: two runs without `differences` in it compute the same thing."""
+    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
+    return described(network, data, recipe) | {"logits": logits}
+
+
+def described(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """What there is to tell of a run without computing anything."""
+    weights = network.named_parameters()
     return {
         "recipe": _named(recipe.as_dict(), RECIPE_FIELDS, lambda **_: type(recipe)().as_dict()),
         "network": _describe(network),
         "parameters": count_parameters(network),
         "initial_weights": weights_digest(_in_dtype(network.state_dict(), DTYPES[recipe.dtype])),
+        "frozen": [name for name, weight in weights if not weight.requires_grad],
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -131,6 +141,27 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
 def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights as they are when the network is trained; whole numbers stay such."""
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def finally_is(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """By what the trained network is known when it comes back to the folder of its run.
+
+    Then all its layers are in evaluation mode: which were frozen, there is no telling.
+    """
+    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
+    logits.pop("training", None)
+    weights = weights_digest(network.state_dict())
+    return {"final_weights": weights, "final_logits": logits}
+
+
+def digest_of(what: dict) -> str:
+    """Twelve hexadecimal digits for a run that is `what`; runs that differ have others.
+
+    But for what logits alone tell: they are compared with a tolerance. Of two such runs the second
+    is refused in the folder of the first.
+    """
+    told = {key: value for key, value in what.items() if key != "logits" and value != []}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _recipe(named: dict) -> Recipe:
@@ -235,11 +266,13 @@ class RunFolder:
     """The folder of one run: every file in it is whole, and `config.json` says if it is finished.
 
     `config.json`, `history.csv`, `weights.safetensors`, `predictions.safetensors` and, until the
-    run is done, `checkpoint.safetensors`.
+    run is done, `checkpoint.safetensors`. Digests cover all that is resumed or reported; what is
+    damaged, missing or of another run is named, and nothing is trained over it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
+        self._what: dict = {}
         self._config = self.directory / "config.json"
         self._checkpoint = self.directory / "checkpoint.safetensors"
         self._history = self.directory / "history.csv"
@@ -252,12 +285,13 @@ class RunFolder:
         Raises `ValueError`, naming the difference, if epochs of a run that is something else lie
         here.
         """
-        if not self._config.is_file():
+        if self.is_empty():
             return False
         config = self._read_config()
         here = dict(config["is"])
-        if what["initial_weights"] == config.get("final_weights"):
-            here["initial_weights"] = what["initial_weights"]  # the run's own network, trained
+        if what["initial_weights"] == config.get("final_weights"):  # the run's own network
+            here["initial_weights"] = what["initial_weights"]
+            here["logits"] = config.get("final_logits", {})
         differing = differences(here, what)
         finished = "final_weights" in config
         if differing and (finished or self._checkpoint.is_file()):
@@ -268,10 +302,28 @@ class RunFolder:
         return finished
 
     def _read_config(self) -> dict:
+        if not self._config.is_file():
+            raise self._damaged(self._config)
         config = read_json(self._config)
-        if not isinstance(config, dict) or not isinstance(config.get("is"), dict):
+        whole = _is_config(config) and config.get("digest", "") in ("", _json_digest(config))
+        if whole and "digest" not in config and "final_weights" not in config:
+            # As earlier versions wrote it: then only a checkpoint comes before the weights.
+            whole = self._checkpoint.is_file() or not self._weights.is_file()
+        if not whole:
             raise self._damaged(self._config)
         return config
+
+    def _write_config(self, config: dict) -> None:
+        config["digest"] = _json_digest(config)
+        write_json(self._config, config)
+
+    def is_empty(self) -> bool:
+        """Whether nothing of a run lies here."""
+        return not any(file.exists() for file in self._files())
+
+    def holds_no_other(self, what: dict) -> bool:
+        """Whether nothing lies here but, perhaps, the beginning of a run that is `what`."""
+        return self.is_empty() or not differences(self._read_config()["is"], what)
 
     def origin(self) -> dict:
         """Where the run that lies here came from so far; empty if there is none."""
@@ -282,8 +334,13 @@ class RunFolder:
         return self._config.is_file() and "final_weights" in self._read_config()
 
     def history_so_far(self) -> list[dict]:
-        """The epochs that are done, none if there is no run."""
+        """The epochs that are done, none if there is no run; the file is taken as it is."""
         return self._read_history() if self._history.is_file() else []
+
+    def finished_history(self) -> list[dict]:
+        """All epochs of the finished run; raises `ValueError` if any of its files is damaged."""
+        self._check_results(self._read_config())
+        return self._read_history()
 
     def pack(self) -> dict[str, bytes]:
         """The files of a finished run by their names, for `receive` elsewhere."""
@@ -293,20 +350,21 @@ class RunFolder:
 
     def receive(self, files: Mapping[str, bytes]) -> None:
         """Writes the files of a run that was finished elsewhere, last the one that says so."""
+        if files:  # of which one without the rest would be damage
+            config = json.loads(files[self._config.name])
+            self._write_config({"is": config["is"], "from": config["from"]})
         for name, content in files.items():
             write_bytes(self.directory / name, content)
 
     def start(self, what: dict, origin: dict) -> None:
         """Writes down what the run is before its first epoch; removes what no run can use."""
         remove_leftovers(self.directory)
-        if self._checkpoint.is_file() and not self._config.is_file():
-            self._checkpoint.unlink()  # of what run, there is nothing to tell
-        write_json(self._config, {"is": what, "from": origin})
+        self._what = what
+        self._write_config({"is": what, "from": origin})
 
     def clear(self) -> None:
         """Removes a run, if there is one: its files, and nothing else that lies here."""
-        self._config.unlink(missing_ok=True)
-        for file in (self._checkpoint, self._history, self._weights, self._predictions):
+        for file in self._files():
             file.unlink(missing_ok=True)
 
     def save_epoch(
@@ -316,20 +374,26 @@ class RunFolder:
         tensors = _prefixed("network", network.state_dict())
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= _prefixed(f"optimizer.{index}", state)
-        about = {"history": json.dumps(history), "digest": weights_digest(tensors)}
+        about = {"history": json.dumps(history), "is": json.dumps(self._what)}
+        about["digest"] = _json_digest(about | {"tensors": weights_digest(tensors)})
         write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
         self._write_history(history)
 
-    def load_epoch(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Puts network and optimiser into the state of the last finished epoch.
+    def load_epoch(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, what: dict
+    ) -> list[dict]:
+        """Puts network and optimiser into the state of the last finished epoch of `what`.
 
         Returns the history up to it, empty if there is none.
         """
         if not (self._config.is_file() and self._checkpoint.is_file()):
             return []
         tensors, about = self._read(self._checkpoint)
-        if about.get("digest") != weights_digest(tensors):
+        if about.get("digest") != _json_digest(about | {"tensors": weights_digest(tensors)}):
             raise self._damaged(self._checkpoint)
+        differing = differences(json.loads(about["is"]), what)
+        if differing:
+            raise self._damaged(self._checkpoint, f"of another run ({'; '.join(differing)})")
         states: dict[int, dict] = {}
         for key, value in _unprefixed("optimizer", tensors).items():
             index, _, name = key.partition(".")
@@ -350,21 +414,19 @@ class RunFolder:
         guesses = {"predicted": run.predicted.to(torch.int16), "probability": run.probability}
         write_bytes(self._predictions, tensors_to_bytes(guesses))
         run.config["digests"] = {file.name: _file_digest(file) for file in self._results()}
-        write_json(self._config, run.config)
+        self._write_config(run.config)
         self._checkpoint.unlink(missing_ok=True)
 
     def load(self, network: nn.Module) -> Run:
         """The finished run that lies here, its weights put into `network`."""
         config = self._read_config()
-        for file in self._results():
-            if not file.is_file() or _file_digest(file) != config.get("digests", {}).get(file.name):
-                raise self._damaged(file)
+        self._check_results(config)
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
         network.load_state_dict(weights)
         return Run(
             network=network,
-            recipe=_recipe(config["is"]["recipe"]),
+            recipe=self._recipe_in(config),
             history=self._read_history(),
             predicted=guesses["predicted"].long(),
             probability=guesses["probability"],
@@ -372,8 +434,23 @@ class RunFolder:
             directory=self.directory,
         )
 
+    def _recipe_in(self, config: dict) -> Recipe:
+        try:
+            return _recipe(config["is"]["recipe"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(self._config) from error
+
     def _results(self) -> tuple[Path, ...]:
         return self._history, self._weights, self._predictions
+
+    def _files(self) -> tuple[Path, ...]:
+        return self._config, self._checkpoint, *self._results()
+
+    def _check_results(self, config: dict) -> None:
+        digests = config.get("digests", {})
+        for file in self._results():
+            if not file.is_file() or _file_digest(file) != digests.get(file.name):
+                raise self._damaged(file)
 
     def _write_history(self, history: list[dict]) -> None:
         lines = [",".join(COLUMNS)]
@@ -388,7 +465,7 @@ class RunFolder:
                 for line in lines
             ]
             return [row | {"epoch": int(row["epoch"])} for row in rows]
-        except (FileNotFoundError, ValueError, KeyError) as error:
+        except (FileNotFoundError, ValueError, KeyError, OverflowError) as error:
             raise self._damaged(self._history) from error
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -401,9 +478,31 @@ class RunFolder:
             raise self._damaged(path) from error
         return tensors, header.get("__metadata__", {})
 
-    def _damaged(self, path: Path) -> ValueError:
-        how = "damaged" if path.is_file() else "missing"
-        return ValueError(f"{path} is {how}: delete the folder {self.directory} and run again")
+    def _damaged(self, path: Path, how: str = "damaged") -> ValueError:
+        how = how if path.exists() else "missing"
+        return ValueError(
+            f"{path} is {how}: delete the folder {self.directory} and run again (--fresh on the "
+            "command line)"
+        )
+
+
+def _is_config(value: object) -> bool:
+    """Whether it has the parts of a `config.json`."""
+    if not isinstance(value, dict) or not isinstance(value.get("is"), dict):
+        return False
+    origin, digests = value.get("from", {}), value.get("digests", {})
+    if not isinstance(origin, dict) or not isinstance(digests, dict):
+        return False
+    before = origin.get("before", [])
+    return isinstance(before, list) and all(
+        isinstance(each, dict) and isinstance(each.get("until_epoch"), int) for each in before
+    )
+
+
+def _json_digest(value: dict) -> str:
+    """SHA-256 over all of it but its "digest"."""
+    covered = {name: each for name, each in value.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def _file_digest(file: Path) -> str:
@@ -437,7 +536,8 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
     """What differs between two identities, one phrase each.
 
     A field of the recipe, or an argument of `build_network`, that only one of them names counts as
-    its default in the other; what only one tells of a network of one's own is no difference.
+    its default in the other; what only one tells of a network of one's own, or of what a network
+    computes, is no difference. Logits may differ by `LOGITS_APART`.
 
     Args:
         there: of a kept run.
@@ -445,7 +545,8 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
         where: the key under which both lie in larger dicts, with a dot.
     """
     found = []
-    for key in sorted(there.keys() | here.keys()):
+    both = there.keys() & here.keys()
+    for key in sorted((there.keys() | here.keys()) - (LATER - both)):
         one, other = there.get(key), here.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found += differences(*_with_the_same_fields(key, one, other), f"{where}{key}.")
@@ -459,6 +560,10 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
 def _with_the_same_fields(key: str, there: dict, here: dict) -> tuple[dict, dict]:
     if key == "recipe":
         return _completed(there, here, _recipe_fields)
+    if key == "logits":
+        both = there.keys() & here.keys()
+        modes = [mode for mode in both if are_apart(there[mode], here[mode])]
+        return {mode: there[mode] for mode in modes}, {mode: here[mode] for mode in modes}
     if key == "network" and "name" in there and "name" in here:
         return _completed(there, here, _network_arguments)
     if key == "network" and "class" in there and "class" in here:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from normlab.assignments import Variant
 from normlab.data import Dataset
 from normlab.files import user_path, write_text
+from normlab.fitting import identified
 from normlab.plans import Plan, left_to_do, say_what_is_left
 from normlab.report import csv_text, escaped, percent
 from normlab.runs import RunFolder, remove_run
@@ -38,6 +40,7 @@ COLUMNS = (
     "seconds",
 )
 MEASURED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+OF_RECIPE = ("batch_size", "lr", "seed", "epochs")
 TABLE = "sweep.csv"
 
 
@@ -82,21 +85,25 @@ class SweepTable:
             remove_run(plan.directory)
 
     def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Plan]:
-        """Takes the rows of `kept`, of the file and of finished runs; returns the plans left."""
-        measured = {} if kept is None else _read_rows(user_path(kept))
-        measured |= self._rows_in_file()
-        others = []
+        """Takes the rows of finished runs, of those that diverged, and of `kept`.
+
+        Returns the plans left. The file's own rows are believed only of runs that diverged, since
+        of these nothing else is kept; the others are what the files of their runs say, once those
+        have been found whole.
+        """
+        there, here = {} if kept is None else _read_rows(user_path(kept)), self._rows_in_file()
+        left = []
         for plan in self.plans:
-            row = measured.get(self.digests[plan.directory])
-            if row is None:
-                others.append(plan)
-            else:
-                self._fill(plan, {name: row[name] for name in (*MEASURED, "seconds")})
-        unfinished = left_to_do(self.plans, self.data, device)  # looks at each run that is here
-        left = [plan for plan in others if plan in unfinished]
-        for plan in others:
-            if plan not in left:
+            digest = self.digests[plan.directory]
+            row = there.get(digest)
+            if not left_to_do([plan], self.data, device):
                 self._fill(plan, _last(plan))
+            elif digest in here and self._has_diverged(plan, here[digest]):
+                self._fill(plan, dict.fromkeys(MEASURED, math.nan))
+            elif row is not None:
+                self._fill(plan, {name: row[name] for name in (*MEASURED, "seconds")})
+            else:
+                left.append(plan)
         if self.rows and self.show:
             say_what_is_left(len(left), len(self.plans))
         self._write()
@@ -113,6 +120,16 @@ class SweepTable:
         if self.after_each is not None:
             self.after_each(self.frame())
 
+    def _has_diverged(self, plan: Plan, row: dict) -> bool:
+        """Whether a row of the file says so, and is that of this plan."""
+        what = identified(plan.job(self.data), self.data).what
+        return (
+            math.isnan(row["test_accuracy"])
+            and all(row[name] == getattr(plan.recipe, name) for name in OF_RECIPE)
+            and (row["norm"], row["parameters"]) == (plan.variant.norm, what["parameters"])
+            and RunFolder(plan.directory).holds_no_other(what)
+        )
+
     def _fill(self, plan: Plan, measured: dict) -> None:
         recipe, cell = plan.recipe, self.cells[plan.variant.folder]
         digest = self.digests[plan.directory]
@@ -122,7 +139,7 @@ class SweepTable:
             "norm": plan.variant.norm,
             "base_lr": cell.base_lr,
             "parameters": count_parameters(plan.job(self.data).network),
-            **{name: getattr(recipe, name) for name in ("batch_size", "lr", "seed", "epochs")},
+            **{name: getattr(recipe, name) for name in OF_RECIPE},
             "seconds": math.nan,
             **measured,
         }
@@ -161,32 +178,49 @@ def _frame(rows: Sequence[dict]) -> DataFrame:
 
 def _last(plan: Plan) -> dict:
     """What a finished run has measured in its last epoch, and its seconds in all."""
-    history = RunFolder(plan.directory).history_so_far()
-    if not history:
-        raise ValueError(f"{plan.directory} has lost its history.csv: delete it and run again")
+    history = RunFolder(plan.directory).finished_history()
     last = {name: history[-1][name] for name in MEASURED}
     return last | {"seconds": sum(row["seconds"] for row in history)}
 
 
 def _read_rows(file: Path) -> dict[str, dict]:
-    """The rows of a table by their runs' digests; those of runs that diverged are NaN."""
-    import pandas
+    """The rows of a table by their runs' digests; those of runs that diverged are NaN.
 
+    Raises `ValueError` that names a line which cannot have been written so.
+    """
     try:
-        rows = pandas.read_csv(
-            file,
-            dtype=dict.fromkeys(("run", "variant", "norm"), str),
-            converters=dict.fromkeys(("base_lr", "lr", "seconds", *MEASURED), _exactly),
-            keep_default_na=False,  # a norm may be called none
-        )
-        return {row["run"]: row for row in rows[list(COLUMNS)].to_dict("records")}
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{file} is no table of a sweep: {error}") from error
+        with file.open(newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            rows = [_row(reader.line_num, row) for row in reader]
+    except (csv.Error, ValueError) as error:
+        raise ValueError(
+            f"{file} is no table of a sweep: {error}: mend it or delete it; rows of runs that are "
+            "kept come back"
+        ) from error
+    return {row["run"]: row for row in rows}
 
 
-def _exactly(text: str) -> float:
-    """The number that was written, to the last bit, as pandas by itself does not promise."""
-    return float(text or "nan")
+def _row(line: int, texts: dict) -> dict:
+    """The values of a line, if it is that of a run that ended or diverged."""
+    if None in texts or None in texts.values():
+        raise ValueError(f"line {line} has not the fields of the first line")
+    row = {name: KINDS.get(name, _number)(texts[name]) for name in COLUMNS}
+    measured = [row[name] for name in (*MEASURED, "seconds")]
+    ended = all(0 <= value < math.inf for value in measured)
+    ended = ended and max(row["train_accuracy"], row["test_accuracy"]) <= 1
+    if not ended and not all(map(math.isnan, measured)):
+        raise ValueError(f"line {line} is damaged")
+    return row
+
+
+def _number(text: str) -> float:
+    return float(text) if text else math.nan
+
+
+KINDS = dict.fromkeys(("run", "variant", "norm"), str)
+KINDS |= dict.fromkeys(("batch_size", "seed", "epochs", "parameters"), int)
 
 
 def summary_table(table: DataFrame) -> str:

@@ -71,10 +71,12 @@ def run_sweep(
         data: the images, or a function that returns them; without it, the assignment's.
         directory: where to keep `sweep.csv`, which grows as runs finish, and these, in folders
             that end in the table's "run". Runs found there are not trained again; interrupted ones
-            go on. Other sweeps may be kept there too.
+            go on. Other sweeps may be kept there too. A row whose run is lost counts only if
+            that diverged.
         device, progress: as for `fit`; there is a line for each run.
         fresh: trains anew those of this sweep's runs that `directory` holds already.
-        kept: a `sweep.csv` whose rows are taken for the same network, recipe and images.
+        kept: a `sweep.csv` whose rows are taken as they are for the same network, recipe and
+            images, as far as layers, source and weights tell: it holds no logits.
         dask: address of a Dask scheduler whose workers train; `data` must then be a function,
             which they call, or left out.
         after_each: is called with the table so far when a run is finished.
@@ -120,8 +122,12 @@ def _in_own_folder(plan: Plan, data: Dataset, device: torch.device) -> Plan:
         is_here = is_done(plan.job(data), data, device)
         if is_here or RunFolder(plan.directory).history_so_far():
             return plan
-    own = f"{plan.directory.name}-{plan.digest(data)}"
-    return replace(plan, directory=plan.directory.with_name(own))
+    name = f"{plan.directory.name}-{plan.digest(data)}"
+    own = plan.directory.with_name(name)
+    if not own.is_dir():  # another sweep may have given the same run another label
+        elsewhere = plan.directory.parents[1].glob(f"*/{name}")
+        own = next((place for place in elsewhere if RunFolder(place).is_finished()), own)
+    return replace(plan, directory=own)
 
 
 def _images(

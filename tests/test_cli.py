@@ -178,6 +178,24 @@ def test_the_same_command_loads_what_is_finished(option, again, capsys):
     assert histories(out) == before
 
 
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_run_that_lost_its_config_is_named_and_trained_anew_with_fresh(again, capsys, content):
+    command, out = again
+    file = next(out.rglob("config.json"))
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main([*command, "--epochs", "1"]) == 1
+    told = capsys.readouterr().err
+    assert str(file) in told
+    assert "delete" in told
+    assert told.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main([*command, "--epochs", "1", "--fresh"]) == 0
+    assert file.is_file()
+
+
 def test_fresh_trains_anew(again, capsys):
     command, out = again
     before = histories(out)

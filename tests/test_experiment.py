@@ -188,6 +188,22 @@ def test_fresh_trains_anew_and_leaves_other_files_alone(tiny, tiny_assignment, t
     assert facts(second) != facts(first)
 
 
+@pytest.mark.parametrize("name", ["config.json", "history.csv", "weights.safetensors"])
+def test_what_a_run_has_lost_is_named_and_fresh_is_the_way_out(
+    tiny, tiny_assignment, tmp_path, watch, name
+):
+    first = run(tiny_assignment, tiny, tmp_path)
+    file = tmp_path / "gn" / "seed-0" / name
+    file.unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    watch.clear()
+    with pytest.raises(ValueError, match=rf"{name} is missing: delete .*--fresh"):
+        run(tiny_assignment, tiny, tmp_path)
+    assert watch.epochs == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert facts(run(tiny_assignment, tiny, tmp_path, fresh=True)) == facts(first)
+
+
 def test_fresh_removes_nothing_before_all_is_checked(finished, tiny, tiny_assignment):
     _, folder = finished
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}

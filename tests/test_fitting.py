@@ -52,7 +52,7 @@ def on_training_batch(network, act):
     def hook(module, inputs):
         nonlocal seen
         images = inputs[0]
-        if module.training and images.any():  # not the empty images that only try the network
+        if module is network and module.training and images.any():  # not what only tries it
             seen += 1
             act(seen, images.detach().clone(memory_format=torch.contiguous_format))
 

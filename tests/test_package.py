@@ -54,6 +54,7 @@ ORDER = (
     "networks",
     "summaries",
     "training",
+    "probe",
     "optimizers",
     "watching",
     "recipes",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,7 +40,7 @@ def interrupted(network, data, directory, recipe=RECIPE):
 
     def hook(module, inputs):
         nonlocal batches
-        batches += module.training and bool(inputs[0].any())  # empty images only try the network
+        batches += module is network and module.training  # copies only try the network
         if batches > 2 * 3:
             raise KeyboardInterrupt
 
@@ -182,7 +183,9 @@ def test_best_and_last_epoch(run):
 def assert_loaded(network, data, directory, run):
     """`fit` gives `run` back with `network`, which never sees a training batch."""
     handle = network.register_forward_pre_hook(
-        lambda module, _: pytest.fail("it was trained again") if module.training else None
+        lambda module, _: (
+            pytest.fail("it was trained") if module is network and module.training else None
+        )
     )
     before = everything_in(directory)
     loaded = fit(network, data, directory)
@@ -215,7 +218,6 @@ def test_every_kind_of_network_comes_back(tiny, tiny_network, tmp_path, norm):
 
 def test_what_a_killed_process_left_is_cleared_away(tiny, tiny_network, tmp_path):
     (tmp_path / ".weights.safetensors.4711.part").write_bytes(b"half")
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"of what run?")
     fit(tiny_network("gn"), tiny, tmp_path)
     assert set(everything_in(tmp_path)) == FILES
 
@@ -406,13 +408,87 @@ def test_a_missing_file_of_a_finished_run_is_named_with_what_to_do(
     assert str(folder / name) in str(caught.value)
 
 
-def test_a_checkpoint_without_its_config_is_not_taken_for_this_run(tiny, tiny_network, folder):
-    interrupted(tiny_network("gn"), tiny, folder)
+@pytest.mark.parametrize("damage", [None, emptied, lambda _: b"\xff", lambda _: b"[" * 10**5])
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_nothing_is_trained_over_a_run_whose_config_is_lost(
+    tiny, tiny_network, folder, state, damage
+):
+    (fit if state == "finished" else interrupted)(tiny_network("gn"), tiny, folder)
     (folder / "config.json").unlink()
-    other = RECIPE.replace(lr=0.01, seed=3)
-    run = fit(tiny_network("gn", seed=5), tiny, folder, other)
-    alone = fit(tiny_network("gn", seed=5), tiny, None, other)
-    assert run.frame().drop(columns="seconds").equals(alone.frame().drop(columns="seconds"))
+    if damage is not None:
+        (folder / "config.json").write_bytes(damage(b""))
+    before = everything_in(folder)
+    with pytest.raises(ValueError, match=r"config\.json is (missing|damaged).*: delete"):
+        fit(tiny_network("gn", seed=5), tiny, folder, RECIPE.replace(lr=0.01))
+    assert everything_in(folder) == before
+    remove_run(folder)
+    assert len(fit(tiny_network("gn"), tiny, folder).history) == RECIPE.epochs
+
+
+def test_a_checkpoint_of_another_run_is_named(tiny, tiny_network, folder):
+    other = folder.with_name("other")
+    interrupted(tiny_network("gn"), tiny, folder)
+    interrupted(tiny_network("gn", 1), tiny, other, RECIPE.replace(seed=1, lr=0.2))
+    shutil.copy(other / "checkpoint.safetensors", folder)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is of another run .*seed is 1"):
+        fit(tiny_network("gn"), tiny, folder)
+
+
+@pytest.mark.parametrize("part", ["history", "is", "digest"])
+def test_a_digest_covers_all_that_a_checkpoint_tells(tiny, tiny_network, folder, part):
+    interrupted(tiny_network("gn"), tiny, folder)
+    file = folder / "checkpoint.safetensors"
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    for changed in (about[part].replace("1", "2", 1), "", None):
+        others = {name: text for name, text in about.items() if name != part}
+        others |= {} if changed is None else {part: changed}
+        save_file(load_file(file), file, metadata=others)
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged: delete"):
+            fit(tiny_network("gn"), tiny, folder)
+
+
+def test_a_digest_covers_all_that_the_config_tells(tiny, tiny_network, run, folder):
+    file = folder / "config.json"
+    told = json.loads(file.read_text())
+    changes = [{"from": told["from"] | {"threads": 99}}, {"final_weights": "0"}, {"extra": 1}]
+    for config in (*(told | each for each in changes), told.keys() - {"final_weights"}):
+        config = config if isinstance(config, dict) else {name: told[name] for name in config}
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"config\.json is damaged: delete"):
+            fit(tiny_network("gn"), tiny, folder)
+
+
+def wrong(values, *path):
+    """Copies of nested dicts in which one value each is missing or of another type."""
+    for key, value in values.items():
+        rest = {name: each for name, each in values.items() if name != key}
+        yield rest
+        for other in (None, 3, "text", [], [1], {}, {"a": {"b": 1}}, [[]] * 2):
+            yield rest | {key: other}
+        if isinstance(value, dict):
+            for inner in wrong(value):
+                yield rest | {key: inner}
+
+
+def test_wrong_types_in_a_config_without_digest_are_named(tiny, tiny_network, run, folder):
+    """As earlier versions kept them: a sentence, or the numbers that were there."""
+    file = folder / "config.json"
+    told = {k: v for k, v in json.loads(file.read_text()).items() if k != "digest"}
+    told["from"]["before"] = [{"until_epoch": 1}]
+    named, harmless, network, configs = 0, 0, tiny_network("gn"), list(wrong(told))
+    for config in configs:
+        file.write_text(json.dumps(config))
+        try:
+            found = RunFolder(folder)
+            assert not found.open(run.config["is"]) or found.load(network).history == run.history
+            assert isinstance(stretches(found.origin(), {}, 3), list)
+        except ValueError as problem:
+            named += str(folder) in str(problem)
+        else:
+            harmless += 1
+    assert named + harmless == len(configs)
+    assert named > harmless
 
 
 # --- removal ---------------------------------------------------------------------------------
@@ -544,6 +620,7 @@ def test_what_only_newer_versions_tell_of_a_network_of_ones_own_is_no_difference
     tiny, tiny_network, run, folder
 ):
     config = json.loads((folder / "config.json").read_text())
+    del config["digest"]
     told = config["is"]["network"].copy()
     for network in ({k: told[k] for k in ("class", "layers")}, told | {"closure": "1f3a"}):
         config["is"]["network"] = network

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -16,7 +17,7 @@ from normlab import cluster, parallel, sweeps
 from normlab.plans import plan_runs
 from normlab.runs import RunFolder, remove_run
 from normlab.seeding import seeded
-from normlab.sweep_tables import COLUMNS, MEASURED
+from normlab.sweep_tables import COLUMNS, MEASURED, _read_rows
 
 
 def sweep(assignment, data, **options):
@@ -482,3 +483,133 @@ def test_where_one_of_several_at_once_diverges_the_others_go_on(
     )
     assert [done for done, _ in found] == [rate < 1 for rate in rates]
     assert [problem is None for _, problem in found] == [rate < 1 for rate in rates]
+
+
+# --- what is believed of the files -------------------------------------------------------------
+
+
+def measured(table):
+    return table.drop(columns="seconds")
+
+
+@pytest.fixture
+def swept(tiny_assignment, tiny, tmp_path):
+    """A function that makes the same sweep in `tmp_path` again: GN at a good and at a bad rate."""
+    options = {"norms": ["gn"], "lrs": [0.1, 1e30], "epochs": 1, "directory": tmp_path}
+    return lambda **more: sweep(tiny_assignment, tiny, **options | more)
+
+
+def test_a_digit_that_was_changed_in_the_table_does_not_show(swept, tmp_path):
+    table, file = swept(), tmp_path / "sweep.csv"
+    loss, before = repr(table["test_loss"].tolist()[0]), file.read_text()
+    file.write_text(before.replace(loss, "0.999"))
+    assert file.read_text() != before
+    assert swept().equals(table)
+    assert file.read_text() == before
+
+
+def test_a_row_that_says_diverged_is_not_believed_of_a_finished_run(swept, tmp_path):
+    table, file = swept(), tmp_path / "sweep.csv"
+    head, good, bad = file.read_text().splitlines()
+    emptied = ",".join([*good.split(",")[:9], *[""] * 5])
+    file.write_text("\n".join([head, emptied, bad]))
+    assert swept().equals(table)
+
+
+def test_a_row_of_a_run_that_is_lost_is_trained_again(swept, tmp_path):
+    table = swept()
+    (weights,) = tmp_path.glob("runs/*/*/weights.safetensors")
+    remove_run(weights.parent)
+    trained = []
+    assert measured(swept(after_each=trained.append)).equals(measured(table))
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("cell", [4, 5, 6, 7, 8])
+def test_a_row_of_another_run_does_not_tell_that_one_diverged(swept, tmp_path, cell):
+    swept()
+    head, good, bad = (tmp_path / "sweep.csv").read_text().splitlines()
+    cells = bad.split(",")
+    cells[cell] = "7"
+    (tmp_path / "sweep.csv").write_text("\n".join([head, good, ",".join(cells)]))
+    trained = []
+    swept(after_each=trained.append)
+    assert len(trained) == (cell != 4)  # the base rate is the sweep's own
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda row: row[:-40],
+        lambda row: row + ",1",
+        lambda row: row.replace("0.", "1.", 3),
+        lambda row: row.replace(",1,", ",one,"),
+        lambda row: row.rpartition(",")[0] + ",-1",
+        lambda row: row.rpartition(",")[0] + ",inf",
+    ],
+)
+def test_a_damaged_row_is_named_with_its_line(swept, tmp_path, damage):
+    swept()
+    file = tmp_path / "sweep.csv"
+    head, good, bad = file.read_text().splitlines()
+    for rows in ([damage(good), bad], [bad, damage(good)]):
+        file.write_text("\n".join([head, *rows]))
+        with pytest.raises(ValueError, match=r"sweep\.csv is no table of a sweep: ") as caught:
+            swept()
+        assert "mend it or delete it" in str(caught.value)
+    file.unlink()
+    assert len(swept()) == 2
+
+
+@pytest.mark.parametrize("name", ["history.csv", "weights.safetensors", "predictions.safetensors"])
+def test_a_damaged_run_is_named_rather_than_tabulated(swept, tmp_path, name):
+    swept()
+    (file,) = tmp_path.glob(f"runs/*/*/{name}")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "sweep.csv").unlink()
+    with pytest.raises(ValueError, match=rf"{name} is damaged: delete the folder"):
+        swept()
+    assert len(swept(fresh=True)) == 2
+
+
+def test_a_run_without_its_config_is_trained_anew_only_with_fresh(swept, tmp_path):
+    table = swept()
+    (weights,) = tmp_path.glob("runs/*/*/weights.safetensors")
+    (weights.parent / "config.json").unlink()
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is missing: delete .*--fresh"):
+        swept()
+    assert files_in(tmp_path) == before
+    assert measured(swept(fresh=True)).equals(measured(table))
+
+
+def test_sweeps_of_networks_that_compute_something_else_do_not_share_a_folder(
+    tiny_assignment, tiny, tiny_network, tmp_path
+):
+    factor = [1.0]
+
+    def build(norm):
+        network = tiny_network(norm)
+        network.norm.register_forward_hook(lambda *call: factor[0] * call[-1])
+        return network
+
+    assignment = replace(tiny_assignment, build=build)
+    options = {"norms": ["gn"], "lrs": [0.1, 1e30], "epochs": 1, "directory": tmp_path}
+    table = sweep(assignment, tiny, **options)
+    factor[0] = 2.0
+    with pytest.raises(ValueError, match=r"something else \(logits\.evaluation.*choose another"):
+        sweep(assignment, tiny, **options)
+    trained = []
+    options |= {"lrs": [1e30], "after_each": trained.append}
+    sweep(assignment, tiny, **options)
+    assert len(trained) == 1  # that the other network diverged tells nothing of this one
+    factor[0] = 1.0
+    assert sweep(assignment, tiny, **options | {"lrs": [0.1]}).equals(table[:1])
+
+
+def test_the_kept_tables_are_whole():
+    for file in Path(__file__).parents[1].glob("notebooks/results/**/*.csv"):
+        if file.read_text().startswith(",".join(COLUMNS)):
+            assert _read_rows(file), file
