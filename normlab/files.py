@@ -192,7 +192,7 @@ def scratch_folder() -> Iterator[Path]:
     for lock in place.glob("normlab-*.lock"):
         with suppress(OSError, Timeout):  # another user's, or in use
             _remove_scratch(lock, timeout=0)
-    lock = place / f"normlab-{secrets.token_hex(8)}.lock"
+    lock = place / f"normlab-{os.getpid()}-{secrets.token_hex(8)}.lock"
     try:
         with FileLock(lock):
             lock.with_suffix("").mkdir(mode=0o700)
@@ -205,4 +205,15 @@ def _remove_scratch(lock: Path, *, timeout: float = -1) -> None:
     if not lock.is_symlink():
         with FileLock(lock, timeout=timeout):
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            _remove_semaphores(lock.name.split("-")[1])
         lock.unlink(missing_ok=True)
+
+
+def _remove_semaphores(process: str) -> None:
+    """Those of joblib's workers stay in memory when the process is killed with all its children.
+
+    The number of the process may have been given anew: then they stay.
+    """
+    if not Path("/proc", process).exists():
+        for file in Path("/dev/shm").glob(f"sem.loky-{process}-*"):
+            file.unlink(missing_ok=True)

@@ -181,6 +181,7 @@ def _portion(
     # earlier call only for the same arguments, and none of those was called with this file.
     pool = {"n_jobs": max(workers, 2), "backend": "loky"}
     pool |= {"initializer": _end_with_parent, "initargs": (os.getpid(), file)}
+    pool["temp_folder"] = str(file.parent)  # else in /dev/shm, where it would outlast a kill
     try:
         for parcel, outcome in work_off(task, parcels, **pool):
             left.remove(parcel)
