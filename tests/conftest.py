@@ -158,7 +158,7 @@ def everything_of(process: subprocess.Popen, temporary: Path) -> list[Path]:
 
     All processes of the session, its files in the temporary folder, and those in shared memory.
     """
-    found = [file for file in Path("/dev/shm").glob("*") if f"-{process.pid}-" in file.name]
+    found = list(Path("/dev/shm").glob(f"*[-_]{process.pid}[-_]*"))
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
             state, _, _, session = (place / "stat").read_text().rpartition(")")[2].split()[:4]

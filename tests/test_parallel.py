@@ -325,7 +325,7 @@ def kill_somebody(process: subprocess.Popen, chance: random.Random) -> None:
 @pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_after_kills_at_random_the_next_call_leaves_the_runs_alone(rounds, undisturbed, tmp_path):
     chance = random.Random(rounds)
-    for number in range(int(os.environ.get("NORMLAB_ROUNDS", rounds))):
+    for number in range(rounds):
         folder = tmp_path / str(number)
         (folder / "temporary").mkdir(parents=True)
         process = started(folder)
