@@ -1,10 +1,14 @@
 """The command `normlab`: reading arguments and printing; the work is done elsewhere."""
 
 import argparse
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,22 +24,69 @@ EXPECTED = (ArithmeticError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 where the work failed, or 2 where it was used wrongly."""
-    with lasting_output():
+    """Runs the command; returns 0, or 1 where the work failed, or 2 where it was used wrongly.
+
+    If a signal ended it, it returns 128 and the signal's number.
+    """
+    with lasting_output(), _ended_by_signals():
         options = _parser().parse_args(arguments)
         status = 2
         try:
             plan = options.check(options)
             status = 1
             options.work(options, plan)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             print(f"\nnormlab: interrupted; {options.after_interrupt(options)}", file=sys.stderr)
-            return 130
+            return 128 + getattr(interrupt, "number", signal.SIGINT)
         except EXPECTED as error:
             return _tell(options, str(error) or type(error).__name__, status)
         except Exception as error:
             return _tell(options, f"{error!r}; --traceback shows where it arose", 1)
     return 0
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal other than that of Ctrl-C ends the work."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class _End:
+    """What to do at a signal: raises `_Ended` once, and again if that got lost in a destructor."""
+
+    def __init__(self) -> None:
+        self.last: weakref.ref | None = None
+
+    def __call__(self, number: int, _: object) -> None:
+        if self.last is None or self.last() is None:
+            error = _Ended(number)
+            self.last = weakref.ref(error)
+            try:
+                raise error
+            finally:
+                del error  # else this frame would keep it, as it keeps the frame
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside the block a request to end, and a terminal that is closed, are like Ctrl-C.
+
+    Not if they are to be ignored, as after `nohup`. Once one has ended the work they are ignored:
+    a shell may repeat them.
+    """
+    end, numbers = _End(), []
+    if threading.current_thread() is threading.main_thread():  # no other one may ask for them
+        known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        numbers = [each for each in known if each and signal.getsignal(each) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN if end.last else signal.SIG_DFL)
 
 
 def _tell(options: argparse.Namespace, message: str, status: int) -> int:

@@ -7,17 +7,15 @@ cache folder of its own machine, and sends the finished run's files home.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import joblib
 
@@ -25,10 +23,11 @@ import normlab
 from normlab.cache import cache_folder
 from normlab.checks import warn
 from normlab.data import Dataset
+from normlab.files import InUse, owned
 from normlab.parallel import AfterEach, Outcomes, Train, WorkersLost, quiet, train_all, work_off
 from normlab.parcels import Parcel, unpack
 from normlab.plans import Plan
-from normlab.runs import RunFolder, digest_of
+from normlab.runs import RunFolder, digest_of, remove_run
 
 if TYPE_CHECKING:
     from distributed import Client, Worker
@@ -268,7 +267,7 @@ def _train_away(
         data = _images_here(load, fingerprint, _own_address)
         job = unpack(sent, data)
         place = _place(digest_of(job.what))
-        with _alone_in(place):
+        with owned(place):  # which another process may train in that Dask took for dead
             result = train(replace(job, directory=place), data)
             return result, RunFolder(place).pack()
 
@@ -281,37 +280,11 @@ def _place(digest: str) -> Path:
     return cache_folder() / "sweeps" / normlab.__version__ / digest
 
 
-@contextmanager
-def _alone_in(place: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Yields whether no other process trains there, such as one that Dask took for dead.
-
-    With `wait` not before that is so. The lock's file stays: another process may wait for it.
-    """
-    if find_spec("fcntl") is None:  # Windows
-        yield True
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place.with_suffix(".lock"), "w") as lock:
-        yield _take(lock, wait)
-
-
-def _take(lock: IO, wait: bool) -> bool:
-    """Whether it has the lock, which the system takes back when the file or the process ends."""
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _forget(digests: Sequence[str]) -> None:
     """Removes runs from a worker's machine, but for one that is just being trained there."""
-    for place in filter(Path.is_dir, map(_place, digests)):
-        with _alone_in(place, wait=False) as alone:
-            if alone:
-                shutil.rmtree(place, ignore_errors=True)
+    for digest in digests:
+        with suppress(InUse):
+            remove_run(_place(digest))
 
 
 async def _load_there(load: Callable[[], Dataset], fingerprint: str, dask_worker: Worker) -> None:

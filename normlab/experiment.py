@@ -33,7 +33,7 @@ from normlab.plans import (
     seed_numbers,
     with_kept,
 )
-from normlab.runs import Run, RunFolder, remove_run
+from normlab.runs import Run, RunFolder, remove_runs
 from normlab.sources import load_dataset
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def run_assignment(
         plans = plan_runs(assignment, numbers, epochs, place)
         check_plans(plans, data, device)
         if fresh:
-            for plan in plans:
-                remove_run(plan.directory)
+            remove_runs(plan.directory for plan in plans)
         elif kept is not None:
             plans = with_kept(plans, place, user_path(kept), data, device)
         left = left_to_do(plans, data, device)

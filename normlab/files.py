@@ -1,17 +1,24 @@
 """Files that are either whole or not there: written aside, then moved into place."""
 
+import errno
 import json
 import os
 import secrets
 import shutil
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 DEEPEST = 50  # of what is nested in JSON: more would be too much for whoever goes through it
+LOCK = ".lock"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+
+_holders: dict[Path, int] = {}  # the folders that this process has, and the threads that asked
 
 
 def user_path(path: str | Path) -> Path:
@@ -32,7 +39,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     a full disk).
     """
     place = Path(os.path.realpath(path))
-    aside = place.with_name(f".{place.name}.{os.getpid()}.part")
+    aside = place.with_name(f".{place.name}.{secrets.token_hex(8)}.part")
     try:
         _make_folder(place.parent)
         aside.touch()
@@ -109,10 +116,80 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Removes what a killed process was writing aside in `directory`."""
-    for leftover in directory.glob(".*.part"):
+def remove_leftovers(directory: Path, of: str = "*") -> None:
+    """Removes what a killed process was writing aside in `directory`, which must be `owned`."""
+    for leftover in directory.glob(f".{of}.*.part"):
         leftover.unlink(missing_ok=True)
+
+
+class InUse(RuntimeError):
+    """Somebody else has a folder."""
+
+
+@contextmanager
+def owned(*folders: Path, wait: bool = True) -> Iterator[None]:
+    """Nobody else who asks for one of the folders has it while the block lasts.
+
+    Another process is waited for, which is said, unless `wait` is False; when it is killed the
+    system takes the folder back from it. A thread may ask again for what it has. A folder that was
+    made for this, and is still empty, is gone afterwards.
+
+    Raises `InUse` if another thread of this process has a folder, or without `wait` another one.
+    """
+    with ExitStack() as stack:
+        for place in sorted({Path(os.path.realpath(folder)) for folder in folders}):
+            stack.enter_context(_owned(place, wait))  # in one order, so that no two wait crosswise
+        yield
+
+
+@contextmanager
+def _owned(place: Path, wait: bool) -> Iterator[None]:
+    me = threading.get_ident()
+    if _holders.get(place) == me:
+        yield
+        return
+    lock, new = FileLock(place / LOCK), not place.is_dir()
+    if _holders.setdefault(place, me) != me:
+        raise InUse(f"{place} is in use by another training here: choose another directory")
+    try:
+        _take(lock, place, wait)
+        yield
+    finally:
+        with suppress(OSError):  # Windows does so itself, afterwards
+            if lock.is_locked:
+                (place / LOCK).unlink()  # who waits for this very file will see that it is gone
+        lock.release()
+        if new:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+        del _holders[place]
+
+
+def _take(lock: FileLock, place: Path, wait: bool) -> None:
+    """Takes the lock; where the file system has none it goes on without, with a warning."""
+    patience = 0
+    while not lock.is_locked:
+        try:
+            _make_folder(place)
+            lock.acquire(timeout=patience)
+        except FileNotFoundError:
+            continue  # whoever had the folder has removed it
+        except Timeout:
+            if not wait:
+                other = "wait for its end, or choose another directory"
+                raise InUse(f"{place} is in use by another process: {other}") from None
+            _say(f"{place} is in use by another process; waiting")
+            patience = -1
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise type(error)(f"cannot write {place}: {error.strerror or error}") from error
+            _say(f"{place} cannot be locked: let no other process write there at the same time")
+            return
+
+
+def _say(message: str) -> None:
+    """To the terminal, since in a process beside others warnings are silent."""
+    print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -126,7 +203,7 @@ def scratch_folder() -> Iterator[Path]:
     for lock in place.glob("normlab-*.lock"):
         with suppress(OSError, Timeout):  # another user's, or in use
             _remove_scratch(lock, timeout=0)
-    lock = place / f"normlab-{secrets.token_hex(8)}.lock"
+    lock = place / f"normlab-{os.getpid()}-{secrets.token_hex(8)}.lock"
     try:
         with FileLock(lock):
             lock.with_suffix("").mkdir(mode=0o700)
@@ -139,4 +216,15 @@ def _remove_scratch(lock: Path, *, timeout: float = -1) -> None:
     if not lock.is_symlink():
         with FileLock(lock, timeout=timeout):
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            _remove_semaphores(lock.name.split("-")[1])
         lock.unlink(missing_ok=True)
+
+
+def _remove_semaphores(process: str) -> None:
+    """Those of joblib's workers stay in memory when the process is killed with all its children.
+
+    The number of the process may have been given anew: then they stay.
+    """
+    if not Path("/proc", process).exists():
+        for file in Path("/dev/shm").glob(f"sem.loky-{process}-*"):
+            file.unlink(missing_ok=True)

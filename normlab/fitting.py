@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from normlab.data import Batches, Dataset
 from normlab.devices import pick_device
 from normlab.engine import PlainEngine
 from normlab.engines import ENGINES, make_engine
-from normlab.files import user_path
+from normlab.files import owned, user_path
 from normlab.graphs import can_overlap
 from normlab.penalties import l1_penalty
 from normlab.progress import Progress, make_progress
@@ -88,7 +89,7 @@ class Job:
     """What `fit_together` trains: a network, how, where to keep it, and what to call it.
 
     `what` is its `identity`, where that is known: a process that a network was sent to could not
-    tell from what source it comes.
+    tell from what source it comes. A directory that is `only_read` holds the finished run.
     """
 
     network: nn.Module
@@ -96,6 +97,7 @@ class Job:
     directory: Path | None = None
     label: str | None = None
     what: dict | None = None
+    only_read: bool = False
 
 
 def identified(job: Job, data: Dataset) -> Job:
@@ -125,10 +127,25 @@ def fit_together(
     with compiler_left_out(), gradients():
         trainings = [_Training(job, data, device, engine, progress) for job in jobs]
         together = can_overlap(job.network for job in jobs)
-        errors = _train_all(trainings, len(jobs) if together else 1)
+        with _folders_of(trainings):
+            errors = _train_all(trainings, len(jobs) if together else 1)
     if errors:
         raise errors[0]
     return [training.result for training in trainings]
+
+
+@contextmanager
+def _folders_of(trainings: Sequence["_Training"]) -> Iterator[None]:
+    """Has the folders of all that are to be trained; some may be done when it gets them."""
+    left = [each for each in trainings if each.folder is not None and not each.loaded]
+    folders = [os.path.realpath(each.folder.directory) for each in left]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"two networks would be kept in {folder}: give each its directory")
+    with owned(*folders):
+        for each in left:
+            each.look()
+        yield
 
 
 def _train_all(trainings: Sequence["_Training"], at_once: int) -> list[Exception]:
@@ -178,7 +195,11 @@ def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
     _check_dtype(device, job.recipe)
     if job.directory is None or RunFolder(job.directory).is_empty():
         return False
-    return RunFolder(job.directory).open(job.what or identity(job.network, data, job.recipe))
+    folder = RunFolder(job.directory)
+    done = folder.open(job.what or identity(job.network, data, job.recipe))
+    if done and not job.only_read:
+        folder.tidy()
+    return done
 
 
 def load_run(job: Job, data: Dataset, device: torch.device) -> Run:
@@ -229,7 +250,11 @@ class _Training:
         with self._explaining():
             move(job.network, device, job.recipe)
         self.what = job.what or identity(job.network, data, job.recipe)
-        self.loaded = is_done(replace(job, what=self.what), data, device)
+        self.look()
+
+    def look(self) -> None:
+        """Finds out whether the folder holds the finished run."""
+        self.loaded = is_done(replace(self.job, what=self.what), self.data, self.device)
 
     def turns(self) -> Iterator[bool]:
         """Trains, from each `next` to another for an epoch; at its end there is the `result`."""

@@ -24,12 +24,13 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of an assignment: a variant and a seed, and the folder for it."""
+    """One run of an assignment: a variant and a seed, and the folder for it, or a kept one."""
 
     assignment: Assignment
     variant: Variant
     recipe: Recipe
     directory: Path
+    kept: bool = False
 
     @property
     def label(self) -> str:
@@ -49,7 +50,7 @@ class Plan:
             input_shape=data.input_shape,
         )
         instance(network, nn.Module, f"what build returns for {self.variant.norm!r}", "return it")
-        return Job(network, self.recipe, self.directory, self.label)
+        return Job(network, self.recipe, self.directory, self.label, only_read=self.kept)
 
     def digest(self, data: Dataset) -> str:
         """The run's `digest_of`."""
@@ -76,7 +77,10 @@ def with_kept(
     plans: list[Plan], place: Path, kept: Path, data: Dataset, device: torch.device
 ) -> list[Plan]:
     """The plans, those whose finished run lies in `kept` with its folder there for their own."""
-    there = [replace(plan, directory=kept / plan.directory.relative_to(place)) for plan in plans]
+    there = [
+        replace(plan, directory=kept / plan.directory.relative_to(place), kept=True)
+        for plan in plans
+    ]
     found = _are_done(there, data, device)
     return [one if done else plan for one, plan, done in zip(there, plans, found, strict=True)]
 

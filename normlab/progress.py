@@ -1,5 +1,6 @@
 """How far a training has come: a bar on a terminal, a line in a notebook, lines in a log."""
 
+import errno
 import io
 import os
 import sys
@@ -180,10 +181,14 @@ def _lasting(stream: TextIO) -> TextIO:
 
 
 class _Lasting(io.RawIOBase):
-    """Hands on what is written, up to the first error; that of a reader that has left is none."""
+    """Hands on what is written, up to the first error; that of a reader that has left is none.
+
+    Nor is that of a terminal that was closed.
+    """
 
     def __init__(self, raw: io.RawIOBase) -> None:
         self._raw, self._lost = raw, False
+        self._gone = (errno.EPIPE, errno.EIO) if raw.isatty() else (errno.EPIPE,)
         self.fileno, self.isatty, self.writable = raw.fileno, raw.isatty, raw.writable
 
     def write(self, content: bytes) -> int | None:
@@ -192,6 +197,6 @@ class _Lasting(io.RawIOBase):
                 return self._raw.write(content)
             except OSError as error:
                 self._lost = True
-                if not isinstance(error, BrokenPipeError):
+                if error.errno not in self._gone:
                     raise
         return len(content)

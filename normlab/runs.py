@@ -5,8 +5,8 @@ import inspect
 import json
 import platform
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,16 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from normlab.data import Dataset
-from normlab.files import read_json, remove_leftovers, write_bytes, write_json, write_text
+from normlab.files import (
+    LOCK,
+    InUse,
+    owned,
+    read_json,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from normlab.networks import Network, build_network
 from normlab.norms import NORMS
 from normlab.probe import are_apart, probe
@@ -349,12 +358,30 @@ class RunFolder:
         return {file.name: file.read_bytes() for file in (*self._results(), self._config)}
 
     def receive(self, files: Mapping[str, bytes]) -> None:
-        """Writes the files of a run that was finished elsewhere, last the one that says so."""
-        if files:  # of which one without the rest would be damage
-            config = json.loads(files[self._config.name])
-            self._write_config({"is": config["is"], "from": config["from"]})
+        """Writes the files of a run that was finished elsewhere, last the one that says so.
+
+        If somebody else has finished the run here in the meantime, that one stays.
+        """
+        if files:
+            with owned(self.directory):
+                if not self.is_finished():
+                    self._receive(files)
+
+    def _receive(self, files: Mapping[str, bytes]) -> None:
+        config = json.loads(files[self._config.name])
+        self._write_config({"is": config["is"], "from": config["from"]})  # files alone were damage
         for name, content in files.items():
             write_bytes(self.directory / name, content)
+
+    def tidy(self) -> None:
+        """Removes what is left by a process that was killed at the very end of the run."""
+        left = (self._checkpoint.name, LOCK, ".*.part")
+        if any(any(self.directory.glob(name)) for name in left):
+            # Not where it is in use, or only to be read.
+            with suppress(InUse, OSError), owned(self.directory, wait=False):
+                if self.is_finished():
+                    self._checkpoint.unlink(missing_ok=True)
+                    remove_leftovers(self.directory)
 
     def start(self, what: dict, origin: dict) -> None:
         """Writes down what the run is before its first epoch; removes what no run can use."""
@@ -364,6 +391,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes a run, if there is one: its files, and nothing else that lies here."""
+        remove_leftovers(self.directory)
         for file in self._files():
             file.unlink(missing_ok=True)
 
@@ -511,9 +539,22 @@ def _file_digest(file: Path) -> str:
 
 def remove_run(directory: Path) -> None:
     """Removes the run that lies in `directory`, and the folder if nothing else is in it."""
-    RunFolder(directory).clear()
-    if Path(directory).is_dir() and not any(Path(directory).iterdir()):
-        shutil.rmtree(directory)
+    remove_runs([directory])
+
+
+def remove_runs(directories: Iterable[Path], first: Callable[[], None] = lambda: None) -> None:
+    """Calls `first`, and removes the runs in these folders, but not if one of them is in use.
+
+    Then it raises `InUse`. Folders in which there is nothing else are removed, too.
+    """
+    there = [directory for directory in map(Path, directories) if directory.is_dir()]
+    with owned(*there, wait=False):
+        first()
+        for directory in there:
+            RunFolder(directory).clear()
+    for directory in there:
+        with suppress(OSError):  # there is something else
+            directory.rmdir()
 
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

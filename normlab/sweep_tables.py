@@ -13,11 +13,11 @@ import torch
 
 from normlab.assignments import Variant
 from normlab.data import Dataset
-from normlab.files import user_path, write_text
+from normlab.files import owned, remove_leftovers, user_path, write_text
 from normlab.fitting import identified
 from normlab.plans import Plan, left_to_do, say_what_is_left
 from normlab.report import csv_text, escaped, percent
-from normlab.runs import RunFolder, remove_run
+from normlab.runs import RunFolder, remove_runs
 from normlab.summaries import count_parameters
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ class SweepTable:
     def start_anew(self) -> None:
         """Removes this sweep's rows from the file, and its runs; those of other sweeps stay.
 
-        Raises `ValueError` if the file is no table of a sweep; then nothing is removed.
+        Raises `ValueError` if the file is no table of a sweep, `InUse` if one of the runs is being
+        trained; then nothing is removed.
         """
-        self._write()  # first: a row whose run is gone would pass for done
-        for plan in self.plans:
-            remove_run(plan.directory)
+        # The rows first: one whose run is gone would pass for done.
+        remove_runs((plan.directory for plan in self.plans), first=self._write)
 
     def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Plan]:
         """Takes the rows of finished runs, of those that diverged, and of `kept`.
@@ -163,8 +163,10 @@ class SweepTable:
         if self.file is None:
             return
         own = set(self.digests.values())
-        others = [row for digest, row in self._rows_in_file().items() if digest not in own]
-        write_text(self.file, csv_text(_frame([*self._own_rows(), *others])))
+        with owned(self.file.parent):
+            remove_leftovers(self.file.parent, of=self.file.name)
+            others = [row for digest, row in self._rows_in_file().items() if digest not in own]
+            write_text(self.file, csv_text(_frame([*self._own_rows(), *others])))
 
     def _rows_in_file(self) -> dict[str, dict]:
         return _read_rows(self.file) if self.file is not None and self.file.is_file() else {}

@@ -1,8 +1,9 @@
 """What the tests share: small data sets, a small network, and nothing of the machine's own."""
 
 import os
+import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import matplotlib
@@ -150,3 +151,16 @@ def tiny_assignment() -> nl.Assignment:
             nl.Variant("LN", "ln"),
         ),
     )
+
+
+def everything_of(process: subprocess.Popen, temporary: Path) -> list[Path]:
+    """What there is of a process that leads a session, on Linux.
+
+    All processes of the session, its files in the temporary folder, and those in shared memory.
+    """
+    found = list(Path("/dev/shm").glob(f"*[-_]{process.pid}[-_]*"))
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            state, _, _, session = (place / "stat").read_text().rpartition(")")[2].split()[:4]
+            found += [place] if state != "Z" and session == str(process.pid) else []
+    return [*found, *temporary.iterdir()]

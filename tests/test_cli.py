@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import everything_of
 from PIL import Image
 
 import normlab as nl
-from normlab.cli import _parser, main
+from normlab.cli import _ended_by_signals, _parser, main
 from normlab.norms import NORMS
 from normlab.sources import DATASETS
 
@@ -553,6 +554,82 @@ def test_ctrl_c_before_training_says_so(monkeypatch, capsys):
     monkeypatch.setattr("normlab.sources.load_dataset", interrupted)
     assert main(["data", "digits"]) == 130
     assert "interrupted; nothing is lost" in capsys.readouterr().err
+
+
+ON_A_TERMINAL = (
+    "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "a closed terminal"])
+def test_whatever_ends_it_side_by_side_leaves_no_process_and_no_litter(how, tmp_path):
+    place = tmp_path / "temporary"
+    place.mkdir()
+    options = ["run", "mnist-l1", "--dataset", str(make_folder(tmp_path / "shades", train=150))]
+    options += ["--epochs", "500", "--device", "cpu", "--out", str(tmp_path / "out")]
+    terminal, end = os.openpty()
+    command = [sys.executable, "-c", ON_A_TERMINAL, str(end)]
+    command += [sys.executable, "-c", SIDE_BY_SIDE, *options]
+    with subprocess.Popen(
+        command, pass_fds=[end], env=os.environ | {"TMPDIR": str(place)}, cwd=tmp_path
+    ) as process:
+        os.close(end)
+        while process.poll() is None and not list(tmp_path.rglob("history.csv")):
+            time.sleep(0.01)
+        assert everything_of(process, place)[1:]
+        if how == "a closed terminal":
+            os.close(terminal)
+        else:
+            process.send_signal(getattr(signal, how))
+            said = b""
+            with contextlib.suppress(OSError):  # its end
+                while part := os.read(terminal, 10_000):
+                    said += part
+            os.close(terminal)
+            assert b"\nnormlab: interrupted; what was finished is kept in " in said
+            assert b"Traceback" not in said
+    ended = signal.SIGTERM if how == "SIGTERM" else signal.SIGHUP
+    assert process.returncode == 128 + ended
+    while everything_of(process, place):
+        time.sleep(0.01)  # its helpers go after it
+
+
+def test_signals_that_are_to_be_ignored_are(tmp_path):
+    """As after `nohup`; and what was usual before is usual again."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with _ended_by_signals():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with _ended_by_signals():
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with _ended_by_signals(), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # once more, while it ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_gets_lost_in_a_destructor_may_come_again(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # that of pytest would keep it
+
+    class Deaf:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with _ended_by_signals():
+            Deaf()
+            with pytest.raises(KeyboardInterrupt) as caught:
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # while the other one is on its way
+            assert caught.value.number == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- a quick start ----------------------------------------------------------------------------

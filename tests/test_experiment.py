@@ -367,6 +367,7 @@ def test_kept_runs_are_taken_where_they_fit_and_only_read(
     finished, tiny, tiny_assignment, tmp_path, watch, capsys
 ):
     before_results, kept = finished
+    (kept / "gn" / "seed-1" / ".history.csv.0.part").touch()
     before = {file: file.read_bytes() for file in kept.rglob("*") if file.is_file()}
     results = nl.run_assignment(
         tiny_assignment, data=tiny, seeds=2, directory=tmp_path, device="cpu", kept=kept

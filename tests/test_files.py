@@ -8,10 +8,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 import normlab as nl
 from normlab.cli import main
 from normlab.files import (
+    InUse,
+    owned,
     read_json,
     remove_leftovers,
     scratch_folder,
@@ -185,6 +188,36 @@ def test_damaged_json_is_named_with_what_to_do(tmp_path, content):
     assert str(path) in str(caught.value)
 
 
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    with written_aside(tmp_path / "a") as one:
+        one.write_text("one")
+        with written_aside(tmp_path / "a") as other:
+            other.write_text("other")
+            assert len(everything_in(tmp_path)) == 2
+        assert everything_in(tmp_path).pop("a") == b"other"
+    assert everything_in(tmp_path) == {"a": b"one"}
+
+
+def test_folders_are_owned_by_one_at_a_time_and_leave_nothing(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    other.mkdir()
+    with owned(one, other, one), owned(other):  # the same thread may ask again
+        for place in (one, other):
+            with pytest.raises(Timeout):
+                FileLock(place / ".lock", timeout=0).acquire()
+    assert [path.name for path in tmp_path.rglob("*")] == ["other"]  # which was there before
+    with FileLock(one / ".lock"):
+        with pytest.raises(InUse), owned(other, one, wait=False):
+            pytest.fail("it is in use")
+        FileLock(other / ".lock", timeout=0).acquire().lock.release()  # the other one is free
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^cannot write .*file: "), owned(tmp_path / "file"):
+        pytest.fail("that is no folder")
+
+
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     for name in (".weights.safetensors.123.part", "weights.safetensors", "notes.part", ".hidden"):
         (tmp_path / name).write_text("x")
@@ -200,16 +233,20 @@ def test_a_temporary_folder_outlasts_no_process_that_used_it(tmp_path, monkeypat
         "from normlab.files import scratch_folder\n"
         "with scratch_folder() as folder:\n"
         "    (folder / 'images').touch()\n"
+        "    if os.path.isdir('/dev/shm'):\n"
+        "        open(f'/dev/shm/sem.loky-{os.getpid()}-0', 'w').close()  # as joblib does\n"
         "    os.kill(os.getpid(), 9)\n"
     )
     env = os.environ | {"TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=env, check=False)
+    process = subprocess.Popen([sys.executable, "-c", code], env=env)
+    process.wait()
     (killed,) = (path for path in tmp_path.glob("normlab-*") if (path / "images").exists())
     with scratch_folder() as first, scratch_folder() as second:
         assert not killed.exists()
         assert first.is_dir()  # in use: the second does not remove it
         assert second.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["normlab-of-another-kind"]
+    assert list(Path("/dev/shm").glob(f"sem.loky-{process.pid}-*")) == []
 
 
 # --- the home folder --------------------------------------------------------------------------

@@ -1,9 +1,15 @@
 """`fit`: what it computes, that it computes it again, and that it goes on after an interruption."""
 
+import errno
+import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import nn
 
 import normlab as nl
 from normlab import engines
 from normlab.engine import CpuEngine, PlainEngine
+from normlab.files import InUse, owned
 from normlab.fitting import Job, fit_together, is_done, warn_if_at_chance
 from normlab.graphs import GraphEngine
 from normlab.runs import RunFolder
@@ -703,3 +711,139 @@ def test_a_norm_without_running_statistics_is_worth_a_warning(tiny, tiny_network
         whole, single = (nl.predict(network, tiny, batch_size=size) for size in (40, 1))
     assert [each.filename for each in caught] == [__file__] * 2
     assert not torch.allclose(whole, single, atol=0.01)
+
+
+# --- two in one folder ------------------------------------------------------------------------
+
+TRAINER = """
+import json, pathlib, sys, time
+import torch
+from conftest import make_tiny, make_tiny_network
+import normlab as nl
+from normlab.runs import RunFolder
+
+keep = RunFolder.save_epoch
+
+def keep_and_wait(folder, *state):  # so that the folder stays in use until the test says so
+    keep(folder, *state)
+    (folder.directory.parent / "training").touch()
+    while not (folder.directory.parent / "go").exists():
+        time.sleep(0.001)
+
+RunFolder.save_epoch = keep_and_wait
+torch.set_num_threads(1)
+data, recipe = make_tiny(), nl.Recipe(epochs=3, batch_size=16, lr=0.1)
+for line in sys.stdin:
+    options = {"directory": line.strip(), "device": "cpu", "progress": False}
+    run = nl.fit(make_tiny_network("gn"), data, recipe, **options)
+    print(json.dumps([run.history, run.config]), flush=True)
+"""
+
+
+@contextmanager
+def trainer():
+    """A process that trains in every folder that it is told, and tells of the run."""
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAINER],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def tell(process, folder):
+    process.stdin.write(f"{folder}\n")
+    process.stdin.flush()
+
+
+def until_there(file):
+    while not file.exists():
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_two_processes_in_one_folder_make_one_run(tmp_path, rounds):
+    seen = []
+    with trainer() as one, trainer() as other:
+        for number in range(rounds):
+            folder = tmp_path / str(number) / "run"
+            first, second = random.sample([one, other], 2)
+            tell(first, folder)
+            until_there(folder.parent / "training")
+            tell(second, folder)
+            waits = second.stderr.readline()
+            assert waits == f"{folder} is in use by another process; waiting\n"
+            (folder.parent / "go").touch()
+            trained, found = (
+                json.loads(first.stdout.readline()),
+                json.loads(second.stdout.readline()),
+            )
+            assert trained == found  # to the seconds: it was trained once
+            assert set(os.listdir(folder)) == set(trained[1]["digests"]) | {"config.json"}
+            seen.append((without_seconds(trained[0]), trained[1]["final_weights"]))
+        for process in (one, other):
+            process.stdin.close()
+            assert process.stderr.read() == ""
+    assert all(each == seen[0] for each in seen)
+
+
+def test_when_a_process_is_killed_the_one_that_waits_goes_on(tiny, tiny_network, tmp_path):
+    folder = tmp_path / "run"
+    with trainer() as one, trainer() as other:
+        tell(one, folder)
+        until_there(tmp_path / "training")
+        tell(other, folder)
+        assert "waiting" in other.stderr.readline()
+        before = RunFolder(folder).history_so_far()
+        one.kill()
+        (tmp_path / "go").touch()
+        history, config = json.loads(other.stdout.readline())
+    assert history[:1] == before  # to the seconds
+    assert set(os.listdir(folder)) == set(config["digests"]) | {"config.json"}
+
+
+def test_fresh_does_not_touch_a_folder_in_use(tiny, tiny_assignment, tmp_path):
+    options = {"data": tiny, "directory": tmp_path, "device": "cpu", "progress": False}
+    nl.run_assignment(tiny_assignment, **options)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with (
+        FileLock(tmp_path / "ln" / "seed-0" / ".lock"),
+        pytest.raises(InUse, match=r"ln.seed-0 is in use by another process: wait for its end, or"),
+    ):
+        nl.run_assignment(tiny_assignment, fresh=True, **options)
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_two_trainings_of_one_process_in_one_folder_are_refused(tiny, tiny_network, tmp_path):
+    jobs = [Job(tiny_network(seed=seed), RECIPE, tmp_path / "run") for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"two networks would be kept in .*run: give each its"):
+        fit_together(jobs, tiny, device="cpu", progress=False)
+    errors = []
+
+    def in_a_thread():
+        with pytest.raises(InUse, match="in use by another training here: choose another") as error:
+            fit(tiny_network(), tiny, directory=tmp_path / "run")
+        errors.append(error)
+
+    with owned(tmp_path / "run"):
+        thread = threading.Thread(target=in_a_thread)
+        thread.start()
+        thread.join()
+    assert errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_locks_it_goes_on_and_says_so(tiny, tiny_network, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    run = fit(tiny_network(), tiny, directory=tmp_path)
+    assert run.history == RunFolder(tmp_path).history_so_far()
+    assert capsys.readouterr().err == (
+        f"{tmp_path} cannot be locked: let no other process write there at the same time\n"
+    )

@@ -1,17 +1,21 @@
 """Runs side by side in processes give what runs one after another give."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import joblib
 import pytest
 import torch
+from conftest import everything_of
+from test_runs import FILES
 from torch import nn
 
 import normlab as nl
@@ -269,3 +273,71 @@ def test_processes_end_when_their_parent_is_killed(when, tmp_path, monkeypatch):
     assert list(folder.iterdir())
     with scratch_folder() as mine:
         assert set(folder.iterdir()) == {mine, mine.with_suffix(".lock")}
+
+
+KILLED = SIDE_BY_SIDE.replace("data=data, epochs=500", "data=data.subset(train=256), epochs=6")
+
+
+def started(folder: Path) -> subprocess.Popen:
+    """Three runs side by side, in a session of their own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        **{"cwd": folder, "env": os.environ | {"TMPDIR": str(folder / "temporary")}},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True},
+    )
+
+
+def results(folder: Path) -> dict[str, tuple]:
+    """What every run has measured and learned, but for its seconds."""
+    found = {}
+    for file in folder.glob("runs/*/seed-0/config.json"):
+        history = RunFolder(file.parent).history_so_far()
+        measured = [[value for name, value in row.items() if name != "seconds"] for row in history]
+        found[file.parent.parent.name] = (read_json(file)["final_weights"], measured)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "temporary").mkdir()
+    started(folder).communicate()
+    return results(folder)
+
+
+def kill_somebody(process: subprocess.Popen, chance: random.Random) -> None:
+    """After a random number of lines, or as soon as it has children."""
+    for _ in range(chance.randrange(16)):
+        process.stdout.readline()
+    while process.poll() is None and len(children(process)) < 3:
+        time.sleep(0.01)
+    whom = chance.choice(["the parent", "a child", "all"])
+    with suppress(OSError):  # it has just ended
+        if whom == "a child":
+            os.kill(int(chance.choice(children(process)).name), signal.SIGKILL)
+        elif whom == "the parent":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_after_kills_at_random_the_next_call_leaves_the_runs_alone(rounds, undisturbed, tmp_path):
+    chance = random.Random(rounds)
+    for number in range(rounds):
+        folder = tmp_path / str(number)
+        (folder / "temporary").mkdir(parents=True)
+        process = started(folder)
+        kill_somebody(process, chance)
+        process.communicate()
+        again = started(folder)
+        again.communicate()
+        assert again.returncode == 0
+        for each in (process, again):
+            while left := everything_of(each, folder / "temporary"):
+                assert all(file.parent == Path("/proc") for file in left), left
+                time.sleep(0.01)  # it is ending
+        assert {file.name for file in folder.glob("runs/*/seed-0/*")} == FILES
+        assert {file.name for file in folder.rglob(".*")} == set()
+        assert results(folder) == undisturbed

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
+from normlab.files import InUse
 from normlab.runs import (
     COLUMNS,
     NETWORK_ARGUMENTS,
@@ -22,6 +24,7 @@ from normlab.runs import (
     _describe,
     identity,
     remove_run,
+    remove_runs,
     stretches,
     weights_digest,
 )
@@ -222,10 +225,32 @@ def test_what_a_killed_process_left_is_cleared_away(tiny, tiny_network, tmp_path
     assert set(everything_in(tmp_path)) == FILES
 
 
-def test_looking_whether_a_run_is_finished_changes_nothing(tiny, tiny_network, run, folder):
-    (folder / ".weights.safetensors.4711.part").write_bytes(b"half")
-    before = everything_in(folder)
+LITTER = (".lock", ".weights.safetensors.4711.part", "checkpoint.safetensors")
+
+
+def test_what_a_kill_at_the_very_end_left_goes_at_the_next_look(tiny, tiny_network, run, folder):
+    for name in LITTER:
+        (folder / name).write_bytes(b"")
     assert fit(tiny_network("gn"), tiny, folder).history == run.history
+    assert set(everything_in(folder)) == FILES
+
+
+def test_a_look_changes_nothing_where_somebody_else_is_at_work(tiny, tiny_network, run, folder):
+    with FileLock(folder / ".lock"):
+        (folder / LITTER[1]).write_bytes(b"half")
+        before = everything_in(folder)
+        assert fit(tiny_network("gn"), tiny, folder).history == run.history
+        assert everything_in(folder) == before
+
+
+@pytest.mark.usefixtures("run")
+def test_a_run_in_use_is_not_removed_and_none_beside_it(folder):
+    before = everything_in(folder)
+    with (
+        FileLock(folder.parent / "other" / ".lock"),
+        pytest.raises(InUse, match=r"other is in use by another process: wait for its end, or"),
+    ):
+        remove_runs([folder, folder.parent / "other"])
     assert everything_in(folder) == before
 
 

@@ -1,6 +1,9 @@
 """Sweeps: which runs they are made of, what their table holds, what is done is not done again."""
 
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,10 +13,12 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from filelock import FileLock
 from matplotlib import pyplot
 
 import normlab as nl
 from normlab import cluster, parallel, sweeps
+from normlab.files import InUse
 from normlab.plans import plan_runs
 from normlab.runs import RunFolder, remove_run
 from normlab.seeding import seeded
@@ -613,3 +618,42 @@ def test_the_kept_tables_are_whole():
     for file in Path(__file__).parents[1].glob("notebooks/results/**/*.csv"):
         if file.read_text().startswith(",".join(COLUMNS)):
             assert _read_rows(file), file
+
+
+# --- another process in the same folder -------------------------------------------------------
+
+ANOTHER = """
+import sys, normlab as nl
+options = {"epochs": 1, "directory": sys.argv[1], "device": "cpu", "norms": sys.argv[2:]}
+nl.run_sweep("mnist-l1", data=nl.load_dataset("digits").subset(train=64, test=16), **options)
+"""
+
+
+def another(place, norm):
+    command = [sys.executable, "-c", ANOTHER, str(place), norm]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_no_row_of_a_table_is_lost_where_two_write_it(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert another(other, "ln").wait() == 0
+    with FileLock(one / ".lock") as lock, another(one, "gn") as process:
+        assert process.stderr.readline() == f"{one} is in use by another process; waiting\n"
+        shutil.copy(other / "sweep.csv", one)
+        (one / ".sweep.csv.0123.part").touch()
+        lock.release()
+        assert process.stderr.read() == ""
+    assert set(pandas.read_csv(one / "sweep.csv")["norm"]) == {"gn", "ln"}
+    assert {file.name for file in one.iterdir()} == {"sweep.csv", "runs"}
+
+
+def test_a_fresh_sweep_refuses_a_run_in_use_and_changes_nothing(tiny, tiny_assignment, tmp_path):
+    options = {"data": tiny, "directory": tmp_path, "device": "cpu", "progress": False}
+    nl.run_sweep(tiny_assignment, norms=["gn", "ln"], **options)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with (
+        FileLock(folder_of(tmp_path, "ln") / ".lock"),
+        pytest.raises(InUse, match=r"in use by another process: wait for its end, or choose"),
+    ):
+        nl.run_sweep(tiny_assignment, norms=["gn", "ln"], fresh=True, **options)
+    assert before == {file: file.read_bytes() for file in before}
