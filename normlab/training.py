@@ -82,10 +82,18 @@ def set_training(network: nn.Module) -> None:
 
     A layer is frozen if it is in evaluation mode and has parameters, none of which is to be
     trained: `layer.eval().requires_grad_(False)`. So its running statistics stay as they are.
+    Raises `ValueError` for a single layer in evaluation mode that has running statistics alone.
     """
     frozen = []
-    for layer in network.modules():
+    for name, layer in network.named_modules():
         learns = [weight.requires_grad for weight in layer.parameters()]
+        asked = network.training and not layer.training and layer not in frozen
+        if asked and not learns and getattr(layer, "running_mean", None) is not None:
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) is in evaluation mode, but with "
+                "affine=False it has no parameters by which it could be frozen: give it some, or "
+                "call train() on it"
+            )
         if learns and not any(learns) and not layer.training:
             frozen += [part for part in layer.modules() if not part.training]
     network.train()

@@ -218,6 +218,14 @@ def test_what_lies_in_a_frozen_part_is_frozen_too():
     assert network[2].training
 
 
+def test_statistics_without_parameters_cannot_be_frozen():
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False).eval().requires_grad_(False)
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"layer '1' \(BatchNorm2d\) is in evaluation mode, but"):
+        train_epoch(network, BATCHES, torch.optim.SGD(network.parameters(), lr=0.1))
+    assert not network[1].running_mean.any()
+
+
 @pytest.mark.parametrize("half", ["eval", "requires_grad_"])
 def test_a_layer_that_is_frozen_by_half_is_trained_in_training_mode(half):
     network = make_network()
