@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -503,6 +502,12 @@ def test_side_by_side_nothing_depends_on_the_output(tail, tmp_path):
 # --- Ctrl-C -----------------------------------------------------------------------------------
 
 
+def hear_signals() -> None:
+    """Those that the shell has made the tests deaf to, if they run in the background."""
+    for name in ("SIGINT", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to another process on Windows")
 @pytest.mark.parametrize(
     "command",
@@ -520,8 +525,7 @@ def test_after_ctrl_c_the_same_command_goes_on(command, tmp_path, monkeypatch, c
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Whoever runs the tests in the background has made them deaf to Ctrl-C.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_signals,
     )
     try:
         # A run's history is written after each of its epochs.
@@ -575,7 +579,11 @@ def test_whatever_ends_it_side_by_side_leaves_no_process_and_no_litter(how, tmp_
     command = [sys.executable, "-c", ON_A_TERMINAL, str(end)]
     command += [sys.executable, "-c", SIDE_BY_SIDE, *options]
     with subprocess.Popen(
-        command, pass_fds=[end], env=os.environ | {"TMPDIR": str(place)}, cwd=tmp_path
+        command,
+        pass_fds=[end],
+        env=os.environ | {"TMPDIR": str(place)},
+        cwd=tmp_path,
+        preexec_fn=hear_signals,
     ) as process:
         os.close(end)
         while process.poll() is None and not list(tmp_path.rglob("history.csv")):

@@ -1,6 +1,7 @@
 """Assignments run as a whole: folders, tables, and what is not trained twice."""
 
 import csv
+import json
 import math
 import statistics
 from dataclasses import replace
@@ -408,9 +409,9 @@ def test_a_run_of_a_network_that_computes_something_else_is_not_taken(
 
     first = run(own(1.0), tiny, tmp_path / "a", seeds=2)
     assert facts(run(own(1.0), tiny, tmp_path / "a", seeds=2)) == facts(first)
-    with pytest.raises(ValueError, match="its network predicted otherwise, with the same weights"):
+    with pytest.raises(ValueError, match="something else"):
         run(own(3.0), tiny, tmp_path / "a", seeds=2)
-    with pytest.raises(ValueError, match="predicted otherwise"):  # before the others are trained
+    with pytest.raises(ValueError, match="something else"):  # before the others are trained
         run(own(3.0), tiny, tmp_path / "a", seeds=3)
     assert not (tmp_path / "a" / "bn" / "seed-2").exists()
     anew = run(own(3.0), tiny, tmp_path / "b", seeds=2, kept=tmp_path / "a")
@@ -424,6 +425,9 @@ def test_a_network_whose_kept_run_is_refused_keeps_its_weights(tiny, tiny_networ
     network = tiny_network()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     network.pool.register_forward_hook(lambda layer, images, output: -output)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["digest"], config["is"]["logits"], config["final_logits"]  # as in former versions
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="predicted otherwise"):
         nl.fit(network, tiny, recipe, directory=tmp_path, device="cpu", progress=False)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
