@@ -30,7 +30,7 @@ TRIAL_IMAGES = 8
 
 # How far apart the same logits may be in two processes, relative to the largest one: they may have
 # other numbers of threads or, in a cluster, other processors.
-LOGITS_APART = 1e-4
+TRIAL_APART = 1e-4
 
 
 class Planned(Protocol):
@@ -114,7 +114,7 @@ def unpack(sent: tuple[bytes, list], data: Dataset) -> Job:
         apart = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
     except Exception as error:  # as above
         raise StaysHere(f"another cannot compute with its network ({error})") from error
-    if not apart <= LOGITS_APART:  # as NaN is not
+    if not apart <= TRIAL_APART:  # as NaN is not
         raise StaysHere("another computes something else with its network")
     return job
 
