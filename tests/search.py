@@ -20,6 +20,7 @@ from normlab.experiment import load_assignment_data
 from normlab.files import written_aside
 
 EPOCHS, VALIDATION = 3, 0.1
+AT_ONCE = 2  # trials
 SGD = {"optimizer": "sgd", "nesterov": True, "weight_decay": 5e-4}
 MUON = {"optimizer": "muon", "weight_decay": 0.01}
 CENTRED = {**MUON, "lr": 0.05, "centred": True}
@@ -85,13 +86,12 @@ def main() -> None:
         ]
         done = _read(table)
         left = [v for v in variants if _key(_planned(assignment, v, options, seed)) not in done]
-        if not left:
-            continue
-        search = replace(assignment, variants=tuple(left))
-        results = nl.run_assignment(
-            search, data=data, epochs=options.epochs, seeds=[seed], directory=place
-        )
-        _keep(table, [_row(label, runs[0]) for label, runs in results.runs.items()])
+        for start in range(0, len(left), AT_ONCE):  # so that the table grows as they finish
+            search = replace(assignment, variants=tuple(left[start : start + AT_ONCE]))
+            results = nl.run_assignment(
+                search, data=data, epochs=options.epochs, seeds=[seed], directory=place
+            )
+            _keep(table, [_row(label, runs[0]) for label, runs in results.runs.items()])
 
 
 def _options() -> argparse.Namespace:
