@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import check_logits, has_weights, one_of, warn, whole_number
 from normlab.data import Dataset
-from normlab.runs import Run
-from normlab.seeding import fork_random_state
+from normlab.runs.folder import Run
+from normlab.support.checks import check_logits, has_weights, one_of, warn, whole_number
+from normlab.support.seeding import fork_random_state
 from normlab.training import evaluating
 
 Predictor = nn.Module | Run

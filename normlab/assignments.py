@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from normlab.checks import instance, one_of, several
-from normlab.networks import NETWORKS, build_network
+from normlab.model import NETWORKS, build_network
 from normlab.norms import norm_name
 from normlab.recipes import Recipe
-from normlab.seeding import seeded
+from normlab.support.checks import instance, one_of, several
+from normlab.support.seeding import seeded
 from normlab.training import gradients
 
 

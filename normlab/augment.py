@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normlab.checks import number, one_of
+from normlab.support.checks import number, one_of
 
 
 def shift(images: Tensor, offsets: Tensor, most: int | None = None) -> Tensor:

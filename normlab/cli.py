@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import normlab
-from normlab.files import user_path
-from normlab.progress import lasting_output
+from normlab.support.files import user_path
+from normlab.support.progress import lasting_output
 
 DESCRIPTION = "Compare batch, layer and group normalization on small convolutional networks."
 
@@ -220,8 +220,8 @@ def _add_data(commands) -> argparse.ArgumentParser:
 def _check_run(options: argparse.Namespace):
     """The assignment, the name of its data and the output folder, or what is wrong with them."""
     from normlab.assignments import as_submitted, find_assignment
-    from normlab.checks import one_of
-    from normlab.engines import ENGINES
+    from normlab.engines.choice import ENGINES
+    from normlab.support.checks import one_of
 
     assignment = find_assignment(options.assignment or "mnist-l1")
     if options.as_submitted:
@@ -235,10 +235,10 @@ def _check_run(options: argparse.Namespace):
 
 def _check_training(options: argparse.Namespace, assignment, dataset: str):
     """The data set's name or folder, and what to call it, if all options are in order."""
-    from normlab.checks import whole_number
-    from normlab.devices import pick_device
-    from normlab.plans import seed_numbers
-    from normlab.sources import DATASETS, check_dataset_name
+    from normlab.datasets.loading import DATASETS, check_dataset_name
+    from normlab.runs.plans import seed_numbers
+    from normlab.support.checks import whole_number
+    from normlab.support.devices import pick_device
 
     check_dataset_name(dataset)
     seed_numbers(options.seeds)
@@ -278,7 +278,7 @@ def _run(options: argparse.Namespace, plan) -> None:
 
 
 def _report_on(results, out: Path) -> None:
-    from normlab.report import markdown_table, write_report
+    from normlab.comparisons.report import markdown_table, write_report
 
     print(f"\n{markdown_table(results)}", flush=True)
     page = write_report(results, out)
@@ -305,7 +305,7 @@ def _how_to_resume(options: argparse.Namespace) -> str:
 def _check_sweep(options: argparse.Namespace):
     """The assignment, a function that loads its images, and the output folder."""
     from normlab.assignments import find_assignment
-    from normlab.sweeps import check_axes
+    from normlab.comparisons.sweeps import check_axes
 
     assignment = find_assignment(options.assignment)
     dataset, name = _check_training(options, assignment, options.dataset or assignment.dataset)
@@ -324,8 +324,8 @@ def _load_images(assignment, dataset: str | Path, root: Path | None, side: int |
 
 
 def _sweep(options: argparse.Namespace, plan) -> None:
-    from normlab.sweep_tables import TABLE, summary_table
-    from normlab.sweeps import run_sweep
+    from normlab.comparisons.sweep_tables import TABLE, summary_table
+    from normlab.comparisons.sweeps import run_sweep
 
     assignment, load, options.out = plan
     figure = options.out / "sweep.png"
@@ -350,8 +350,8 @@ def _sweep(options: argparse.Namespace, plan) -> None:
 
 def _draw_sweep(figure: Path, table, *, between: float = 0) -> None:
     """Draws a table, unless its figure is younger than so many seconds."""
+    from normlab.comparisons.sweep_plots import plot_sweep
     from normlab.plots import save_if_drawn
-    from normlab.sweep_plots import plot_sweep
 
     if not figure.is_file() or time.time() - figure.stat().st_mtime >= between:
         save_if_drawn(partial(plot_sweep, table), figure)
@@ -369,7 +369,7 @@ def _check_report(options: argparse.Namespace):
 
 
 def _report(options: argparse.Namespace, pages: list[Path]) -> None:
-    from normlab.pages import fill_pages, read_results
+    from normlab.comparisons.pages import fill_pages, read_results
 
     changed = fill_pages(pages, read_results(options.results), write=not options.dry)
     names = ", ".join(map(str, changed)) or "nothing"
@@ -383,9 +383,9 @@ def _report(options: argparse.Namespace, pages: list[Path]) -> None:
 
 def _list(options: argparse.Namespace, plan: None) -> None:
     from normlab.assignments import ASSIGNMENTS
-    from normlab.networks import NETWORKS
+    from normlab.datasets.loading import DATASETS
+    from normlab.model import NETWORKS
     from normlab.norms import NORMS
-    from normlab.sources import DATASETS
 
     print("Assignments")
     for assignment in ASSIGNMENTS.values():
@@ -402,7 +402,7 @@ def _list(options: argparse.Namespace, plan: None) -> None:
 
 
 def _build_for_summary(options: argparse.Namespace):
-    from normlab.networks import build_network
+    from normlab.model import build_network
 
     return build_network(
         options.network, options.norm, groups=options.groups, skip=not options.no_skip, seed=0
@@ -410,19 +410,19 @@ def _build_for_summary(options: argparse.Namespace):
 
 
 def _summary(options: argparse.Namespace, network) -> None:
-    from normlab.summaries import summary
+    from normlab.support.summaries import summary
 
     summary(network, network.description["input_shape"])
 
 
 def _check_dataset_name(options: argparse.Namespace) -> None:
-    from normlab.sources import check_dataset_name
+    from normlab.datasets.loading import check_dataset_name
 
     check_dataset_name(options.name)
 
 
 def _data(options: argparse.Namespace, plan: None) -> None:
-    from normlab.sources import load_dataset
+    from normlab.datasets.loading import load_dataset
 
     data = load_dataset(options.name, options.data_root)
     shape = "×".join(map(str, data.input_shape))

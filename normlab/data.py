@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from normlab.augment import parse_augmentation
-from normlab.checks import number, whole_number
-from normlab.files import written_aside
-from normlab.seeding import generator
+from normlab.support.checks import number, whole_number
+from normlab.support.files import written_aside
+from normlab.support.seeding import generator
 
 
 @dataclass(frozen=True, eq=False)

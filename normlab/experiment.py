@@ -14,15 +14,13 @@ import numpy as np
 import torch
 
 from normlab.assignments import Assignment, find_assignment
-from normlab.checks import instance, one_of
 from normlab.data import Dataset
-from normlab.devices import pick_device
-from normlab.engines import ENGINES
-from normlab.files import scratch_folder, user_path
+from normlab.datasets.loading import load_dataset
+from normlab.engines.choice import ENGINES
 from normlab.fitting import Job, fit_together, warn_if_at_chance
-from normlab.networks import NETWORKS
-from normlab.parallel import say_others_go_on, side_by_side
-from normlab.plans import (
+from normlab.model import NETWORKS
+from normlab.runs.folder import Run, RunFolder, remove_runs
+from normlab.runs.plans import (
     Plan,
     are_worth_processes,
     check_plans,
@@ -33,8 +31,10 @@ from normlab.plans import (
     seed_numbers,
     with_kept,
 )
-from normlab.runs import Run, RunFolder, remove_runs
-from normlab.sources import load_dataset
+from normlab.runs.processes import say_others_go_on, side_by_side
+from normlab.support.checks import instance, one_of
+from normlab.support.devices import pick_device
+from normlab.support.files import scratch_folder, user_path
 
 if TYPE_CHECKING:
     from pandas import DataFrame

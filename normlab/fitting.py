@@ -12,19 +12,14 @@ import torch
 from torch import nn
 
 from normlab.analysis import check_network, class_and_probability, predict
-from normlab.attributes import modes_kept
-from normlab.checks import instance, one_of, warn
-from normlab.compiler import compiler_left_out
 from normlab.data import Batches, Dataset
-from normlab.devices import pick_device
-from normlab.engine import PlainEngine
-from normlab.engines import ENGINES, make_engine
-from normlab.files import owned, user_path
-from normlab.graphs import can_overlap
+from normlab.engines.choice import ENGINES, make_engine
+from normlab.engines.compiler import compiler_left_out
+from normlab.engines.cuda_graph import can_overlap
+from normlab.engines.plain import PlainEngine
 from normlab.penalties import l1_penalty
-from normlab.progress import Progress, make_progress
 from normlab.recipes import DTYPES, Recipe, trained_parameters
-from normlab.runs import (
+from normlab.runs.folder import (
     Run,
     RunFolder,
     finally_is,
@@ -32,7 +27,12 @@ from normlab.runs import (
     provenance,
     stretches,
 )
-from normlab.seeding import seeded
+from normlab.support.checks import instance, one_of, warn
+from normlab.support.devices import pick_device
+from normlab.support.files import owned, user_path
+from normlab.support.module_state import modes_kept
+from normlab.support.progress import Progress, make_progress
+from normlab.support.seeding import seeded
 from normlab.training import device_of, evaluating, gradients
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.checks import one_of, plain, whole_number
+from normlab.support.checks import one_of, plain, whole_number
 
 EPSILON = 1e-5  # added to every variance, the same for all, so that no variant has an edge
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normlab.checks import has_weights, number
+from normlab.support.checks import has_weights, number
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.checks import one_of, warn
-from normlab.figures import (
+from normlab.runs.folder import QUANTITIES, Run
+from normlab.support.checks import one_of, warn
+from normlab.support.figures import (
     add_legend,
     drawn,
     fitted,
@@ -25,8 +26,7 @@ from normlab.figures import (
     paper,
     shortened,
 )
-from normlab.files import user_path, written_aside
-from normlab.runs import QUANTITIES, Run
+from normlab.support.files import user_path, written_aside
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
-from normlab.checks import has_weights, number, one_of, whole_number
 from normlab.optimizers import Muon, centre_filters, filters
+from normlab.support.checks import has_weights, number, one_of, whole_number
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("one-cycle", "cosine", "constant")

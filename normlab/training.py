@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.attributes import modes_kept
-from normlab.checks import check_logits, number, pair
 from normlab.penalties import l1_penalty
+from normlab.support.checks import check_logits, number, pair
+from normlab.support.module_state import modes_kept
 
 
 @dataclass(frozen=True)

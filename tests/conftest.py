@@ -27,8 +27,8 @@ os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
 sys.path.append(str(Path(__file__).parents[1]))
 
 LONGEST = (
-    *("test_cluster", "test_cli", "test_parallel", "test_parcels", "test_notebooks"),
-    "test_engine",
+    *("test_cluster", "test_cli", "test_processes", "test_transfer", "test_notebooks"),
+    "test_engines",
 )
 
 

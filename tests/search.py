@@ -17,7 +17,7 @@ from pathlib import Path
 
 import normlab as nl
 from normlab.experiment import load_assignment_data
-from normlab.files import written_aside
+from normlab.support.files import written_aside
 
 EPOCHS, VALIDATION = 3, 0.1
 AT_ONCE = 2  # trials

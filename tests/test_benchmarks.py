@@ -8,7 +8,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import normlab as nl
-from normlab.dropout import quick_dropout
+from normlab.engines.dropout import quick_dropout
 from tests.benchmarks import peers
 from tests.benchmarks.__main__ import _device_name, table
 from tests.benchmarks.step import shares_of

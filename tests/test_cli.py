@@ -21,12 +21,12 @@ from PIL import Image
 
 import normlab as nl
 from normlab.cli import _ended_by_signals, _parser, main
+from normlab.datasets.loading import DATASETS
 from normlab.norms import NORMS
-from normlab.sources import DATASETS
 
 COMMAND = [sys.executable, "-m", "normlab"]
 # However little there is to do, in processes side by side where there is more than one core.
-SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.parallel as p; p.WORTHWHILE = 0; "
+SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.runs.processes as p; p.WORTHWHILE = 0; "
 SIDE_BY_SIDE += "sys.exit(c.main())"
 GRAPHS = {"test-loss.png", "test-accuracy.png", "training-and-test.png"}
 REPORT = {"report.md", "results.csv", "results.json", *GRAPHS}
@@ -121,7 +121,9 @@ def test_results_on_a_folder_are_named_after_it(folder, tmp_path, monkeypatch, c
     place = make_folder(tmp_path / "shades")
     monkeypatch.chdir(place if folder == "." else tmp_path)
     arguments = ["run", "mnist-eva6", "--dataset", folder, "--epochs", "1", "--device", "cpu"]
-    monkeypatch.setattr("normlab.report.write_report", lambda results, out: Path(out, "page"))
+    monkeypatch.setattr(
+        "normlab.comparisons.report.write_report", lambda results, out: Path(out, "page")
+    )
     assert main(arguments) == 0
     assert "are in runs/mnist-eva6-shades\n" in capsys.readouterr().out
 
@@ -392,7 +394,7 @@ def test_traceback_shows_where_an_error_arose(tmp_path, capsys):
     assert main(["data", str(tmp_path), "--traceback"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last):")
-    assert "sources.py" in said
+    assert "loading.py" in said
     assert said.splitlines()[-1].startswith("normlab: ")
 
 
@@ -401,7 +403,7 @@ def test_whatever_comes_is_one_sentence_and_status_1(error, monkeypatch, capsys)
     def surprise(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("normlab.sources.check_dataset_name", surprise)
+    monkeypatch.setattr("normlab.datasets.loading.check_dataset_name", surprise)
     assert main(["data", "digits"]) == 1
     assert error_of(capsys) == f"normlab: {error!r}; --traceback shows where it arose\n"
     assert main(["data", "digits", "--traceback"]) == 1
@@ -409,7 +411,7 @@ def test_whatever_comes_is_one_sentence_and_status_1(error, monkeypatch, capsys)
 
 
 def test_a_full_temporary_folder_is_told(tmp_path, monkeypatch, capsys, full_disk):
-    monkeypatch.setattr("normlab.parallel.WORTHWHILE", 0)
+    monkeypatch.setattr("normlab.runs.processes.WORTHWHILE", 0)
     monkeypatch.setattr("joblib.cpu_count", lambda *_, **__: 2)
     images = str(make_folder(tmp_path / "shades"))
     command = ["run", "mnist-l1", "--dataset", images, "--out", str(tmp_path / "out")]
@@ -558,7 +560,7 @@ def test_ctrl_c_before_training_says_so(monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("normlab.sources.load_dataset", interrupted)
+    monkeypatch.setattr("normlab.datasets.loading.load_dataset", interrupted)
     assert main(["data", "digits"]) == 130
     assert "interrupted; nothing is lost" in capsys.readouterr().err
 

@@ -13,8 +13,8 @@ import torch
 
 import normlab as nl
 from normlab.experiment import load_assignment_data
-from normlab.plans import in_flight, seed_numbers
-from normlab.runs import RunFolder
+from normlab.runs.folder import RunFolder
+from normlab.runs.plans import in_flight, seed_numbers
 
 FOLDERS = ["bn-l1", "gn", "ln"]
 

@@ -21,12 +21,12 @@ from filelock import FileLock
 from torch import nn
 
 import normlab as nl
-from normlab import engines
-from normlab.engine import CpuEngine, PlainEngine
-from normlab.files import InUse, owned
+from normlab.engines import choice as engines
+from normlab.engines.cuda_graph import GraphEngine
+from normlab.engines.plain import CpuEngine, PlainEngine
 from normlab.fitting import Job, fit_together, is_done, warn_if_at_chance
-from normlab.graphs import GraphEngine
-from normlab.runs import RunFolder
+from normlab.runs.folder import RunFolder
+from normlab.support.files import InUse, owned
 
 AUGMENT = ("shift:1", "flip")
 RECIPE = nl.Recipe(epochs=3, batch_size=16, lr=0.1)
@@ -720,7 +720,7 @@ import json, pathlib, sys, time
 import torch
 from conftest import make_tiny, make_tiny_network
 import normlab as nl
-from normlab.runs import RunFolder
+from normlab.runs.folder import RunFolder
 
 keep = RunFolder.save_epoch
 

@@ -27,9 +27,9 @@ from numbers_in_texts import (
 )
 
 import normlab as nl
-from normlab.pages import fill_pages, read_results
-from normlab.report import report_text, results_as_dict
-from normlab.runs import RunFolder
+from normlab.comparisons.pages import fill_pages, read_results
+from normlab.comparisons.report import report_text, results_as_dict
+from normlab.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -442,7 +442,7 @@ def loaded(request, place, real_data_root):
         patch.setattr(nl, "run_sweep", sweep)
         patch.setattr(nl, "fit", lambda *_, **__: looked_at)
         patch.setattr("normlab.fitting.make_engine", train)
-        patch.setattr("normlab.parallel.WORTHWHILE", float("inf"))  # not in other processes
+        patch.setattr("normlab.runs.processes.WORTHWHILE", float("inf"))  # not in other processes
         patch.setenv("NORMLAB_DATA", str(real_data_root))
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
         patch.delenv("NORMLAB_SMOKE", raising=False)

@@ -32,61 +32,61 @@ SOURCE = ROOT / "normlab"
 
 # A module imports only those that stand before it.
 ORDER = (
-    "attributes",
-    "checks",
-    "files",
-    "figures",
-    "seeding",
-    "devices",
+    "support.module_state",
+    "support.checks",
+    "support.files",
+    "support.figures",
+    "support.seeding",
+    "support.devices",
     "norms",
-    "sharing",
-    "diagrams",
-    "example",
-    "explorer",
-    "spreadsheet",
-    "invariance",
+    "lessons.sharing",
+    "lessons.diagrams",
+    "lessons.example",
+    "lessons.explorer",
+    "lessons.spreadsheet",
+    "lessons.invariance",
     "penalties",
     "augment",
     "data",
-    "cache",
-    "folders",
-    "sources",
-    "networks",
-    "summaries",
+    "datasets.cache",
+    "datasets.folders",
+    "datasets.loading",
+    "model",
+    "support.summaries",
     "training",
-    "probe",
+    "runs.probe",
     "optimizers",
-    "watching",
+    "lessons.watching",
     "recipes",
-    "forwards",
-    "dropout",
-    "allocator",
-    "compiler",
-    "engine",
-    "graphs",
-    "engines",
-    "runs",
+    "engines.forwards",
+    "engines.dropout",
+    "engines.allocator",
+    "engines.compiler",
+    "engines.plain",
+    "engines.cuda_graph",
+    "engines.choice",
+    "runs.folder",
     "analysis",
-    "progress",
+    "support.progress",
     "fitting",
-    "parcels",
-    "parallel",
+    "runs.transfer",
+    "runs.processes",
     "assignments",
-    "plans",
+    "runs.plans",
     "experiment",
-    "intervals",
-    "comparison",
-    "fairness",
+    "comparisons.intervals",
+    "comparisons.comparison",
+    "comparisons.fairness",
     "plots",
-    "sweep_plots",
-    "traces",
-    "rates",
-    "galleries",
-    "report",
-    "cluster",
-    "sweep_tables",
-    "sweeps",
-    "pages",
+    "comparisons.sweep_plots",
+    "lessons.traces",
+    "lessons.range_test",
+    "images",
+    "comparisons.report",
+    "runs.cluster",
+    "comparisons.sweep_tables",
+    "comparisons.sweeps",
+    "comparisons.pages",
     "cli",
     "__main__",
 )
@@ -118,11 +118,17 @@ def imports_of(tree: ast.AST) -> list[str]:
 
 
 def parsed(module: str) -> ast.AST:
-    return ast.parse((SOURCE / f"{module}.py").read_text())
+    return ast.parse((SOURCE / f"{module.replace('.', '/')}.py").read_text())
+
+
+def every_file() -> list[Path]:
+    return sorted(SOURCE.glob("**/*.py"))
 
 
 def test_the_order_lists_every_module():
-    assert {file.stem for file in SOURCE.glob("*.py")} == {*ORDER, "__init__"}
+    files = {".".join(file.relative_to(SOURCE).with_suffix("").parts) for file in every_file()}
+    rooms = {file.parent.name for file in SOURCE.glob("*/__init__.py")}
+    assert files == {*ORDER, "__init__", *(f"{room}.__init__" for room in rooms)}
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -130,7 +136,8 @@ def test_imports_go_one_way(module):
     earlier = ORDER[: ORDER.index(module)]
     for name in imports_of(parsed(module)):
         if name.startswith("normlab.") and name != "normlab.__version__":
-            assert name.split(".")[1] in earlier, f"normlab/{module}.py imports {name}"
+            imported = name.removeprefix("normlab.")
+            assert {imported, imported.rpartition(".")[0]} & {*earlier}, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -280,7 +287,8 @@ def test_the_wheel_holds_all_modules_and_nothing_else(wheel):
         assert b"normlab = normlab.cli:main" in b"".join(
             archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt")
         )
-    assert names == {f"normlab/{file.name}" for file in SOURCE.glob("*.py")} | {"normlab/py.typed"}
+    modules = {file.relative_to(ROOT).as_posix() for file in every_file()}
+    assert names == modules | {"normlab/py.typed"}
 
 
 def test_the_version_is_written_in_one_place(metadata):

@@ -15,9 +15,9 @@ from matplotlib.text import Text
 from torch import nn
 
 import normlab as nl
-from normlab.figures import drawn
 from normlab.plots import COLOURS, LINES
-from normlab.runs import COLUMNS, QUANTITIES
+from normlab.runs.folder import COLUMNS, QUANTITIES
+from normlab.support.figures import drawn
 
 FALLING = [2.1, 0.9, 0.45, 0.31, 0.305]
 RISING = [0.62, 0.85, 0.905, 0.93, 0.9375]

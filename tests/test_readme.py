@@ -17,7 +17,7 @@ from numbers_in_texts import (
 )
 
 import normlab as nl
-from normlab.pages import read_results
+from normlab.comparisons.pages import read_results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

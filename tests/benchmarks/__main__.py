@@ -22,7 +22,7 @@ import torch
 import torchvision
 
 from normlab.assignments import find_assignment
-from normlab.files import write_json
+from normlab.support.files import write_json
 from tests.benchmarks.paths import OURS, PATHS
 
 

@@ -17,10 +17,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import normlab as nl
-from normlab.allocator import kept_memory
-from normlab.dropout import quick_dropout
-from normlab.graphs import _autocast, _half_precision
-from normlab.summaries import multiply_adds
+from normlab.engines.allocator import kept_memory
+from normlab.engines.cuda_graph import _autocast, _half_precision
+from normlab.engines.dropout import quick_dropout
+from normlab.support.summaries import multiply_adds
 
 BATCH, STEPS = 128, 20
 

@@ -1,0 +1,153 @@
+"""What sets variants apart beside their normalization, and whether they say so."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from normlab.assignments import Variant, build_variant
+from normlab.experiment import Results
+from normlab.penalties import WEIGHT_LAYERS
+from normlab.recipes import DTYPES
+from normlab.runs.folder import Run, weights_digest
+from normlab.support.checks import instance
+
+# Where variants may differ without a word: it is what they are compared for. "layers" is the digest
+# of a module of one's own, norms included.
+_OF_THE_NORM = {"norm", "groups", "layers"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in which variants differ, or in which some pass a limit of the assignment.
+
+    Args:
+        what: "parameters", "l1", "images seen", ….
+        values: it, by label, for the variants concerned.
+        declared: whether all variants that do not name it among their `changes` agree.
+        limit: what the assignment allows, where that is passed.
+    """
+
+    what: str
+    values: dict[str, object]
+    declared: bool = False
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        values = "; ".join(f"{label} {_shown(value)}" for label, value in self.values.items())
+        if self.limit is not None:
+            return f"{self.what}: over the limit of {self.limit:,}: {values}"
+        return f"{self.what}: {'declared' if self.declared else 'NOT declared'}: {values}"
+
+
+def check_fair(results: Results) -> list[Finding]:
+    """What differs between the variants beside their norm, and limits that are passed.
+
+    Looked at are the networks and their numbers of parameters, all fields of the recipes, the
+    epochs that were trained, which images were seen and how many, the seeds, and the initial
+    weights of the filters. An empty list says that the norm is all there is between them.
+    """
+    instance(results, Results, "results", "nl.run_assignment(…) gives them")
+    return [*_differences(results), *_limits(results)]
+
+
+def _differences(results: Results) -> Iterator[Finding]:
+    variants = [v for v in results.assignment.variants if v.label in results.runs]
+    facts = {variant.label: _facts(results, variant) for variant in variants}
+    for what in dict.fromkeys(name for some in facts.values() for name in some):
+        values = {label: some.get(what) for label, some in facts.items()}
+        if any(value != values[variants[0].label] for value in values.values()):
+            yield Finding(what, values, declared=_is_declared(what, values, variants))
+
+
+def _facts(results: Results, variant: Variant) -> dict[str, object]:
+    """What could make a difference, by name; what differs between its seeds as a list."""
+    runs = results.runs[variant.label]
+    each = [_facts_of_run(run) for run in runs]
+    return {
+        **{name: _one_or_all([facts.get(name) for facts in each]) for name in each[0]},
+        "seeds": sorted(run.recipe.seed for run in runs),
+        "initial filters": _initial_filters(results, variant),
+    }
+
+
+def _one_or_all(values: list[object]) -> object:
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _facts_of_run(run: Run) -> dict[str, object]:
+    about, epochs = run.config["is"], len(run.history)
+    network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
+    recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
+    return {
+        "parameters": about["parameters"],
+        **network,
+        **recipe,
+        "epochs": epochs,
+        "images seen": epochs * about["data"]["train_images"],
+        "images": about["data"]["fingerprint"][:8],
+    }
+
+
+def _initial_filters(results: Results, variant: Variant) -> str:
+    """The digest of the first run's filters, if every run began as the assignment begins it."""
+    networks = [_initial_network(results, variant, run) for run in results.runs[variant.label]]
+    for run, network in zip(results.runs[variant.label], networks, strict=True):
+        if run.config["is"]["initial_weights"] != weights_digest(network.state_dict()):
+            return "not the assignment's"
+    return _digest_of_filters(networks[0])
+
+
+def _initial_network(results: Results, variant: Variant, run: Run) -> nn.Module:
+    network = build_variant(
+        results.assignment,
+        variant,
+        seed=run.recipe.seed,
+        classes=len(results.data.classes),
+        input_shape=results.data.input_shape,
+    )
+    return network.to(DTYPES[run.recipe.dtype])
+
+
+def _digest_of_filters(network: nn.Module) -> str:
+    """Tells initial weights of convolutions and linear layers apart.
+
+    Without those of shortcuts, which only some variants have.
+    """
+    layers = (layer for name, layer in network.named_modules() if "shortcut" not in name)
+    weights = [layer.weight for layer in layers if isinstance(layer, WEIGHT_LAYERS)]
+    return weights_digest({str(index): weight for index, weight in enumerate(weights)})[:8]
+
+
+def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) -> bool:
+    """Whether all who do not say that they change it have the same."""
+    if what == "skip":
+        return True
+    if what == "parameters":  # skips have parameters: only without them must all have as many
+        kinds = {variant.skip: set() for variant in variants}
+        for variant in variants:
+            kinds[variant.skip].add(values[variant.label])
+        return all(len(counts) == 1 for counts in kinds.values())
+    name = "epochs" if what == "images seen" else what
+    return len({str(values[v.label]) for v in variants if name not in v.changes}) <= 1
+
+
+def _limits(results: Results) -> Iterator[Finding]:
+    allowed = results.assignment
+    facts = {
+        "parameters": (allowed.parameter_limit, lambda run: run.parameters),
+        "epochs": (allowed.epoch_limit, lambda run: len(run.history)),
+    }
+    for what, (limit, count) in facts.items():
+        counts = {label: max(map(count, runs)) for label, runs in results.runs.items()}
+        over = {label: number for label, number in counts.items() if limit and number > limit}
+        if over:
+            yield Finding(what, over, limit=limit)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,301 @@
+"""What `normlab run` leaves behind: figures, tables, and a page that shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normlab.analysis import find_mistakes
+from normlab.assignments import Variant, folder_name
+from normlab.comparisons.comparison import Difference, compare, main_effects
+from normlab.experiment import Results
+from normlab.images import plot_mistakes
+from normlab.plots import plot_curves, plot_loss_and_accuracy, save_if_drawn
+from normlab.support.files import user_path, write_json, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
+TRAINING_FIGURE = "training-and-test.png"
+# What Markdown or HTML would take for markup. Within a word, "_" is none.
+_MARKUP = re.compile(r"""[\\`*[\]>&|~#$"]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W_])|^[-+=]""")
+_FORMULA = ("=", "+", "-", "@")  # a cell that starts so is computed
+
+
+def write_report(results: Results, directory: str | Path) -> Path:
+    """Writes `results.csv`, `results.json`, figures and `report.md`; returns the page's path.
+
+    A figure that cannot be drawn is a warning, and a sentence on the page.
+    """
+    directory = user_path(directory)
+    write_text(directory / "results.csv", csv_text(results.table()))
+    write_json(directory / "results.json", results_as_dict(results))
+    figures = _figures(results)
+    missing = [name for name in figures if not save_if_drawn(figures[name], directory / name)]
+    write_text(directory / "report.md", report_text(results, missing=missing))
+    return directory / "report.md"
+
+
+def _figures(results: Results) -> dict[str, Callable[[], Figure]]:
+    """What draws the figure of each file."""
+    figures = {
+        LOSS_FIGURE: partial(plot_curves, results.runs, "test_loss"),
+        ACCURACY_FIGURE: partial(plot_curves, results.runs, "test_accuracy"),
+        TRAINING_FIGURE: partial(plot_loss_and_accuracy, results.runs, training=True),
+    }
+    for variant in results.assignment.variants:
+        wrong = find_mistakes(results.runs[variant.label][0], results.data)
+        figures[mistakes_file(variant.label)] = partial(plot_mistakes, wrong, title=variant.label)
+    return figures
+
+
+def csv_text(table: DataFrame) -> str:
+    """The table as CSV whose labels are no formulas to a spreadsheet, which hides the `'`."""
+    labels = [f"'{label}" if label.startswith(_FORMULA) else label for label in table["variant"]]
+    return table.assign(variant=labels).to_csv(index=False)
+
+
+def escaped(text: str) -> str:
+    """A name such that Markdown and HTML, also in tables and attributes, show it as it is."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
+
+
+def results_as_dict(results: Results) -> dict:
+    """Everything a reader of the numbers needs, as JSON can hold it."""
+    first = next(iter(results.runs.values()))[0]
+    rows = results.table().to_dict("records")
+    return {
+        "assignment": results.assignment.name,
+        "title": results.assignment.title,
+        "data": first.config["is"]["data"] | {"source": results.data.source},
+        "tested_on": results.data.test_name,
+        "from": _origins(results),
+        "variants": [
+            row | _variant_as_dict(results, variant)
+            for variant, row in zip(results.assignment.variants, rows, strict=True)
+        ],
+        "differences": [_difference_as_dict(each) for each in _differences(results)],
+        "main_effects": [_difference_as_dict(each) for each in _main_effects(results)],
+    }
+
+
+def _origins(results: Results) -> dict[str, list]:
+    """What is known of where the runs came from: of each kind all that there is, by date."""
+    origins = [run.config["from"] for runs in results.runs.values() for run in runs]
+    origins.sort(key=itemgetter("date"))
+    found: dict[str, list] = {}
+    for key, value in chain.from_iterable(origin.items() for origin in origins):
+        if key != "data_source" and value not in found.setdefault(key, []):
+            found[key].append(value)
+    return found
+
+
+def _differences(results: Results) -> list[Difference]:
+    """Those of all pairs; none where one seed or one image says nothing of chance."""
+    return compare(results) if _are_comparable(results) else []
+
+
+def _main_effects(results: Results) -> list[Difference]:
+    """Those of the norms and of what else the variants have, where they go through all of both."""
+    labels: dict[str, dict[str, str]] = {}  # by what sets variants apart beside the norm, by norm
+    for each in results.assignment.variants:
+        rest = str((each.groups, each.skip, each.changes))
+        labels.setdefault(rest, {})[each.norm] = each.label
+    rows = [tuple(by_norm.values()) for by_norm in labels.values()]
+    crossed = len({tuple(by_norm) for by_norm in labels.values()}) == 1
+    if not (crossed and len(rows) > 1 and len(rows[0]) > 1 and _are_comparable(results)):
+        return []
+    factors = (rows[::-1], list(zip(*rows, strict=True)))  # what was added, less what was there
+    levels = ({", ".join(level): level for level in factor} for factor in factors)
+    return [effect for each in levels for effect in main_effects(results, each)]
+
+
+def _are_comparable(results: Results) -> bool:
+    fewest = min(len(results.data.test_images), *map(len, results.runs.values()))
+    return len(results.runs) > 1 and fewest > 1  # of seeds, and of images
+
+
+def _difference_as_dict(difference: Difference) -> dict:
+    names = ("first", "second", "seeds", "method", "pairs", "p", "interaction", "mcnemar")
+    return {name: getattr(difference, name) for name in names} | {
+        "mean": difference.interval.mean,
+        "margin": difference.interval.margin,
+        "detectable": difference.interval.detectable,
+    }
+
+
+def _variant_as_dict(results: Results, variant: Variant) -> dict:
+    runs = results.runs[variant.label]
+    spread = results.spread(variant.label)
+    same_data = results.data.name == results.assignment.dataset
+    return {
+        "sd": None if math.isnan(spread) else spread,
+        "norm": variant.norm,
+        "reported": variant.reported if same_data else None,
+        "network": runs[0].config["is"]["network"],
+        "recipe": {k: v for k, v in runs[0].recipe.as_dict().items() if k != "seed"},
+        "runs": [
+            {"seed": run.recipe.seed, "test_loss": run.last["test_loss"]}
+            | {"test_accuracy": run.last["test_accuracy"], "seconds": run.seconds}
+            for run in runs
+        ],
+    }
+
+
+def markdown_table(results: Results) -> str:
+    """The table for people: percentages, mean ± standard deviation of the last epoch."""
+    lines = [
+        f"| variant | parameters | seeds | {results.data.test_name} accuracy, last epoch (%) "
+        "| best epoch (optimistic) | seconds a run |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results.table().to_dict("records"):
+        best = f"{100 * row['best_accuracy']:.2f} in epoch {row['best_epoch']}"
+        cells = [f"{row['parameters']:,}", str(row["seeds"]), percent(row), best]
+        cells = [escaped(row["variant"]), *cells, f"{row['seconds']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def percent(row: dict) -> str:
+    """ "97.50 ± 0.31", or the mean alone where one seed says nothing of the spread."""
+    alone = row["sd"] is None or math.isnan(row["sd"])
+    spread = "" if alone else f" ± {100 * row['sd']:.2f}"
+    return f"{100 * row['test_accuracy']:.2f}{spread}"
+
+
+def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
+    """`report.md`: the table, the figures but for `missing` ones, how everything was trained."""
+    data, origin, source = results.data, _origins(results), escaped(results.data.source)
+    show = partial(_picture, missing=missing)
+    images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
+    parts = [
+        f"# {escaped(f'{results.assignment.name}: {results.assignment.title}')}, on {source}",
+        f"{source}, {images} images. Device: {_all(origin['device'])}, torch "
+        f"{_all(origin['torch'])}, normlab {_all(origin['normlab'])}, {_period(origin['date'])}.",
+        markdown_table(results),
+        _caution(results),
+        *_differences_part(results),
+        "## Loss\n\n" + show("Loss of all variants over the epochs", LOSS_FIGURE),
+        "## Accuracy\n\n" + show("Accuracy of all variants over the epochs", ACCURACY_FIGURE),
+        "## Training against test\n\n" + show("Both, in training and test", TRAINING_FIGURE),
+        "## Misclassified images\n\nOf the first seed's final network, the mistakes it is surest "
+        "of.",
+        *(_mistakes_part(results, variant, show) for variant in results.assignment.variants),
+        "## Networks and recipes",
+        _recipe_table(results),
+        "`ln` is one group over channels and positions with one scale and shift a channel, "
+        "`ln-elementwise` has one for every element.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _all(names: list[str]) -> str:
+    """ "A", "A and B", "A, B and C"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _period(dates: list[str]) -> str:
+    first, last = dates[0], dates[-1]
+    return first if first == last else f"{first} to {last}"
+
+
+def _differences_part(results: Results) -> list[str]:
+    found = _differences(results)
+    if not found:
+        return []
+    parts = ["## Which differences count", _COUNTED.format(pairs=len(found)), _listed(found)]
+    if effects := _main_effects(results):
+        parts += [_AVERAGED, _listed(effects)]
+    return parts
+
+
+def _listed(differences: Iterable[Difference]) -> str:
+    return "\n".join(f"- {escaped(str(each))}" for each in differences)
+
+
+_COUNTED = (
+    "The intervals hold for all pairs together ({pairs}) with 95 %: were there no difference at "
+    "all, one experiment in twenty would find one. They count that other seeds and other test "
+    "images would have given other accuracies. The spread between seeds is pooled over the "
+    "variants (Tukey–Kramer); where one variant's is much larger, each pair also gets an interval "
+    "from its own two, and the wider one counts (Games–Howell). They take the recipes as they are: "
+    "what other learning rates would have given is not in them."
+)
+_AVERAGED = (
+    "What a factor is worth on average over the variants, and whether that depends on the variant "
+    "(interaction):"
+)
+
+
+def _picture(what: str, file: str, *, missing: Collection[str]) -> str:
+    return f"({file} could not be drawn.)" if file in missing else f"![{what}]({file})"
+
+
+def _mistakes_part(results: Results, variant: Variant, show: Callable[[str, str], str]) -> str:
+    tested = f"{len(results.data.test_images):,} {results.data.test_name} images"
+    wrong = find_mistakes(results.runs[variant.label][0], results.data).total
+    label = escaped(variant.label)
+    text = f"### {label}\n\n{wrong:,} of {tested} are misclassified."
+    if not wrong:
+        return text
+    shown = f"{min(wrong, 10)} misclassified images of {label}"
+    return f"{text}\n\n{show(shown, mistakes_file(variant.label))}"
+
+
+def mistakes_file(label: str) -> str:
+    """The file's name of a variant's misclassified images."""
+    return f"mistakes-{folder_name(label)}.png"
+
+
+def _caution(results: Results) -> str:
+    """What the numbers leave open: the spread between seeds, and that of so many test images."""
+    first = next(iter(results.runs.values()))[0]
+    images = len(results.data.test_images)
+    accuracy = results.table()["test_accuracy"].clip(0.5 / images, 1 - 0.5 / images).median()
+    error = 196 * math.sqrt(accuracy * (1 - accuracy) / images)
+    seeds = min(len(runs) for runs in results.runs.values())
+    spread = (
+        "One seed says nothing of the spread between seeds."
+        if seeds == 1
+        else f"The spread is one standard deviation over {seeds} seeds."
+    )
+    return (
+        f"The number to quote is that of the last epoch, number {len(first.history)}. {spread} "
+        f"{images:,} images alone leave each accuracy uncertain by ±{error:.2f} points (95 %)."
+    )
+
+
+def _recipe_table(results: Results) -> str:
+    """The fields of all recipes: shared ones once, declared differences for each variant."""
+    recipes = {
+        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict()
+        for label, runs in results.runs.items()
+    }
+    hidden = ("seed", "layers", "code")  # digests tell a reader nothing
+    fields = [field for field in _all_fields(recipes.values()) if field not in hidden]
+    lines = ["| | " + " | ".join(map(escaped, recipes)) + " |", "| --- |" + " --- |" * len(recipes)]
+    for field in fields:
+        cells = [_cell(recipe.get(field, "–")) for recipe in recipes.values()]
+        lines.append(f"| {field} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _all_fields(recipes: Iterable[dict]) -> list[str]:
+    """Those of any recipe, in their order."""
+    return list(dict.fromkeys(field for recipe in recipes for field in recipe))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return escaped(", ".join(map(str, value))) or "none"
+    return f"{value:g}" if isinstance(value, float) else escaped(str(value))

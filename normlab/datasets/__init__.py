@@ -1,0 +1,1 @@
+"""Where images come from: bundled, downloaded, folders of pictures; decoded ones are cached."""

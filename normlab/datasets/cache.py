@@ -1,0 +1,66 @@
+"""Decoded data sets, kept as one file each in the user's cache folder."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from normlab.data import Dataset
+from normlab.support.checks import warn
+
+
+def cache_folder() -> Path:
+    """The folder for downloads and decoded data sets, by the custom of the system."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(named):  # an empty or relative one is to be ignored, by the standard
+        return Path(named) / "normlab"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home, as in many containers
+        return Path(os.environ.get("TMPDIR") or "/tmp") / f"normlab-{os.getuid()}"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "normlab"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "normlab"
+    return home / ".cache" / "normlab"
+
+
+def cached(
+    name: str, files: Iterable[Path], decode: Callable[[], Dataset], settings: tuple
+) -> Dataset:
+    """The data set decoded from `files`, from the cache where the same was decoded before.
+
+    What is the same follows from the content of the files and the `settings`, which hold the
+    decoder's code. A cache that cannot be used costs a warning, never the data set.
+    """
+    key = _key(files, (name, *settings))
+    path = cache_folder() / "decoded" / f"{name[:40]}-{key[:16]}.safetensors"
+    if os.path.exists(path):
+        try:
+            # The file's name tells a part of the key only: nobody who has not read the images
+            # can make a file that opens with it.
+            return Dataset.open(path, key=key)
+        except (OSError, ValueError) as error:
+            warn(f"{error}; the images are decoded anew")
+    data = decode()
+    try:
+        data.save(path, key=key)
+    except OSError as error:
+        warn(f"the decoded data set is not kept: {error}")
+    return data
+
+
+def _key(files: Iterable[Path], settings: tuple) -> str:
+    """SHA-256 over the files' content, classes and names, and all that decodes them."""
+    import PIL
+
+    key = hashlib.sha256(repr((settings, torch.__version__, PIL.__version__)).encode())
+    for file in files:
+        with open(file, "rb", buffering=0) as opened:
+            content = opened.read()
+        key.update(repr((*file.parts[-3:], len(content))).encode())
+        key.update(content)
+    return key.hexdigest()

@@ -1,0 +1,69 @@
+"""Which way through an epoch: the fastest that the device, the network and the data allow."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from normlab.data import Batches
+from normlab.engines.cuda_graph import GraphEngine
+from normlab.engines.plain import CpuEngine, PlainEngine
+from normlab.lessons.watching import is_watched
+from normlab.recipes import Recipe
+from normlab.support.checks import one_of
+from normlab.support.module_state import copied
+from normlab.support.seeding import fork_random_state
+from normlab.training import set_training
+
+ENGINES = ("auto", "plain")
+
+
+def make_engine(
+    choice: str, network: nn.Module, recipe: Recipe, train: Batches, test: Batches
+) -> tuple[PlainEngine, str]:
+    """The engine for a network on its device, and in a few words why this one.
+
+    `choice` is "auto", or "plain" for the loop of `training.py` whatever the device.
+    """
+    one_of(choice, ENGINES, "engine")
+    device = train.images.device
+    kind, why = PlainEngine, f"asked for by engine={choice!r}"
+    if choice == "auto":
+        kind, why = _fastest(network, train, device)
+    return kind(network, recipe, train, test), why
+
+
+def _fastest(
+    network: nn.Module, train: Batches, device: torch.device
+) -> tuple[type[PlainEngine], str]:
+    kinds = {
+        "cpu": (CpuEngine, "channels last, quick dropout, kept memory: the fastest measured"),
+        "cuda": (GraphEngine, "a step replayed as one CUDA graph does not wait for Python"),
+    }
+    if device.type == "cuda" and train.dtype == torch.float64:
+        return PlainEngine, "float64 is for exact comparisons, and a GPU's fused optimiser is not"
+    if device.type == "cuda" and is_watched(network):
+        return PlainEngine, "the network is watched, and a CUDA graph replays steps without Python"
+    if device.type not in kinds:
+        return PlainEngine, f"there is no faster way on {device.type}"
+    problem = _channels_last_problem(network, train)
+    if problem:
+        return PlainEngine, f"the network does not run channels last: {problem}"
+    return kinds[device.type]
+
+
+def _channels_last_problem(network: nn.Module, train: Batches) -> str:
+    """What a copy of the network raises on channels-last images; `.view` in its forward, say."""
+    device = train.images.device
+    images = torch.zeros(2, *train.images.shape[1:], dtype=train.dtype, device=device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    try:
+        twin = copied(network).to(memory_format=torch.channels_last)
+        set_training(twin)
+        with fork_random_state(device):
+            logits = twin(images.contiguous(memory_format=torch.channels_last))
+            F.cross_entropy(logits, labels).backward()
+    except torch.OutOfMemoryError:
+        raise  # the plain path would not fit either
+    except (RuntimeError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())
+    return ""

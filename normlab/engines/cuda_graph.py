@@ -1,0 +1,301 @@
+"""The way through an epoch on an NVIDIA GPU: a whole step in one CUDA graph.
+
+Picking the images, augmentation, network, loss, optimiser and the sums are captured once, so that
+an epoch is a few hundred replays without a word from the host.
+"""
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab.data import Batches
+from normlab.engines.plain import Counted, PlainEngine, batch_sizes
+from normlab.penalties import l1_penalty
+from normlab.recipes import Recipe, make_optimizer, schedule_factor
+from normlab.support.module_state import Attributes, has_hooks
+from normlab.training import EpochResult, evaluating, right_images, set_training
+
+
+class GraphEngine(PlainEngine):
+    """A whole step captured once and replayed for every batch; several engines overlap.
+
+    What changes from step to step lies on the device: the epoch's order and augmentation draws,
+    the place in them, the table of learning rates, and the sums of the results. The short last
+    batch has a graph of its own, and so has the test, which is in full precision. `launch` enqueues
+    a whole epoch on the engine's stream and returns; `collect` waits for it.
+    """
+
+    name = "cuda-graph"
+    WARM_UPS = 3  # steps before the capture, which PyTorch's allocator and cuDNN need
+
+    def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
+        super().__init__(network, recipe, train, test)
+        factor = schedule_factor(recipe.schedule, recipe.epochs * self.steps)
+        rates = [recipe.lr * factor(step) for step in range(recipe.epochs * self.steps)]
+        self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
+        self.step_number = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
+        self.order, self.draws = train.draw_epoch()
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        half, self.loss_scale = _half_precision(self.device, recipe)
+        self.precision = _autocast(self.device, half)
+        self.computes_in = str(half or train.dtype).removeprefix("torch.")
+        self._train_replays: list[Callable[[], None]] = []
+        self._test_replays: list[Callable[[], None]] = []
+        self._started = 0.0
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Fused, with a learning rate that is a tensor: a number would be baked into the graph."""
+        rate = torch.tensor(self.recipe.lr, dtype=self.batches.dtype, device=self.device)
+        return make_optimizer(self.network, self.recipe, rate=rate)
+
+    def prepare(self) -> str:
+        """Captures the steps, then puts back what the warm-ups changed."""
+        if any(map(has_hooks, self.network.modules())):
+            return "its layers have hooks, which are Python and no part of a CUDA graph"
+        self.network.to(memory_format=torch.channels_last)
+        self.batches.memory_format = self.tests.memory_format = torch.channels_last
+        self._lay_out_state()
+        with self._restored() as attributes:
+            try:
+                with self._on_stream(), self.random_state(), _warming_up():
+                    self._capture_all()
+            except RuntimeError as error:
+                _leave_capture(self.device)
+                return f"its step cannot be captured in a CUDA graph: {_cause(error)}"
+            changed = attributes.changed()
+        if changed:
+            return (
+                f"its steps give {changed[0]} a new value in Python, which a CUDA graph would not "
+                "repeat (change a tensor in place, as by copy_)"
+            )
+        return ""
+
+    def launch(self, epoch: int) -> None:
+        super().launch(epoch)
+        self._started = time.perf_counter()
+        self.batches.epoch = epoch
+        with self._on_stream(), self.random_state():
+            order, draws = self.batches.draw_epoch()
+            self.order.copy_(order)
+            for mine, drawn in zip(self.draws, draws, strict=True):
+                mine.copy_(drawn)
+            self.step_number.fill_(epoch * self.steps)
+            self.sums.zero_()
+            for replays in (self._train_replays, self._test_replays):
+                self.row.zero_()
+                for replay in replays:
+                    replay()
+
+    def collect(self, counted: Counted) -> tuple[EpochResult, EpochResult]:
+        with self._on_stream():
+            train, test = self.sums.tolist()  # waits for the device
+        for _ in counted(range(self.steps)):
+            pass
+        seconds = time.perf_counter() - self._started  # of both: they ran in one go
+        return (
+            _means(train, len(self.order), seconds),
+            _means(test, len(self.tests.images), seconds=0.0),
+        )
+
+    def close(self) -> None:
+        self._settle()
+        self.optimizer.zero_grad()  # gradients lie in the memory of the graphs, and would keep it
+        self.network.to(memory_format=torch.contiguous_format)
+
+    def _settle(self) -> None:
+        """Waits for the engine's stream, which others do not wait for by themselves."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _capture_all(self) -> None:
+        """One graph for each size of batch, in the order in which an epoch replays them."""
+        for count, size in batch_sizes(len(self.order), self.batches.batch_size):
+            replay = self.capture(functools.partial(self._train_step, size))
+            self._train_replays += [replay] * count
+        for count, size in batch_sizes(len(self.tests.images), self.tests.batch_size):
+            replay = self.capture(functools.partial(self._test_step, size))
+            self._test_replays += [replay] * count
+
+    def _lay_out_state(self) -> None:
+        """Gives a loaded optimiser state the layout of its weights, which fused kernels assume."""
+        for weight, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    state[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
+
+    @contextmanager
+    def _restored(self) -> Iterator[Attributes]:
+        """Afterwards all values are as before, in place, where the graphs find them.
+
+        What the optimiser made of its state in between begins at nothing.
+        """
+        attributes = Attributes(self.network)
+        known = [*self.network.parameters(), *attributes.tensors(), *self._optimizer_state()]
+        before = [tensor.detach().clone() for tensor in known]
+        try:
+            yield attributes
+        finally:
+            self._settle()
+            attributes.put_back()
+            with torch.no_grad():
+                for tensor, saved in zip(known, before, strict=True):
+                    tensor.copy_(saved)
+                ids = set(map(id, known))
+                for tensor in self._optimizer_state():
+                    if id(tensor) not in ids:
+                        tensor.zero_()
+
+    def _optimizer_state(self) -> list[Tensor]:
+        states = [state.values() for state in self.optimizer.state.values()]
+        return [value for state in states for value in state if isinstance(value, Tensor)]
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A function that repeats `step` on the device without the host's work."""
+        for _ in range(self.WARM_UPS):
+            self.row.zero_()
+            self.step_number.zero_()
+            step()
+        if self.stream is None:
+            return step
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+    def _train_step(self, size: int) -> None:
+        set_training(self.network)
+        rows = self.row + torch.arange(size, device=self.device)
+        draws = [drawn[rows] for drawn in self.draws]
+        images, labels = self.batches.batch(self.order[rows], draws)
+        with self.precision():
+            logits = self.network(images)
+        penalty = self.recipe.l1 * l1_penalty(self.network) if self.recipe.l1 else 0.0
+        objective = self.loss(self._full(logits), labels) + penalty
+        self.optimizer.zero_grad(set_to_none=True)
+        (objective * self.loss_scale).backward()
+        self._unscale()
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(self.rates[self.step_number].squeeze())
+        self.optimizer.step()
+        self._add(0, logits, labels, penalty)
+        self.row.add_(size)
+        self.step_number.add_(1)
+
+    @torch.no_grad()
+    def _test_step(self, size: int) -> None:
+        rows = self.row + torch.arange(size, device=self.device)
+        images, labels = self.tests.batch(rows, [])
+        # In full precision, as `predict` will be: what is called a mistake must be one in both.
+        with evaluating(self.network):
+            self._add(1, self.network(images), labels, 0.0)
+        self.row.add_(size)
+
+    def _full(self, logits: Tensor) -> Tensor:
+        """Logits in the precision in which losses are computed."""
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _unscale(self) -> None:
+        if self.loss_scale != 1.0:
+            gradients = [w.grad for w in self.network.parameters() if w.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+
+    @torch.no_grad()
+    def _add(self, part: int, logits: Tensor, labels: Tensor, penalty: Tensor | float) -> None:
+        loss = F.cross_entropy(self._full(logits), labels, reduction="sum")
+        right = right_images(logits, labels)
+        self.sums[part, 0].add_(loss)
+        self.sums[part, 1].add_(right)
+        self.sums[part, 2].add_(penalty * len(labels))
+
+
+def _cause(error: RuntimeError) -> str:
+    """What went wrong, in a line; raises it if it was that the memory is full.
+
+    The end of a capture raises an error of its own after one inside, which says less.
+    """
+    cause = error.__context__ or error
+    for each in (cause, error):
+        if isinstance(each, torch.OutOfMemoryError):
+            raise each
+    return next(iter(str(cause).splitlines()), type(cause).__name__)
+
+
+def _leave_capture(device: torch.device) -> None:
+    """Frees the device's generator, which some versions of torch leave in a capture that failed."""
+    if device.type != "cuda":
+        return
+    with suppress(RuntimeError):
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())  # a copy takes part in no capture
+
+
+@contextmanager
+def _warming_up() -> Iterator[None]:
+    """Lets cuDNN try its algorithms out, once for every shape, and AdamW run without a graph."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* constructed with capturable=True")
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def can_overlap(networks: Iterable[nn.Module]) -> bool:
+    """Whether several networks may be in flight at once: not where they draw random numbers.
+
+    CUDA graphs on different streams would read one generator's state while another moves it.
+    """
+    drop = nn.modules.dropout._DropoutNd
+    layers = [layer for network in networks for layer in network.modules()]
+    return not any(isinstance(layer, drop) and layer.p for layer in layers)
+
+
+def _means(sums: list[float], images: int, seconds: float) -> EpochResult:
+    """Means over images from the sums of losses, right images and penalties."""
+    return EpochResult(*(value / images for value in sums), images=images, seconds=seconds)
+
+
+def _half_precision(device: torch.device, recipe: Recipe) -> tuple[torch.dtype | None, float]:
+    """What a GPU computes fastest in, bf16 from Ampere on and before that fp16, and a loss scale.
+
+    fp16's smallest gradients would be 0, so the loss is multiplied by a factor (Micikevicius et
+    al., "Mixed Precision Training", 2018); a fixed one, since not every optimiser can
+    leave out a step inside a graph.
+    """
+    if device.type != "cuda" or recipe.dtype == "float64":
+        return None, 1.0
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16, 1.0
+    return torch.float16, 1024.0
+
+
+def _autocast(
+    device: torch.device, half: torch.dtype | None
+) -> Callable[[], AbstractContextManager]:
+    """Makes contexts in which a network computes in half precision, if any."""
+    if half is None:
+        return nullcontext
+    # Weights that autocast caches outside the graph would be those of the first step for ever.
+    return functools.partial(
+        torch.autocast, device_type=device.type, dtype=half, cache_enabled=False
+    )

@@ -1,0 +1,147 @@
+"""Pictures of images: samples of a data set, and what networks get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normlab.analysis import Mistakes
+from normlab.augment import parse_augmentation
+from normlab.data import Dataset
+from normlab.support.checks import whole_number
+from normlab.support.figures import drawn, fitted, new_axes, shortened
+from normlab.support.seeding import generator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@drawn
+def plot_samples(
+    data: Dataset,
+    augment: Sequence[str] = (),
+    *,
+    per_class: int = 8,
+    seed: int = 0,
+    title: str | None = None,
+) -> Figure:
+    """Training images, a row for each class; with `augment` as a network gets to see them.
+
+    The same seed picks the same images, so that two pictures show them before and after.
+    """
+    picked = _sample(data, whole_number(per_class, "per_class"), seed)
+    images = _augmented(data.train_images[picked], augment, seed)
+    names = [shortened(name) for name in data.classes]
+    width = max(0.55 * per_class + 0.6 + 0.08 * max(map(len, names)), 2.5)
+    heading = fitted(title if title is not None else _samples_title(data, augment), width)
+    ax = new_axes(width, 0.55 * len(names) + 0.2 * heading.count("\n") + 0.4)
+    ax.figure.suptitle(heading, fontsize=10)
+    # One picture of all images: hundreds of axes take half a minute.
+    height, side = images.shape[-2:]
+    ax.imshow(_mosaic(images, per_class), interpolation="nearest", aspect="equal")
+    ax.set_yticks([(height + _gap(side)) * row + height / 2 - 0.5 for row in range(len(names))])
+    ax.set_yticklabels(names, fontsize=9)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_anchor("E")  # what is left of the room is the names'
+    return ax.figure
+
+
+def _gap(side: int) -> int:
+    """Pixels between images of this side."""
+    return max(1, side // 14)
+
+
+def _mosaic(images: Tensor, columns: int) -> np.ndarray:
+    """Images (N, C, H, W) of bytes row by row, on a transparent ground: (height, width, 4)."""
+    count, _, height, width = images.shape
+    down, across = height + _gap(width), width + _gap(width)
+    mosaic = np.zeros((down * (count // columns), across * columns, 4), dtype=np.uint8)
+    for place, image in enumerate(images):
+        top, left = down * (place // columns), across * (place % columns)
+        pixels = mosaic[top : top + height, left : left + width]
+        pixels[..., :3], pixels[..., 3] = image.permute(1, 2, 0), 255  # grey thrice is grey
+    return mosaic[: -_gap(width), : -_gap(width)]
+
+
+def _samples_title(data: Dataset, augment: Sequence[str]) -> str:
+    how = f", augmented by {', '.join(augment)}" if augment else ""
+    return f"{data.source}, training images{how}"
+
+
+def _sample(data: Dataset, per_class: int, seed: int) -> Tensor:
+    """Indices of training images, `per_class` of each class, one class after another."""
+    order = torch.randperm(len(data.train_labels), generator=generator(seed, "samples"))
+    labels = data.train_labels[order]
+    rows = [order[labels == label][:per_class] for label in range(len(data.classes))]
+    short = min(map(len, rows))
+    if short < per_class:
+        raise ValueError(f"per_class={per_class}: one class has {short} training images only")
+    return torch.cat(rows)
+
+
+def _augmented(images: Tensor, augment: Sequence[str], seed: int) -> Tensor:
+    for text in augment:
+        augmentation = parse_augmentation(text)
+        drawn = augmentation.draw(len(images), generator(seed, "samples", augmentation.name))
+        images = augmentation.apply(images, drawn)
+    return images.byte()
+
+
+def _show(ax: Axes, image: Tensor) -> None:
+    """An image (C, H, W) of bytes, grey where it has one channel."""
+    pixels = image.permute(1, 2, 0).numpy()
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+@drawn
+def plot_mistakes(
+    mistakes: Mistakes, rows: int = 5, cols: int = 2, title: str | None = None
+) -> Figure:
+    """A matrix of misclassified images, each with its true and its predicted class.
+
+    Images are as they were before normalization. Where there are fewer than rows × cols, the
+    title says so.
+    """
+    from matplotlib import pyplot
+
+    rows, cols = whole_number(rows, "rows"), whole_number(cols, "cols")
+    heading = _mistakes_title(mistakes, rows * cols, title, width=max(4.6, 2.4 * cols))
+    if not len(mistakes):
+        figure = pyplot.figure(figsize=(4.6, 0.9))
+        figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)
+        return figure
+    rows = min(rows, -(-len(mistakes) // cols))  # no empty rows where there are few
+    size = (max(4.6, 2.4 * cols), 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
+    figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(heading, fontsize=11)
+    for place, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if place < len(mistakes):
+            _draw_mistake(ax, mistakes, place)
+    return figure
+
+
+def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, *, width: float) -> str:
+    what = f"misclassified {mistakes.part} images"
+    head = what.capitalize() if title is None else f"{title}: {what}"
+    count = f"{mistakes.total:,} of {mistakes.tested:,}"
+    if mistakes.total < room:
+        count = f"only {count}" if mistakes.total else f"none of {mistakes.tested:,}"
+    return fitted(f"{head}\n{mistakes.source}: {count}", width, size=11)
+
+
+def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
+    _show(ax, mistakes.images[place])
+    classes = [shortened(name, 22) for name in mistakes.classes]
+    true, predicted = (classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
+    probability = float(mistakes.probability[place])
+    sure = f"{100 * probability:.1f} %" if probability < 0.9995 else "> 99.9 %"
+    text = f"true: {true}\npredicted: {predicted} ({sure})"
+    ax.set_title(fitted(text, 2.4, size=9), fontsize=9)

@@ -1,0 +1,183 @@
+"""Pictures of what normalizations average over: from the table of norms, and found by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from normlab.lessons.sharing import shared_statistics
+from normlab.norms import NORMS, NormKind, norm_name
+from normlab.support.checks import plain, whole_number
+from normlab.support.figures import drawn, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+SHARED, OTHER = "#0072B2", "#E8E8E8"
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart, and how much of each is left
+# when it is mixed with white: black numbers must stay readable on all of them.
+HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#8A8A8A", "#D55E00", "#7A5BC4")
+STRENGTHS = (0.4, 0.85, 0.15, 0.6)
+
+GAP = 0.3  # between two channels or two images of a table, in cells
+MOST_CELLS = 1024  # of a table that can still be read
+
+
+@drawn
+def plot_norm_axes(
+    kinds: Sequence[str] = ("bn", "ln", "in", "gn"),
+    *,
+    shape: tuple[int, int, int] = (5, 6, 5),
+    groups: int = 2,
+) -> Figure:
+    """A cube of images, channels and positions for each norm; coloured is what shares one mean.
+
+    Args:
+        kinds: names of `NORMS`.
+        shape: (N, C, H·W) of the cubes.
+        groups: of "gn"; must divide C.
+
+    After figure 2 of Wu & He, "Group Normalization", 2018.
+    Raises `ValueError` for no kinds, a shape that is not three sizes of at least 1, and groups that
+    do not divide C.
+    """
+    from matplotlib import pyplot
+
+    shape, groups = plain(shape), plain(groups)
+    if len(shape) != 3 or not kinds:
+        raise ValueError(f"cubes need kinds and a shape (N, C, H·W), not {kinds} and {shape}")
+    for name, size in zip(("N", "C", "H·W", "groups"), (*shape, groups), strict=True):
+        whole_number(size, name)
+    if shape[1] % groups:
+        raise ValueError(f"groups={groups} does not divide {shape[1]} channels")
+    size = (2.9 * len(kinds), 2.9)
+    figure, axes = pyplot.subplots(
+        1, len(kinds), figsize=size, subplot_kw={"projection": "3d"}, squeeze=False
+    )
+    for ax, name in zip(axes[0], kinds, strict=True):
+        draw_cube(ax, NORMS[norm_name(name)], shape, groups)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=0.92, wspace=0)
+    return figure
+
+
+def draw_cube(ax: Axes, kind: NormKind, shape: tuple[int, int, int], groups: int) -> None:
+    """Images go back, channels to the right, positions up; the first image lies in front."""
+    shared = np.zeros(shape, dtype=bool)
+    shared[_first_mean(kind, shape, groups)] = True
+    cube = shared.transpose(1, 0, 2)[:, :, ::-1]  # x is C, y is N, z is H·W from the top
+    colours = np.where(cube, SHARED, OTHER)
+    ax.voxels(np.ones(cube.shape, dtype=bool), facecolors=colours, edgecolor="white", linewidth=0.4)
+    ax.set_box_aspect(cube.shape, zoom=1.0)
+    ax.view_init(elev=22, azim=-52)
+    ax.set_axis_off()
+    images, channels, height = shape
+    ax.text(channels / 2, -0.6, -0.6, "C", ha="center", va="center")
+    ax.text(channels + 0.6, images / 2, -0.6, "N", ha="center", va="center")
+    ax.text(-0.3, -0.3, height / 2, "H, W", ha="right", va="center")
+    title = kind.title.split(",")[0].capitalize()
+    grouped = f", {groups} group{'s' * (groups > 1)}" if "C/G" in kind.averaged else ""
+    ax.set_title(title + grouped, fontsize=10)
+
+
+def _first_mean(kind: NormKind, shape: tuple[int, int, int], groups: int) -> tuple[slice, ...]:
+    """The part of the cube that shares a mean with the first element."""
+    images = slice(None) if "N" in kind.averaged else slice(1)
+    channels = slice(None) if "C" in kind.averaged else slice(1)
+    if "C/G" in kind.averaged:
+        channels = slice(shape[1] // groups)
+    positions = slice(None) if "H" in kind.averaged else slice(1)
+    return images, channels, positions
+
+
+def tints(count: int) -> list[str]:
+    """Light colours "#RRGGBB" for `count` sets; after 32 they start again."""
+    found = []
+    for place in range(count):
+        strength = STRENGTHS[place // len(HUES) % len(STRENGTHS)]
+        hue = HUES[place % len(HUES)]
+        parts = [int(hue[start : start + 2], 16) for start in (1, 3, 5)]
+        mixed = [round(255 - strength * (255 - part)) for part in parts]
+        found.append("#" + "".join(f"{part:02X}" for part in mixed))
+    return found
+
+
+@drawn
+def plot_shared(
+    layer: nn.Module | None, values: Tensor, *, ax: Axes | None = None, title: str = ""
+) -> Figure:
+    """A batch as a table of numbers; cells that share statistics in `layer` share a colour.
+
+    Images are rows, channels columns, and each pixel is a cell. The colours come from
+    `shared_statistics`, that is from trying the layer out, so that layers of one's own work too.
+
+    Args:
+        layer: maps (N, C, H, W) to the same shape, in training mode for the trial; with None
+            nothing is coloured.
+        values: (N, C, H, W), the numbers to write: the input, or `layer(input)`.
+        ax: where to draw; without it a new figure is made.
+
+    Raises `ValueError` unless `values` has four axes and at most 1,024 numbers.
+    """
+    if values.dim() != 4 or values.numel() > MOST_CELLS:
+        shape = tuple(values.shape)
+        raise ValueError(f"a table needs (N, C, H, W), {MOST_CELLS:,} numbers at most, not {shape}")
+    colours = [OTHER] * values.numel()
+    if layer is not None:
+        sets = shared_statistics(layer, tuple(values.shape)).flatten().tolist()
+        found = tints(max(sets) + 1)
+        colours = [found[number] for number in sets]
+    ax = ax if ax is not None else _table_axes(values.shape)
+    form = ".0f" if (values == values.round()).all() else ".2f"
+    places = np.ndindex(*values.shape)
+    for place, value, colour in zip(places, values.flatten().tolist(), colours, strict=True):
+        _draw_cell(ax, place, values.shape, f"{value:{form}}", colour)
+    _label_table(ax, values.shape)
+    ax.set_title(title, fontsize=10, pad=8)
+    return ax.figure
+
+
+def _corner(place: tuple[int, ...], shape: tuple[int, ...]) -> tuple[float, float]:
+    """x and y, in cells from the left and the top, of the corner of one number's cell."""
+    image, channel, row, column = place
+    return channel * (shape[3] + GAP) + column, image * (shape[2] + GAP) + row
+
+
+def _table_axes(shape: tuple[int, ...]) -> Axes:
+    images, channels, height, width = shape
+    across, down = 0.45 * channels * (width + GAP), 0.36 * images * (height + GAP)
+    return new_axes(across + 0.9, down + 0.7)
+
+
+def _draw_cell(
+    ax: Axes, place: tuple[int, ...], shape: tuple[int, ...], text: str, colour: str
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    x, y = _corner(place, shape)
+    cell = Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
+    text = text.replace("-0.00", "0.00").replace("-", "−")
+    size = 10 if len(text) < 3 else 8
+    look = {"fontsize": size, "color": "black"}  # the cells are light in every style
+    number = ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", **look)
+    for artist in (ax.add_patch(cell), number):
+        artist.set_in_layout(False)  # the axes hold it anyway; to measure hundreds takes seconds
+
+
+def _label_table(ax: Axes, shape: tuple[int, ...]) -> None:
+    images, channels, height, width = shape
+    across = [channel * (width + GAP) + width / 2 for channel in range(channels)]
+    down = [image * (height + GAP) + height / 2 for image in range(images)]
+    ax.set_xticks(across, [f"channel {c + 1}" for c in range(channels)], fontsize=8)
+    ax.set_yticks(down, [f"image {n + 1}" for n in range(images)], fontsize=8)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.set_xlim(0, channels * (width + GAP) - GAP)
+    ax.set_ylim(images * (height + GAP) - GAP, 0)
+    ax.set_aspect(0.8)

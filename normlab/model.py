@@ -1,0 +1,294 @@
+"""The networks of the assignments, built from a few small parts, with a normalization to choose.
+
+Each network is one function that lists its layers, with the shape after each as a comment. None
+knows which normalization it gets: `make_norm` alone does.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normlab.norms import make_norm, norm_name
+from normlab.support.checks import image_shape, number, one_of, whole_number
+from normlab.support.seeding import seeded
+
+NormMaker = Callable[[int, tuple[int, int]], nn.Module]
+"""Makes the normalization for (channels, (H, W))."""
+
+
+class Residual(nn.Module):
+    """body(x) + shortcut(x): He et al., "Deep Residual Learning", 2016."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
+
+
+class LayerBuilder:
+    """Makes layers one after another and keeps track of the shape (C, H, W) that they leave."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], norm: NormMaker, dropout: nn.Module | None, what: str
+    ) -> None:
+        self.shape = shape
+        self.norm = norm
+        self.dropout = dropout
+        self.what = what
+        self._input_shape = shape
+
+    def conv(
+        self, channels: int, then: str = "", *, kernel: int = 3, valid: bool = False
+    ) -> nn.Module:
+        """A convolution without bias, then what the letters say: N norm, R ReLU, D dropout.
+
+        It keeps the sides, or loses the border where it is `valid`.
+        """
+        before, height, width = self.shape
+        padding = 0 if valid else kernel // 2
+        lost = kernel - 1 - 2 * padding
+        self._move_to(channels, height - lost, width - lost)
+        layers = [nn.Conv2d(before, channels, kernel, padding=padding, bias=False)]
+        return nn.Sequential(*layers, *self.after(then))
+
+    def after(self, letters: str) -> list[nn.Module]:
+        """Norm (N), ReLU (R) and dropout (D) for the present shape, in the order of the letters."""
+        channels, *size = self.shape
+        made = []
+        for letter in letters:
+            if letter == "N":
+                made.append(self.norm(channels, tuple(size)))
+            elif letter == "R":
+                made.append(nn.ReLU())
+            elif letter == "D" and self.dropout is not None:
+                made.append(copy.deepcopy(self.dropout))
+        return made
+
+    def pool(self) -> nn.Module:
+        """2×2 max pooling."""
+        channels, height, width = self.shape
+        self._move_to(channels, height // 2, width // 2)
+        return nn.MaxPool2d(2)
+
+    def head(self, classes: int) -> nn.Module:
+        """Global average pooling, then a 1×1 convolution to the logits (B, classes)."""
+        pool = nn.AdaptiveAvgPool2d(1)
+        self.shape = (self.shape[0], 1, 1)
+        return nn.Sequential(pool, self.conv(classes, kernel=1), nn.Flatten())
+
+    def _move_to(self, channels: int, height: int, width: int) -> None:
+        if min(height, width) < 1:
+            raise ValueError(
+                f"input_shape={self._input_shape} is too small for {self.what}: "
+                f"its layers leave no pixel"
+            )
+        self.shape = (channels, height, width)
+
+
+def _mnist_l1(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+    conv = functools.partial(part.conv, then="RND")
+    return [
+        conv(10, valid=True),  # (B, 10, 26, 26)
+        conv(20, valid=True),  # (B, 20, 24, 24)
+        part.conv(10, kernel=1),  # (B, 10, 24, 24)
+        part.pool(),  # (B, 10, 12, 12)
+        conv(20, valid=True),  # (B, 20, 10, 10)
+        conv(10, valid=True),  # (B, 10, 8, 8)
+        conv(10, valid=True),  # (B, 10, 6, 6)
+        conv(10),  # (B, 10, 6, 6)
+    ]
+
+
+def _mnist_eva6(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+    conv = functools.partial(part.conv, then="RND")
+    return [
+        conv(8, valid=True),  # (B, 8, 26, 26)
+        conv(10, valid=True),  # (B, 10, 24, 24)
+        part.pool(),  # (B, 10, 12, 12)
+        conv(12, valid=True),  # (B, 12, 10, 10)
+        conv(14, valid=True),  # (B, 14, 8, 8)
+        conv(16),  # (B, 16, 8, 8)
+        conv(16, valid=True),  # (B, 16, 6, 6)
+    ]
+
+
+def _cifar10_norms(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+    conv = functools.partial(part.conv, then="NRD")
+    return [
+        conv(8),  # (B, 8, 32, 32)
+        conv(16),  # (B, 16, 32, 32)
+        part.conv(8, kernel=1),  # (B, 8, 32, 32)
+        part.pool(),  # (B, 8, 16, 16)
+        conv(16),  # (B, 16, 16, 16)
+        conv(32),  # (B, 32, 16, 16)
+        conv(32),  # (B, 32, 16, 16)
+        part.conv(8, kernel=1),  # (B, 8, 16, 16)
+        part.pool(),  # (B, 8, 8, 8)
+        conv(16),  # (B, 16, 8, 8)
+        conv(32),  # (B, 32, 8, 8)
+        conv(64),  # (B, 64, 8, 8)
+    ]
+
+
+def _cifar10_add(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+    conv = functools.partial(part.conv, then="RND")
+
+    def added(*layers: nn.Module) -> nn.Module:
+        body = nn.Sequential(*layers)
+        return Residual(body, nn.Identity()) if skip else body
+
+    return [
+        conv(16),  # (B, 16, 32, 32)
+        conv(32),  # (B, 32, 32, 32)
+        part.conv(16, "R", kernel=1),  # (B, 16, 32, 32)
+        part.pool(),  # (B, 16, 16, 16)
+        added(conv(16), conv(16), conv(32), part.conv(16, "R", kernel=1)),  # (B, 16, 16, 16)
+        part.pool(),  # (B, 16, 8, 8)
+        added(conv(16), conv(16), conv(16)),  # (B, 16, 8, 8)
+    ]
+
+
+def _cifar10_skip(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+    conv = functools.partial(part.conv, then="RND")
+
+    def bottleneck(*channels: int) -> nn.Module:
+        before = part.shape
+        first, second, last = channels
+        body = nn.Sequential(
+            part.conv(first, "NRD"), part.conv(second, "NRD"), part.conv(last, "N")
+        )
+        if skip:
+            part.shape = before
+            body = Residual(body, part.conv(last, "N", kernel=1))
+        return nn.Sequential(body, *part.after("RD"))
+
+    return [
+        conv(8),  # (B, 8, 32, 32)
+        conv(16),  # (B, 16, 32, 32)
+        part.conv(8, "RD", kernel=1),  # (B, 8, 32, 32)
+        part.pool(),  # (B, 8, 16, 16)
+        bottleneck(16, 24, 32),  # (B, 32, 16, 16)
+        part.conv(8, "RD", kernel=1),  # (B, 8, 16, 16)
+        part.pool(),  # (B, 8, 8, 8)
+        bottleneck(16, 32, 48),  # (B, 48, 8, 8)
+    ]
+
+
+@dataclass(frozen=True)
+class Design:
+    """A network as the assignment has it; the defaults of `build_network`."""
+
+    layers: Callable[[LayerBuilder, bool], list[nn.Module]]
+    input_shape: tuple[int, int, int]
+    groups: int
+    dropout: float
+    channel_dropout: bool = False  # drop whole channels rather than single elements
+
+
+NETWORKS = {
+    "mnist-l1": Design(_mnist_l1, (1, 28, 28), groups=5, dropout=0.05),
+    "mnist-eva6": Design(_mnist_eva6, (1, 28, 28), groups=2, dropout=0.02, channel_dropout=True),
+    "cifar10-norms": Design(_cifar10_norms, (3, 32, 32), groups=4, dropout=0.05),
+    "cifar10-add": Design(_cifar10_add, (3, 32, 32), groups=2, dropout=0.0),
+    "cifar10-skip": Design(
+        _cifar10_skip, (3, 32, 32), groups=4, dropout=0.05, channel_dropout=True
+    ),
+}
+
+
+class Network(nn.Sequential):
+    """A network of `build_network`: images (B, C, H, W) to logits (B, classes).
+
+    `description` holds the arguments that build the same network again.
+    """
+
+    description: dict
+
+    def __init__(self, layers: list[nn.Module], description: dict) -> None:
+        super().__init__(*layers)
+        self.description = description
+
+
+def build_network(
+    name: str,
+    norm: str | NormMaker = "bn",
+    *,
+    groups: int | None = None,
+    dropout: float | None = None,
+    skip: bool = True,
+    classes: int = 10,
+    input_shape: tuple[int, int, int] | None = None,
+    seed: int | None = None,
+) -> Network:
+    """Builds the network of an assignment with the normalization asked for.
+
+    Args:
+        name: one of `NETWORKS`.
+        norm: a name as for `make_norm`, or a function of (channels, (H, W)) that returns a layer.
+        groups: groups of "gn"; without it, as many as the assignment has.
+        dropout: probability in [0, 1); without it, the assignment's.
+        skip: whether the skip connections of the networks that have some are there.
+        classes: number of logits.
+        input_shape: (C, H, W) of the images; without it, the assignment's.
+        seed: makes the initial weights the same every time, and the convolutions' the same for
+            every norm, leaving the global random state as it is; None draws from that state.
+
+    Raises `ValueError` for unknown names, groups that do not divide the channels of a layer, and
+    images too small to leave a pixel.
+    """
+    design = NETWORKS[one_of(name, NETWORKS, "network")]
+    arguments = {
+        "name": name,
+        "norm": norm_name(norm) if isinstance(norm, str) else _callable_name(norm),
+        "groups": design.groups if groups is None else whole_number(groups, "groups"),
+        "dropout": design.dropout if dropout is None else number(dropout, "dropout", below=1),
+        "skip": bool(skip),
+        "classes": whole_number(classes, "classes"),
+        "input_shape": image_shape(design.input_shape if input_shape is None else input_shape),
+    }
+    drop = nn.Dropout2d if design.channel_dropout else nn.Dropout
+    dropout_layer = drop(arguments["dropout"]) if arguments["dropout"] else None
+    maker = (
+        norm if callable(norm) else functools.partial(_norm_for, name, norm, arguments["groups"])
+    )
+    part = LayerBuilder(arguments["input_shape"], maker, dropout_layer, name)
+    seed = int(torch.randint(2**62, ())) if seed is None else whole_number(seed, "seed", least=0)
+    with seeded(seed, "layers"):
+        layers = [*design.layers(part, arguments["skip"]), part.head(arguments["classes"])]
+        network = Network(layers, arguments)
+    _initialize(network, seed)
+    return network
+
+
+def _norm_for(
+    network: str, norm: str, groups: int, channels: int, size: tuple[int, int]
+) -> nn.Module:
+    try:
+        return make_norm(norm, channels, groups=groups, size=size)
+    except ValueError as error:
+        raise ValueError(f"{network}, layer with {channels} channels: {error}") from None
+
+
+def _callable_name(norm: object) -> str:
+    if not callable(norm):
+        raise TypeError(f"norm must be a name or a function of (channels, size), not {norm!r}")
+    return getattr(norm, "__qualname__", type(norm).__qualname__)
+
+
+def _initialize(network: nn.Module, seed: int) -> None:
+    """Draws the convolutions' weights, each from its own stream, whatever norms lie between.
+
+    Those of shortcuts are numbered last, so that the others are the same without shortcuts.
+    """
+    layers = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Conv2d)]
+    layers.sort(key=lambda pair: "shortcut" in pair[0])
+    for index, (_, layer) in enumerate(layers):
+        with seeded(seed, "weights", index):
+            layer.reset_parameters()

@@ -1,0 +1,1 @@
+"""What every other module may use: checks, files, seeds, devices, figures, progress."""

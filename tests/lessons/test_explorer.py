@@ -1,0 +1,211 @@
+"""The form follows its sliders; without a front end it is one figure."""
+
+import io
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from PIL import Image
+
+import normlab as nl
+import normlab.lessons.explorer
+from normlab.lessons.explorer import KINDS, LIMITS, _numbers, counts, numbers_a_mean
+from normlab.norms import NORMS
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("bn", "Batch normalization: C = 6 means of 60 numbers; 2 · C = 12 learned numbers"),
+        ("ln", "Layer normalization: N = 3 means of 120 numbers; 2 · C = 12 learned numbers"),
+        ("gn", "Group normalization: N · G = 3 · 2 = 6 means of 60 numbers; 2 · C = 12 learned"),
+        ("in", "Instance normalization: N · C = 3 · 6 = 18 means of 20 numbers; 2 · C = 12 learn"),
+        ("ln-elementwise", "N = 3 means of 120 numbers; 2 · C · H · W = 240 learned numbers"),
+    ],
+)
+def test_the_counts_in_words(kind, text):
+    assert text in counts(NORMS[kind], (3, 6, 5, 4), 2)
+
+
+def test_one_mean_is_written_in_the_singular():
+    assert "C = 1 mean of 1 number;" in counts(NORMS["bn"], (1, 1, 1, 1), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_counts_are_those_of_the_layer(kind, groups):
+    shape = (3, 4, 2, 2)
+    layer = nl.make_norm(kind, 4, groups=groups, size=(2, 2))
+    shared = nl.shared_statistics(layer, shape)
+    learned = sum(parameter.numel() for parameter in layer.parameters())
+    sizes = np.bincount(shared.flatten())
+    assert set(sizes) == {numbers_a_mean(NORMS[kind], shape, groups)}
+    text = counts(NORMS[kind], shape, groups)
+    assert f"= {len(sizes)} mean" in text
+    assert f"= {learned} learned numbers" in text
+
+
+def test_the_numbers_are_those_of_the_example_wherever_it_reaches():
+    x = _numbers(LIMITS)
+    assert (x[:4, :4, :2, :2] == nl.example_batch()).all()
+    assert set(x.flatten().tolist()) == set(range(10))
+    assert (_numbers((2, 8, 3, 1)) == x[:2, :, :, :1]).all()
+
+
+# --- the figure -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_front_end_it_is_a_figure_of_cube_and_tables(kind):
+    figure = nl.explore_norm(kind, shape=(2, 4, 2, 1), groups=4)
+    assert isinstance(figure, Figure)
+    assert pyplot.get_fignums() == []  # a notebook shows what is returned, once
+    _, before, after = figure.axes
+    assert len(before.patches) == len(after.patches) == 16
+    assert figure.get_suptitle() == counts(NORMS[kind], (2, 4, 2, 1), 4)
+
+
+def test_the_table_after_holds_what_torch_computes():
+    figure = nl.explore_norm("gn", groups=2)
+    expected = nl.group_norm(nl.example_batch(), 2).flatten()
+    written = [text.get_text().replace("−", "-") for text in figure.axes[2].texts]
+    assert [float(text) for text in written] == pytest.approx(expected.tolist(), abs=0.0051)
+
+
+@pytest.mark.parametrize("kind", ["bn", "in", "gn"])
+def test_one_number_a_mean_gets_a_sentence(kind):
+    # batch and instance normalization of torch refuse such an input in training
+    figure = nl.explore_norm(kind, shape=(1, 2, 1, 1))
+    assert "Each number is its own mean" in figure.axes[2].texts[0].get_text()
+
+
+def test_wide_tables_stand_one_above_the_other():
+    _, before, after = nl.explore_norm(shape=(2, 8, 1, 2)).axes
+    assert before.get_position().y0 > after.get_position().y1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "none"}, "unknown norm to explore 'none': it must be one of bn, ln, gn"),
+        ({"kind": "grup"}, "unknown norm 'grup'.*did you mean 'gn'"),
+        ({"shape": (4, 4, 2)}, r"shape must be \(N, C, H, W\), not \(4, 4, 2\)"),
+        ({"shape": (4, 9, 2, 2)}, "C must be at most 8 here, not 9"),
+        ({"shape": (0, 4, 2, 2)}, "N must be at least 1, not 0"),
+        ({"groups": 3}, "groups=3 does not divide 4 channels: it must be one of 1, 2, 4"),
+    ],
+)
+def test_bad_combinations_get_one_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        nl.explore_norm(**options)
+
+
+def test_groups_matter_to_gn_only():
+    assert isinstance(nl.explore_norm("bn", shape=(2, 3, 1, 2), groups=2), Figure)
+
+
+# --- the form ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def form(monkeypatch):
+    """The form's controls by their labels, and the titles of the pictures that it drew."""
+    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
+    drawn = []
+    real = normlab.lessons.explorer._picture
+    monkeypatch.setattr(
+        normlab.lessons.explorer, "_picture", lambda *where: drawn.append(where) or real(*where)
+    )
+    box = nl.explore_norm("gn", form=True)
+    controls = {}
+
+    def collect(widget):
+        for child in getattr(widget, "children", ()):
+            collect(child)
+        if getattr(widget, "description", ""):
+            controls[widget.description] = widget
+
+    collect(box)
+    return SimpleNamespace(box=box, controls=controls, drawn=drawn, image=box.children[-1])
+
+
+def test_the_form_has_a_control_for_everything_and_a_picture(form):
+    assert set(form.controls) == {
+        "kind",
+        "images N",
+        "channels C",
+        "rows H",
+        "columns W",
+        "groups G",
+    }
+    picture = Image.open(io.BytesIO(form.image.value))
+    assert picture.width > 500
+    assert pyplot.get_fignums() == []
+
+
+def test_the_picture_follows_every_control(form):
+    for name, value in (("kind", "bn"), ("images N", 2), ("rows H", 1), ("columns W", 3)):
+        before = form.image.value
+        form.controls[name].value = value
+        assert form.image.value != before
+    assert form.drawn[-1] == ("bn", (2, 4, 1, 3), 2)
+    assert len(form.drawn) == 5  # one for each change
+
+
+def test_only_groups_that_divide_the_channels_are_offered(form):
+    channels, groups = form.controls["channels C"], form.controls["groups G"]
+    groups.value = 4
+    for count, kept in ((6, 3), (5, 1), (8, 1)):
+        channels.value = count
+        assert list(groups.options) == [g for g in range(1, count + 1) if count % g == 0]
+        assert groups.value == kept
+        assert form.drawn[-1] == ("gn", (4, count, 2, 2), kept)
+    groups.value = 8
+    assert form.drawn[-1] == ("gn", (4, 8, 2, 2), 8)
+
+
+def test_groups_are_for_gn_only(form):
+    assert not form.controls["groups G"].disabled
+    form.controls["kind"].value = "ln"
+    assert form.controls["groups G"].disabled
+
+
+def test_the_smallest_and_the_largest_form_draw(form):
+    form.controls["channels C"].value = 1
+    for name, most in zip(("images N", "rows H", "columns W"), (4, 3, 3), strict=True):
+        form.controls[name].value = 1
+        assert form.controls[name].max == most
+    assert math.prod(form.drawn[-1][1]) == 1
+
+
+# --- where there is a front end ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("answers", "is_form"), [(True, True), (False, False)])
+def test_a_notebook_gets_the_form_only_where_somebody_looks(answers, is_form, monkeypatch):
+    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
+    parent = {"content": {"allow_stdin": answers}}
+    shell = SimpleNamespace(get_parent=lambda: parent)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert isinstance(nl.explore_norm(), Figure) is not is_form
+
+
+def test_a_terminal_is_no_notebook(monkeypatch):
+    shell = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert isinstance(nl.explore_norm(), Figure)
+
+
+def test_without_ipywidgets_it_says_so_and_draws(monkeypatch):
+    monkeypatch.setattr(normlab.lessons.explorer, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="need ipywidgets: pip install ipywidgets"):
+        figure = nl.explore_norm(form=True)
+    assert isinstance(figure, Figure)
+
+
+def test_a_form_that_is_not_wanted_is_not_drawn():
+    assert isinstance(nl.explore_norm(form=False), Figure)

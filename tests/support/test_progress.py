@@ -1,0 +1,147 @@
+"""What a training shows while it runs, wherever its output goes."""
+
+import io
+import re
+from contextlib import redirect_stderr
+
+import pytest
+
+import normlab as nl
+from normlab.support.progress import make_progress
+
+RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1)
+
+
+@pytest.fixture
+def train(tiny, tiny_network):
+    """Trains for three epochs of three batches each; keyword arguments as for `fit`."""
+
+    def start(**options):
+        return nl.fit(tiny_network(), tiny, RECIPE, device="cpu", **options)
+
+    return start
+
+
+class Terminal(io.StringIO):
+    """A stream that claims to be a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_without_a_stream_for_errors_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert type(make_progress("BN", 2, 3)).__name__ == "LineProgress"
+
+
+def test_a_log_gets_one_line_an_epoch_and_nothing_else(train, capsys):
+    run = train(label="BN, seed 0")
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err == ""
+    assert len(lines) == 3
+    for line, row in zip(lines, run.history, strict=True):
+        assert line.startswith(f"BN, seed 0: epoch {row['epoch']}/3")
+        for number in (
+            f"training loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}",
+            f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}",
+        ):
+            assert number in line
+
+
+def test_a_run_without_a_label_is_called_after_its_folder_or_class(train, capsys, tmp_path):
+    train()
+    assert capsys.readouterr().out.startswith("TinyNetwork: epoch 1/3")
+    train(directory=tmp_path / "my-bn")
+    assert capsys.readouterr().out.startswith("my-bn: epoch 1/3")
+
+
+def test_a_loaded_run_prints_nothing(train, capsys, tmp_path):
+    train(directory=tmp_path, progress=False)
+    train(directory=tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_progress_nothing_is_printed_at_all(train, capfd):
+    train(progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_progress_a_terminal_stays_empty_too(train, capsys):
+    with redirect_stderr(Terminal()) as terminal:
+        train(progress=False)
+    assert terminal.getvalue() == ""
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_a_bar_that_fills_up(train, capsys):
+    with redirect_stderr(Terminal()) as terminal:
+        run = train(label="GN")
+    states = [state for state in terminal.getvalue().split("\r") if state.strip()]
+    assert "GN |" in states[0]
+    assert "100%" in states[-1]
+    assert f"epoch 3/3, test loss {run.last['test_loss']:.4f}" in states[-1]
+    shares = [int(share) for state in states for share in re.findall(r"\| +(\d+)%", state)]
+    assert (shares[0], shares[-1]) == (0, 100)
+    assert shares == sorted(shares)
+    # One bar on one line: the only line feed is the one that ends it.
+    assert terminal.getvalue().count("\n") == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_bar_starts_where_the_training_was():
+    terminal = Terminal()
+    with redirect_stderr(terminal), make_progress("GN", epochs=4, steps=5) as shown:
+        shown.start_at(2)
+        assert list(shown.counted("abcde")) == list("abcde")
+    assert "75%" in terminal.getvalue().split("\r")[-1]
+
+
+def test_the_bar_is_closed_when_the_training_fails():
+    def fail():
+        with make_progress("GN", epochs=4, steps=5):
+            raise KeyboardInterrupt
+
+    with redirect_stderr(Terminal()) as terminal, pytest.raises(KeyboardInterrupt):
+        fail()
+    assert terminal.getvalue().endswith("\n")
+
+
+CELL = """
+import torch
+import normlab as nl
+
+labels = torch.arange(32) % 2
+images = (labels.view(-1, 1, 1, 1) * 200 + torch.randint(0, 50, (32, 1, 8, 8))).to(torch.uint8)
+data = nl.Dataset("two", images, labels, images, labels, ("dark", "light"), "made up")
+network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+run = nl.fit(network, data, nl.Recipe(epochs=3, batch_size=8), device="cpu", label="linear")
+"""
+
+
+@pytest.fixture
+def executed(monkeypatch, tmp_path):
+    """Runs a cell in a kernel and returns the notebook as it would be stored."""
+    reason = "needs nbclient, which comes with jupyter"
+    nbclient = pytest.importorskip("nbclient", reason=reason)
+    nbformat = pytest.importorskip("nbformat", reason=reason)
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+
+    def execute(source):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+        return notebook
+
+    return execute
+
+
+def test_a_stored_notebook_keeps_one_line_of_the_last_state(executed):
+    notebook = executed(CELL)
+    (output,) = notebook.cells[0].outputs
+    # A widget's state would keep GitHub from showing the notebook.
+    assert "widgets" not in notebook.metadata
+    assert output.output_type == "display_data"
+    assert set(output.data) == {"text/plain"}
+    text = output.data["text/plain"]
+    assert re.fullmatch(r"linear █{20} epoch 3/3 test loss \d\.\d{4}, accuracy \d+\.\d\d%", text)
