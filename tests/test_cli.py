@@ -146,7 +146,7 @@ def test_a_figure_that_fails_leaves_status_and_table(command, tmp_path, monkeypa
         raise RuntimeError("a broken font")
 
     for name in ("report.plot_curves", "sweep_plots.plot_sweep"):
-        monkeypatch.setattr(f"normlab.{name}", fail)
+        monkeypatch.setattr(f"normlab.comparisons.{name}", fail)
     shades, out = make_folder(tmp_path / "shades"), tmp_path / "out"
     words = [command, "mnist-l1", "--dataset", str(shades), "--epochs", "1", "--device", "cpu"]
     with pytest.warns(UserWarning, match="could not be drawn: RuntimeError: a broken font"):
