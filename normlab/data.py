@@ -105,14 +105,14 @@ class Dataset:
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> "Batches":
-        """Batches of (images, labels) to loop over: float (B, C, H, W), normalised, and int64 (B,).
+    ) -> "BatchLoader":
+        """BatchLoader of (images, labels) to loop over: float (B, C, H, W), normalised, and int64 (B,).
 
         The training part is shuffled anew in every pass, the test part is in order; `shuffle`
         decides otherwise. `augment` names augmentations, as in `Recipe`.
         """
         images, labels = self._resident(train, torch.device(device))
-        return Batches(
+        return BatchLoader(
             images,
             labels,
             mean=self.mean,
@@ -287,7 +287,7 @@ def _scale_and_offset(
     return torch.tensor([scale, offset], dtype=dtype, device=device).view(2, -1, 1, 1)
 
 
-class Batches:
+class BatchLoader:
     """Normalised, augmented batches of images that stay on one device as uint8.
 
     Iterating gives (images, labels): float (B, C, H, W) and int64 (B,); the last batch may be

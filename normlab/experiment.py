@@ -31,7 +31,7 @@ from normlab.runs.plans import (
     seed_numbers,
     with_kept,
 )
-from normlab.runs.processes import say_others_go_on, side_by_side
+from normlab.runs.processes import side_by_side, warn_others_go_on
 from normlab.support.checks import instance, one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import scratch_folder, user_path
@@ -165,17 +165,17 @@ def run_assignment(
             say_what_is_left(len(left), len(plans))
         if device.type == "cpu" and engine == "auto":
             # Afterwards `_trained` finds them done.
-            _train_side_by_side(plans, left, data, progress, to_the_end=directory is not None)
+            _train_side_by_side(plans, left, data, progress, keep_going=directory is not None)
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
         options = {"device": device, "progress": progress, "engine": engine}
-        for plan, run in _trained(plans, data, to_the_end=directory is not None, **options):
+        for plan, run in _trained(plans, data, keep_going=directory is not None, **options):
             run.directory = run.directory if directory else None
             runs[plan.variant.label].append(run)
     return Results(assignment, data, runs)
 
 
 def _trained(
-    plans: list[Plan], data: Dataset, *, device: torch.device, to_the_end: bool, **options: object
+    plans: list[Plan], data: Dataset, *, device: torch.device, keep_going: bool, **options: object
 ) -> list[tuple[Plan, Run]]:
     """All plans with their runs, trained or found done here, a few at once."""
     trained, diverged = [], []
@@ -185,21 +185,21 @@ def _trained(
             runs = fit_together(jobs, data, device=device, **options)
             trained += zip(group, runs, strict=True)
         except FloatingPointError as error:  # other errors may well be those of all
-            if not to_the_end:
+            if not keep_going:
                 raise
             diverged.append(error)
-            say_others_go_on(error, group[-1] is not plans[-1])
+            warn_others_go_on(error, group[-1] is not plans[-1])
     if diverged:
         raise diverged[0]
     return trained
 
 
 def _train_side_by_side(
-    plans: list[Plan], left: list[Plan], data: Dataset, progress: bool, *, to_the_end: bool
+    plans: list[Plan], left: list[Plan], data: Dataset, progress: bool, *, keep_going: bool
 ) -> None:
     """Trains what is left in processes beside this one, if all plans together are worth it."""
     if left and are_worth_processes(plans, data):
-        judge, options = partial(_judge, data), {"progress": progress, "to_the_end": to_the_end}
+        judge, options = partial(_judge, data), {"progress": progress, "keep_going": keep_going}
         side_by_side(_train, left, data, after_each=judge, train_here=_later, **options)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normlab.analysis import check_network, class_and_probability, predict
-from normlab.data import Batches, Dataset
+from normlab.data import BatchLoader, Dataset
 from normlab.engines.choice import ENGINES, make_engine
 from normlab.engines.compiler import compiler_left_out
 from normlab.engines.cuda_graph import can_overlap
@@ -268,7 +268,7 @@ class _Training:
             self.result = self.run()
         self.network.eval()
 
-    def _ingredients(self) -> tuple[nn.Module, Recipe, Batches, Batches]:
+    def _ingredients(self) -> tuple[nn.Module, Recipe, BatchLoader, BatchLoader]:
         """What an engine is made of: network, recipe, and the batches to train and test on."""
         recipe, dtype = self.recipe, DTYPES[self.recipe.dtype]
         train = self.data.loader(

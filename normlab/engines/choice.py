@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normlab.data import Batches
+from normlab.data import BatchLoader
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import CpuEngine, PlainEngine
 from normlab.lessons.watching import is_watched
@@ -18,7 +18,7 @@ ENGINES = ("auto", "plain")
 
 
 def make_engine(
-    choice: str, network: nn.Module, recipe: Recipe, train: Batches, test: Batches
+    choice: str, network: nn.Module, recipe: Recipe, train: BatchLoader, test: BatchLoader
 ) -> tuple[PlainEngine, str]:
     """The engine for a network on its device, and in a few words why this one.
 
@@ -33,7 +33,7 @@ def make_engine(
 
 
 def _fastest(
-    network: nn.Module, train: Batches, device: torch.device
+    network: nn.Module, train: BatchLoader, device: torch.device
 ) -> tuple[type[PlainEngine], str]:
     kinds = {
         "cpu": (CpuEngine, "channels last, quick dropout, kept memory: the fastest measured"),
@@ -51,7 +51,7 @@ def _fastest(
     return kinds[device.type]
 
 
-def _channels_last_problem(network: nn.Module, train: Batches) -> str:
+def _channels_last_problem(network: nn.Module, train: BatchLoader) -> str:
     """What a copy of the network raises on channels-last images; `.view` in its forward, say."""
     device = train.images.device
     images = torch.zeros(2, *train.images.shape[1:], dtype=train.dtype, device=device)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.data import Batches
+from normlab.data import BatchLoader
 from normlab.engines.plain import Counted, PlainEngine, batch_sizes
 from normlab.penalties import l1_penalty
 from normlab.recipes import Recipe, make_optimizer, schedule_factor
@@ -34,7 +34,9 @@ class GraphEngine(PlainEngine):
     name = "cuda-graph"
     WARM_UPS = 3  # steps before the capture, which PyTorch's allocator and cuDNN need
 
-    def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
+    def __init__(
+        self, network: nn.Module, recipe: Recipe, train: BatchLoader, test: BatchLoader
+    ) -> None:
         super().__init__(network, recipe, train, test)
         factor = schedule_factor(recipe.schedule, recipe.epochs * self.steps)
         rates = [recipe.lr * factor(step) for step in range(recipe.epochs * self.steps)]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normlab.data import Batches
+from normlab.data import BatchLoader
 from normlab.engines.allocator import kept_memory
 from normlab.engines.dropout import quick_dropout
 from normlab.recipes import Recipe, make_optimizer, make_scheduler, schedule_factor
@@ -29,7 +29,9 @@ class PlainEngine:
 
     name = "plain"
 
-    def __init__(self, network: nn.Module, recipe: Recipe, train: Batches, test: Batches) -> None:
+    def __init__(
+        self, network: nn.Module, recipe: Recipe, train: BatchLoader, test: BatchLoader
+    ) -> None:
         self.network, self.recipe, self.batches, self.tests = network, recipe, train, test
         self.model = network  # what is called in training
         self.device = train.images.device

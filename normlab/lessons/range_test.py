@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.data import Batches, Dataset
+from normlab.data import BatchLoader, Dataset
 from normlab.engines.compiler import compiler_left_out
 from normlab.fitting import check_trainable
 from normlab.penalties import l1_penalty
@@ -164,8 +164,8 @@ def _step(
     optimizer.step()
 
 
-def _whole(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end, but for the short last ones, whose losses would be noisier."""
+def _whole(batches: BatchLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """BatchLoader without end, but for the short last ones, whose losses would be noisier."""
     size = min(batches.batch_size, len(batches.images))
     for images, labels in itertools.chain.from_iterable(itertools.repeat(batches)):
         if len(labels) == size:

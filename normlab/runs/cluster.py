@@ -30,8 +30,8 @@ from normlab.runs.processes import (
     Train,
     WorkersLost,
     quiet,
+    run_tasks,
     train_all,
-    work_off,
 )
 from normlab.runs.transfer import Parcel, unpack
 from normlab.support.checks import warn
@@ -117,7 +117,7 @@ class Cluster:
     def _by_workers(self, task: Callable, parcels: Sequence[Parcel]) -> Outcomes:
         results: SimpleQueue = SimpleQueue()
         arguments = (self.client, task, parcels, results)
-        threading.Thread(target=_work_off, args=arguments, daemon=True).start()
+        threading.Thread(target=_run_tasks, args=arguments, daemon=True).start()
         while (result := _next(results, self.client)) is not None:
             if isinstance(result, BaseException):
                 raise result
@@ -185,7 +185,7 @@ def _version_asker() -> Callable[[], str | None]:
     return version
 
 
-def _work_off(
+def _run_tasks(
     client: Client, task: Callable, parcels: Sequence[Parcel], results: SimpleQueue
 ) -> None:
     """Puts what the workers return into `results`, at last None or the error that ended it.
@@ -198,7 +198,7 @@ def _work_off(
             # With a single thread joblib would not use the cluster at all, but train here.
             config["backend"].effective_n_jobs = lambda n_jobs: max(threads(n_jobs), 2)
             # All at once, so that workers that join later find something to do.
-            for result in work_off(task, parcels, n_jobs=-1, pre_dispatch="all"):
+            for result in run_tasks(task, parcels, n_jobs=-1, pre_dispatch="all"):
                 results.put(result)
         results.put(None)
     except CancelledError:

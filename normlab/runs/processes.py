@@ -73,7 +73,7 @@ def side_by_side(
     *,
     progress: bool = True,
     after_each: AfterEach = nothing_more,
-    to_the_end: bool = True,
+    keep_going: bool = True,
     train_here: Train | None = None,
 ) -> None:
     """Calls `train(job, data)`, which fills the job's folder, in processes of one thread each.
@@ -82,7 +82,7 @@ def side_by_side(
     """
     apart = functools.partial(_in_processes, train, data, progress)
     here = train_here or train
-    train_all(apart, here, plans, data, after_each, to_the_end=to_the_end)
+    train_all(apart, here, plans, data, after_each, keep_going=keep_going)
 
 
 def train_all(
@@ -92,11 +92,11 @@ def train_all(
     data: Dataset,
     after_each: AfterEach,
     *,
-    to_the_end: bool = True,
+    keep_going: bool = True,
 ) -> None:
     """Has other processes train what can be sent to them, and trains the rest here afterwards.
 
-    Raises the first error of a plan once the others are done, or at once without `to_the_end`.
+    Raises the first error of a plan once the others are done, or at once without `keep_going`.
 
     Args:
         apart: has other processes train the jobs of parcels.
@@ -109,9 +109,9 @@ def train_all(
             left -= 1
             if not isinstance(outcome, Exception):
                 after_each(plan, outcome)
-            elif to_the_end:
+            elif keep_going:
                 errors.append(outcome)
-                say_others_go_on(outcome, left > 0)
+                warn_others_go_on(outcome, left > 0)
             else:
                 raise outcome
     if errors:
@@ -183,7 +183,7 @@ def _portion(
     pool |= {"initializer": _end_with_parent, "initargs": (os.getpid(), file)}
     pool["temp_folder"] = str(file.parent)  # else joblib leaves its own in /dev/shm when killed
     try:
-        for parcel, outcome in work_off(task, parcels, **pool):
+        for parcel, outcome in run_tasks(task, parcels, **pool):
             left.remove(parcel)
             yield parcel, outcome
     except WorkersLost:
@@ -198,13 +198,13 @@ def _killed(label: str) -> RuntimeError:
     )
 
 
-def say_others_go_on(error: Exception, others: bool) -> None:
+def warn_others_go_on(error: Exception, others: bool) -> None:
     """Warns of an error that will be raised when the others are done, if there are others."""
     if others:
         warn(f"{error}; the others go on")
 
 
-def work_off(
+def run_tasks(
     task: Callable[[tuple], tuple[object, dict[str, bytes]]],
     parcels: Sequence[Parcel],
     **pool: object,

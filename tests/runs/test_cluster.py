@@ -322,7 +322,7 @@ def test_a_task_is_small(one_worker, tmp_path, monkeypatch):
         sizes.extend(len(cloudpickle.dumps((task, parcel.sent))) for parcel in parcels)
         yield from ((parcel, "measured") for parcel in parcels)
 
-    monkeypatch.setattr(cluster, "work_off", measured)
+    monkeypatch.setattr(cluster, "run_tasks", measured)
     sweep(one_worker, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])
     assert len(sizes) == 40
     assert max(sizes) < 100_000
