@@ -106,7 +106,7 @@ class Dataset:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "BatchLoader":
-        """BatchLoader of (images, labels) to loop over: float (B, C, H, W), normalised, and int64 (B,).
+        """Batches (images, labels): float (B, C, H, W), normalised, and int64 (B,).
 
         The training part is shuffled anew in every pass, the test part is in order; `shuffle`
         decides otherwise. `augment` names augmentations, as in `Recipe`.
