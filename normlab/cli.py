@@ -236,7 +236,7 @@ def _check_run(options: argparse.Namespace):
 def _check_training(options: argparse.Namespace, assignment, dataset: str):
     """The data set's name or folder, and what to call it, if all options are in order."""
     from normlab.datasets.loading import DATASETS, check_dataset_name
-    from normlab.runs.plans import seed_numbers
+    from normlab.runs.jobs import seed_numbers
     from normlab.support.checks import whole_number
     from normlab.support.devices import pick_device
 

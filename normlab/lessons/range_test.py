@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from normlab.data import BatchLoader, Dataset
 from normlab.engines.compiler import compiler_left_out
-from normlab.fitting import check_trainable
 from normlab.penalties import l1_penalty
 from normlab.plots import legend_height, look_of, place_legend, places_of, set_title
 from normlab.recipes import DTYPES, Recipe, make_optimizer
+from normlab.runs.jobs import check_trainable
 from normlab.support.checks import has_weights, instance, number, warn, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.figures import drawn, new_axes
