@@ -22,8 +22,9 @@ from torch import nn
 
 import normlab as nl
 from normlab.engines import choice as engines
+from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
-from normlab.engines.plain import CpuEngine, PlainEngine
+from normlab.engines.plain import PlainEngine
 from normlab.fitting import Job, fit_together, is_done, warn_if_at_chance
 from normlab.runs.folder import RunFolder
 from normlab.support.files import InUse, owned
