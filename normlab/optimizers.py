@@ -180,7 +180,8 @@ def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe
     return Muon(banks, others, lr=lr, **options)
 
 
-# Each makes an optimiser of the weights to train, a rate, which is a tensor on a GPU, and what else
-# a recipe says. Those named in BY_FILTER also get the `filters` among the weights.
+# Each makes an optimiser of the weights to train, the rate, and what else a recipe says; those in
+# BY_FILTER also get the `filters` among the weights. On a GPU the rate is a tensor, and what a step
+# changes must lie in tensors there: a CUDA graph calls no Python.
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
 BY_FILTER = {"muon"}

@@ -515,7 +515,7 @@ class SmallMemory:
         monkeypatch.setattr(CpuEngine, "close", closing)
 
 
-@pytest.mark.parametrize("method", ["prepare", "train"])
+@pytest.mark.parametrize("method", ["prepare", "collect"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # CUDA's and Apple's
 @pytest.mark.parametrize("room", [1, 2])
 def test_where_memory_is_short_fewer_are_trained_at_once(

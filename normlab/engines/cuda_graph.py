@@ -57,6 +57,8 @@ class GraphEngine(PlainEngine):
 
     def prepare(self) -> str:
         """Captures the steps, then puts back what the warm-ups changed."""
+        if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
+            return "its optimiser takes no learning rate from the device"
         self.network.to(memory_format=torch.channels_last)
         self.batches.memory_format = self.tests.memory_format = torch.channels_last
         self._lay_out_state()

@@ -44,11 +44,14 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 def check_dtype(device: torch.device, dtype: str) -> None:
     """Raises `ValueError` of one sentence where a device cannot compute in a recipe's dtype."""
-    lacking = {"mps": ("float64", "bfloat16")}.get(device.type, ())
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        lacking = ("bfloat16",)
-    if dtype in lacking:
-        raise ValueError(f"dtype {dtype!r} is not available on device '{device}': use device='cpu'")
+    lacks = device.type == "mps" and dtype in ("float64", "bfloat16")
+    if device.type == "cuda" and dtype == "bfloat16":  # before Ampere it would be emulated
+        lacks = not torch.cuda.is_bf16_supported(including_emulation=False)
+    if lacks:
+        raise ValueError(
+            f"dtype {dtype!r} is not available on device '{device}': use dtype='float32', or "
+            "device='cpu'"
+        )
 
 
 @contextmanager
