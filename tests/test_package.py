@@ -35,6 +35,7 @@ ORDER = (
     "support.module_state",
     "support.checks",
     "support.files",
+    "support.colours",
     "support.figures",
     "support.seeding",
     "support.devices",
