@@ -55,7 +55,7 @@ _HOMES = {
     "lessons.range_test": ("RateTest", "find_rate", "plot_rates"),
     "recipes": ("Recipe",),
     "comparisons.report": ("write_report",),
-    "runs.folder": ("Run",),
+    "history": ("Run",),
     "lessons.sharing": ("shared_statistics",),
     "datasets.loading": ("load_dataset",),
     "lessons.spreadsheet": ("to_spreadsheet",),

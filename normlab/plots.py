@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.runs.folder import QUANTITIES, Run
+from normlab.history import QUANTITIES, Run
 from normlab.support.checks import one_of, warn
 from normlab.support.figures import (
     add_legend,
@@ -155,10 +155,10 @@ def places_of(labels: Sequence[str]) -> dict[str, int]:
 
 def _title(groups: dict[str, list[Run]], quantity: str) -> str:
     """The quantity's name and what the images are."""
-    name, configs = NAMES[quantity][0], [run.config for some in groups.values() for run in some]
-    if all("validation_images" in config["is"]["data"] for config in configs):
+    name, runs = NAMES[quantity][0], [run for some in groups.values() for run in some]
+    if all("validation_images" in run.identity["data"] for run in runs):
         name = name.replace("Test", "Validation")
-    sources = {config["from"]["data_source"] for config in configs}
+    sources = {run.provenance["data_source"] for run in runs}
     return f"{name}, {', '.join(sorted(sources))}"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from normlab.history import QUANTITIES
 from normlab.plots import NAMES, legend_height, look_of, place_legend, places_of, set_title
-from normlab.runs.folder import QUANTITIES
 from normlab.support.checks import one_of
 from normlab.support.figures import drawn, new_axes
 
