@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.runs.folder import QUANTITIES, Run
+from normlab.history import QUANTITIES, Run
 from normlab.support.checks import one_of, warn
 from normlab.support.colours import legible, looks_of
 from normlab.support.figures import (
@@ -115,10 +115,10 @@ def _grouped(runs: Runs, quantity: str = "test_loss") -> dict[str, list[Run]]:
 def _title(quantity: str, *groups: dict[str, list[Run]]) -> str:
     """The quantity's name and what the images are."""
     name = NAMES[quantity][0]
-    configs = [run.config for each in groups for some in each.values() for run in some]
-    if all("validation_images" in config["is"]["data"] for config in configs):
+    runs = [run for each in groups for some in each.values() for run in some]
+    if all("validation_images" in run.identity["data"] for run in runs):
         name = name.replace("Test", "Validation")
-    sources = {config["from"]["data_source"] for config in configs}
+    sources = {run.provenance["data_source"] for run in runs}
     return f"{name}, {', '.join(sorted(sources))}"
 
 

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from torch import nn
 
 import normlab as nl
-from normlab.runs.folder import COLUMNS, QUANTITIES
+from normlab.history import COLUMNS, QUANTITIES
 from normlab.support.figures import drawn
 
 FALLING = [2.1, 0.9, 0.45, 0.31, 0.305]

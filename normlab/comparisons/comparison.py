@@ -163,7 +163,7 @@ def _tables(results: Results | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]
         instance(results, Mapping, "results", "nl.run_assignment(…) gives them")
         return {label: np.asarray(table) for label, table in results.items()}
     for label, run in ((label, run) for label, runs in results.runs.items() for run in runs):
-        if run.config["is"]["data"]["fingerprint"] != results.data.fingerprint:
+        if run.identity["data"]["fingerprint"] != results.data.fingerprint:
             raise ValueError(
                 f"{label}, seed {run.recipe.seed}, was trained and tested on other images than "
                 f"those of {results.data.source}: there is no common test set to compare on"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from normlab.history import QUANTITIES
 from normlab.plots import NAMES
-from normlab.runs.folder import QUANTITIES
 from normlab.support.checks import one_of
 from normlab.support.colours import looks_of
 from normlab.support.figures import (
