@@ -71,6 +71,7 @@ ORDER = (
     "runs.folder",
     "analysis",
     "support.progress",
+    "support.signals",
     "fitting",
     "runs.transfer",
     "runs.processes",
