@@ -34,6 +34,7 @@ SOURCE = ROOT / "normlab"
 ORDER = (
     "support.module_state",
     "support.checks",
+    "support.output",
     "support.files",
     "support.figures",
     "support.seeding",
@@ -50,6 +51,7 @@ ORDER = (
     "data",
     "datasets.cache",
     "datasets.folders",
+    "datasets.downloads",
     "datasets.loading",
     "model",
     "support.summaries",
