@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.data import Dataset
-from normlab.runs.folder import Run
+from normlab.history import Run
 from normlab.support.checks import check_logits, has_weights, one_of, warn, whole_number
 from normlab.support.seeding import fork_random_state
 from normlab.training import evaluating
@@ -118,7 +118,7 @@ def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _predictions(predictor: Predictor, data: Dataset) -> tuple[Tensor, Tensor]:
     """Class and probability for the test images: a run's are at hand, a network's are computed."""
     if isinstance(predictor, Run):
-        if predictor.config["is"]["data"]["fingerprint"] == data.fingerprint:
+        if predictor.identity["data"]["fingerprint"] == data.fingerprint:
             return predictor.predicted, predictor.probability
         predictor = predictor.network
     return class_and_probability(predict(predictor, data))

@@ -397,8 +397,8 @@ def _list(options: argparse.Namespace, plan: None) -> None:
         print(f"  {name:15} images {shape}, gn with {design.groups} groups")
     print("\nData sets\n  " + ", ".join(DATASETS) + ", or a folder with train/CLASS and test/CLASS")
     print("\nNorms")
-    for kind in NORMS.values():
-        print(f"  {kind.name:15} {kind.title}")
+    for name, kind in NORMS.items():
+        print(f"  {name:15} {kind.title}")
 
 
 def _build_for_summary(options: argparse.Namespace):

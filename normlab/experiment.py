@@ -18,8 +18,9 @@ from normlab.data import Dataset
 from normlab.datasets.loading import load_dataset
 from normlab.engines.choice import ENGINES
 from normlab.fitting import Job, fit_together, warn_if_at_chance
+from normlab.history import Run
 from normlab.model import NETWORKS
-from normlab.runs.folder import Run, RunFolder, remove_runs
+from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.plans import (
     Plan,
     are_worth_processes,

@@ -17,16 +17,11 @@ from normlab.engines.choice import ENGINES, make_engine
 from normlab.engines.compiler import compiler_left_out
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine
+from normlab.history import Run
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, trained_parameters
-from normlab.runs.folder import (
-    Run,
-    RunFolder,
-    finally_is,
-    identity,
-    provenance,
-    stretches,
-)
+from normlab.runs.folder import RunFolder
+from normlab.runs.identity import earlier_computations, identity, provenance, trained_identity
 from normlab.support.checks import instance, one_of, warn
 from normlab.support.devices import pick_device
 from normlab.support.files import owned, user_path
@@ -212,7 +207,7 @@ def load_run(job: Job, data: Dataset, device: torch.device) -> Run:
     move(job.network, device, job.recipe)
     initial = {name: value.clone() for name, value in job.network.state_dict().items()}
     run = RunFolder(job.directory).load(job.network)
-    if "class" in run.config["is"]["network"] and not agrees(run, data):
+    if "class" in run.identity["network"] and not agrees(run, data):
         job.network.load_state_dict(initial)
         raise ValueError(
             f"{job.directory} holds a run that is something else (its network predicted otherwise, "
@@ -318,7 +313,9 @@ class _Training:
             "threads": torch.get_num_threads(),
         }
         if self.folder is not None:
-            before = stretches(self.folder.origin(), self.config["from"], len(self.history))
+            before = earlier_computations(
+                self.folder.origin(), self.config["from"], len(self.history)
+            )
             self.config["from"] |= {"before": before} if before else {}
             self.folder.start(self.config["is"], self.config["from"])
 
@@ -396,7 +393,7 @@ class _Training:
     def _keep(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
-        self.config |= finally_is(self.network, self.data, self.recipe)
+        self.config |= trained_identity(self.network, self.data, self.recipe)
         run = Run(
             self.network,
             self.recipe,

@@ -7,9 +7,10 @@ from torch import nn
 
 from normlab.assignments import Variant, build_variant
 from normlab.experiment import Results
+from normlab.history import Run
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.recipes import DTYPES
-from normlab.runs.folder import Run, weights_digest
+from normlab.runs.identity import weights_digest
 from normlab.support.checks import instance
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest
@@ -76,7 +77,7 @@ def _one_or_all(values: list[object]) -> object:
 
 
 def _facts_of_run(run: Run) -> dict[str, object]:
-    about, epochs = run.config["is"], len(run.history)
+    about, epochs = run.identity, len(run.history)
     network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
     recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
     return {
@@ -93,7 +94,7 @@ def _initial_filters(results: Results, variant: Variant) -> str:
     """The digest of the first run's filters, if every run began as the assignment begins it."""
     networks = [_initial_network(results, variant, run) for run in results.runs[variant.label]]
     for run, network in zip(results.runs[variant.label], networks, strict=True):
-        if run.config["is"]["initial_weights"] != weights_digest(network.state_dict()):
+        if run.identity["initial_weights"] != weights_digest(network.state_dict()):
             return "not the assignment's"
     return _digest_of_filters(networks[0])
 

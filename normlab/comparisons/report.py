@@ -75,7 +75,7 @@ def results_as_dict(results: Results) -> dict:
     return {
         "assignment": results.assignment.name,
         "title": results.assignment.title,
-        "data": first.config["is"]["data"] | {"source": results.data.source},
+        "data": first.identity["data"] | {"source": results.data.source},
         "tested_on": results.data.test_name,
         "from": _origins(results),
         "variants": [
@@ -89,7 +89,7 @@ def results_as_dict(results: Results) -> dict:
 
 def _origins(results: Results) -> dict[str, list]:
     """What is known of where the runs came from: of each kind all that there is, by date."""
-    origins = [run.config["from"] for runs in results.runs.values() for run in runs]
+    origins = [run.provenance for runs in results.runs.values() for run in runs]
     origins.sort(key=itemgetter("date"))
     found: dict[str, list] = {}
     for key, value in chain.from_iterable(origin.items() for origin in origins):
@@ -140,7 +140,7 @@ def _variant_as_dict(results: Results, variant: Variant) -> dict:
         "sd": None if math.isnan(spread) else spread,
         "norm": variant.norm,
         "reported": variant.reported if same_data else None,
-        "network": runs[0].config["is"]["network"],
+        "network": runs[0].identity["network"],
         "recipe": {k: v for k, v in runs[0].recipe.as_dict().items() if k != "seed"},
         "runs": [
             {"seed": run.recipe.seed, "test_loss": run.last["test_loss"]}
@@ -278,7 +278,7 @@ def _caution(results: Results) -> str:
 def _recipe_table(results: Results) -> str:
     """The fields of all recipes: shared ones once, declared differences for each variant."""
     recipes = {
-        label: runs[0].config["is"]["network"] | runs[0].recipe.as_dict()
+        label: runs[0].identity["network"] | runs[0].recipe.as_dict()
         for label, runs in results.runs.items()
     }
     hidden = ("seed", "layers", "code")  # digests tell a reader nothing

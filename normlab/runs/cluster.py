@@ -22,7 +22,8 @@ import joblib
 import normlab
 from normlab.data import Dataset
 from normlab.datasets.cache import cache_folder
-from normlab.runs.folder import RunFolder, digest_of, remove_run
+from normlab.runs.folder import RunFolder, remove_run
+from normlab.runs.identity import digest_of
 from normlab.runs.plans import Plan
 from normlab.runs.processes import (
     AfterEach,

@@ -13,7 +13,7 @@ from normlab.assignments import Assignment, Variant, build_variant
 from normlab.data import Dataset
 from normlab.fitting import Job, check_trainable, is_done, load_run
 from normlab.recipes import Recipe
-from normlab.runs.folder import described, digest_of
+from normlab.runs.identity import description, digest_of
 from normlab.runs.processes import is_worthwhile
 from normlab.support.checks import instance, plain, whole_number
 from normlab.support.summaries import multiply_adds
@@ -54,7 +54,7 @@ class Plan:
 
     def digest(self, data: Dataset) -> str:
         """The run's `digest_of`."""
-        return digest_of(described(self.job(data).network, data, self.recipe))
+        return digest_of(description(self.job(data).network, data, self.recipe))
 
 
 def plan_runs(

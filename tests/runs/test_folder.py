@@ -15,16 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normlab as nl
-from normlab.runs.folder import (
-    COLUMNS,
+from normlab.history import COLUMNS
+from normlab.runs.folder import RunFolder, remove_run, remove_runs
+from normlab.runs.identity import (
     NETWORK_ARGUMENTS,
     RECIPE_FIELDS,
-    RunFolder,
     _describe,
+    earlier_computations,
     identity,
-    remove_run,
-    remove_runs,
-    stretches,
     weights_digest,
 )
 from normlab.support.files import InUse
@@ -114,15 +112,18 @@ def test_the_config_says_what_the_run_is_and_where_it_came_from(run, folder, tin
 def test_each_way_of_computing_is_told_with_the_epoch_until_which_it_was_taken():
     slow, fast = {"engine": "plain", "threads": 2}, {"engine": "cpu-channels-last", "threads": 2}
     old = {"engine": "plain"}  # as runs were kept before threads were
-    assert stretches({}, slow, 0) == []
-    assert stretches(slow | {"date": "today"}, slow | {"date": "tomorrow"}, 3) == []
-    assert stretches(slow, fast, 0) == []
-    assert stretches(old, slow, 1) == [{"until_epoch": 1, **old}]
-    before = stretches(slow, fast, 3)
+    assert earlier_computations({}, slow, 0) == []
+    assert earlier_computations(slow | {"date": "today"}, slow | {"date": "tomorrow"}, 3) == []
+    assert earlier_computations(slow, fast, 0) == []
+    assert earlier_computations(old, slow, 1) == [{"until_epoch": 1, **old}]
+    before = earlier_computations(slow, fast, 3)
     assert before == [{"until_epoch": 3, **slow}]
-    assert stretches(fast | {"before": before}, fast, 5) == before
-    assert stretches(fast | {"before": before}, slow, 3) == before
-    assert stretches(fast | {"before": before}, slow, 5) == [*before, {"until_epoch": 5, **fast}]
+    assert earlier_computations(fast | {"before": before}, fast, 5) == before
+    assert earlier_computations(fast | {"before": before}, slow, 3) == before
+    assert earlier_computations(fast | {"before": before}, slow, 5) == [
+        *before,
+        {"until_epoch": 5, **fast},
+    ]
 
 
 def test_no_file_names_a_place_on_the_machine(run, folder, tmp_path):
@@ -507,7 +508,7 @@ def test_wrong_types_in_a_config_without_digest_are_named(tiny, tiny_network, ru
         try:
             found = RunFolder(folder)
             assert not found.open(run.config["is"]) or found.load(network).history == run.history
-            assert isinstance(stretches(found.origin(), {}, 3), list)
+            assert isinstance(earlier_computations(found.origin(), {}, 3), list)
         except ValueError as problem:
             named += str(folder) in str(problem)
         else:
@@ -600,7 +601,7 @@ def test_a_field_that_only_a_later_recipe_has_counts_as_its_default(kept, monkey
     assert kept("recipe", {}, warmup=0.0)  # kept by a version to come, which had it switched off
     with pytest.raises(ValueError, match=r"recipe\.warmup is 0\.3 there and None here"):
         kept("recipe", {}, warmup=0.3)
-    monkeypatch.setattr("normlab.runs.folder.Recipe", LaterRecipe)
+    monkeypatch.setattr("normlab.runs.identity.Recipe", LaterRecipe)
     assert kept("recipe", {})
     assert kept("recipe", {}, warmup=0.3)
     assert kept("recipe", {"warmup": 0.3})
@@ -617,7 +618,7 @@ def test_a_field_that_a_kept_recipe_lacks_counts_as_its_default(kept):
 
 
 def test_an_argument_that_only_a_later_network_has_counts_as_its_default(kept, monkeypatch):
-    monkeypatch.setattr("normlab.runs.folder.build_network", build_later)
+    monkeypatch.setattr("normlab.runs.identity.build_network", build_later)
     assert kept("network", {})
     assert kept("network", {"bias": False, "width": 8})
     assert kept("network", {}, bias=False, width=8)
@@ -631,8 +632,8 @@ def test_what_came_later_is_named_only_where_it_is_not_at_its_default(digits, mo
     as_ever = identity(nl.build_network("mnist-l1", "gn", seed=0), digits, RECIPE)
     assert tuple(as_ever["recipe"]) == RECIPE_FIELDS
     assert tuple(as_ever["network"]) == NETWORK_ARGUMENTS
-    monkeypatch.setattr("normlab.runs.folder.Recipe", LaterRecipe)
-    monkeypatch.setattr("normlab.runs.folder.build_network", build_later)
+    monkeypatch.setattr("normlab.runs.identity.Recipe", LaterRecipe)
+    monkeypatch.setattr("normlab.runs.identity.build_network", build_later)
     recipe = LaterRecipe(**RECIPE.as_dict())
     assert identity(build_later("mnist-l1", "gn", seed=0), digits, recipe) == as_ever
     network = build_later("mnist-l1", "gn", width=4, seed=0)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import normlab as nl
-from normlab.runs.folder import RunFolder, differences, digest_of, identity
+from normlab.runs.folder import RunFolder
+from normlab.runs.identity import differences, digest_of, identity
 from normlab.runs.probe import LOGITS_APART, are_apart, probe
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)

@@ -1,0 +1,238 @@
+"""What a run is, by which it is found again and told from every other one; and where it comes from.
+
+An identity says what is computed: network, recipe, data. A provenance says where, when and with
+which versions; it does not change what a run is.
+"""
+
+import hashlib
+import inspect
+import json
+import platform
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from types import CodeType
+
+import torch
+from torch import Tensor, nn
+
+from normlab.data import Dataset
+from normlab.model import Network, build_network
+from normlab.norms import NORMS
+from normlab.recipes import DTYPES, Recipe
+from normlab.runs.probe import are_apart, probe
+from normlab.support.summaries import count_parameters
+
+# An identity names all of these. A field that `Recipe` or `build_network` gets later is named only
+# where it is not at its default: so kept runs, and the digests in tables, stay what they are.
+RECIPE_FIELDS = (
+    *("epochs", "batch_size", "optimizer", "lr", "momentum", "nesterov", "weight_decay"),
+    *("centred", "schedule", "l1", "label_smoothing", "augment", "dtype", "seed"),
+)
+NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
+OPTIONAL = {"frozen", "logits"}  # identities of earlier versions lack these
+
+# The part of a provenance on which the last bits of the results may depend.
+COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch", "normlab")
+
+
+def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """What a run computes, as JSON can hold it."""
+    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
+    return description(network, data, recipe) | {"logits": logits}
+
+
+def description(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """The part of an identity that is known without computing logits."""
+    weights = network.named_parameters()
+    return {
+        "recipe": _named("recipe", recipe.as_dict(), RECIPE_FIELDS),
+        "network": _describe(network),
+        "parameters": count_parameters(network),
+        "initial_weights": weights_digest(_in_dtype(network.state_dict(), DTYPES[recipe.dtype])),
+        "frozen": [name for name, weight in weights if not weight.requires_grad],
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "train_images": len(data.train_images),
+            f"{data.test_name}_images": len(data.test_images),
+        },
+    }
+
+
+def trained_identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
+    """What tells that a network is the one a run has trained: its weights and logits.
+
+    Its layers are all in evaluation mode, which hides what was frozen: so there are no logits of
+    training mode.
+    """
+    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
+    logits.pop("training", None)
+    weights = weights_digest(network.state_dict())
+    return {"final_weights": weights, "final_logits": logits}
+
+
+def digest_of(identity: dict) -> str:
+    """Twelve hexadecimal digits that differ between runs that differ.
+
+    They leave out the logits, which are compared with a tolerance: two runs that differ in these
+    alone have the same digits, and the second one is refused in the folder of the first.
+    """
+    covered = {key: value for key, value in identity.items() if key != "logits" and value != []}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, shapes and values of a state dict, wherever its tensors are."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as they are when the network is trained; whole numbers stay such."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def recipe_in(identity: dict) -> Recipe:
+    """The recipe of a kept run, without the fields that this version does not know."""
+    known = Recipe.__dataclass_fields__
+    return Recipe(**{k: v for k, v in identity["recipe"].items() if k in known})
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
+def _describe(network: nn.Module) -> dict:
+    """The arguments that build the network, or what there is to know of one of one's own."""
+    arguments = network.description if isinstance(network, Network) else {}
+    if arguments and _builds(arguments, network):
+        return _named("network", json.loads(json.dumps(arguments)), NETWORK_ARGUMENTS)
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
+    kinds = {type(layer) for layer in network.modules()}
+    own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
+    code = "".join(sorted(map(_code, own)))
+    digests = (hashlib.sha256(text.encode()).hexdigest() for text in (layers, code))
+    return {"class": type(network).__name__} | dict(zip(("layers", "code"), digests, strict=True))
+
+
+def _builds(arguments: Mapping, network: nn.Module) -> bool:
+    """Whether `build_network` makes this network, with a norm of its own and no layer changed."""
+    return arguments["norm"] in NORMS and repr(build_network(**arguments, seed=0)) == repr(network)
+
+
+def _code(kind: type) -> str:
+    """The source of a class; of its methods where it has no file, as in a notebook."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        methods = filter(inspect.isfunction, vars(kind).values())
+        return "".join([kind.__qualname__, *map(_code_of_function, methods)])
+
+
+def _code_of_function(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        return _compiled(function.__code__)
+
+
+def _compiled(code: CodeType) -> str:
+    """What the code does, without the file and the addresses that its text would name."""
+    constants = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_name} {code.co_code.hex()} {constants} {code.co_names}"
+
+
+# --- differences ------------------------------------------------------------------------------
+
+
+def differences(kept: dict, wanted: dict, where: str = "") -> list[str]:
+    """What differs between the identities of a kept run and of one to be trained, a phrase each.
+
+    A field of the recipe, or an argument of `build_network`, that only one of them names counts as
+    its default in the other; what only one of them tells of a network of one's own, or of logits,
+    is no difference. Logits may differ by `LOGITS_APART`.
+
+    Args:
+        where: the key under which both lie in larger dicts, with a dot.
+    """
+    found = []
+    both = kept.keys() & wanted.keys()
+    for key in sorted((kept.keys() | wanted.keys()) - (OPTIONAL - both)):
+        one, other = kept.get(key), wanted.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(*_comparable(key, one, other), f"{where}{key}.")
+        elif one != other and ("digest" in key or len(str(one)) > 60):
+            found.append(f"{where}{key} differs")
+        elif one != other:
+            found.append(f"{where}{key} is {one!r} there and {other!r} here")
+    return found
+
+
+def _comparable(part: str, kept: dict, wanted: dict) -> tuple[dict, dict]:
+    """Two parts of identities with the same fields, of which those count that are not equal."""
+    both = kept.keys() & wanted.keys()
+    if part == "recipe" or (part == "network" and "name" in both):
+        # Kept values never go into a recipe or a network: they may be unknown here, or damaged. A
+        # field that this version does not know counts only where it is switched on.
+        wanted = _completed(part, wanted)
+        usual = _completed(part, {name: wanted[name] for name in wanted.keys() & kept.keys()})
+        return usual | {k: v for k, v in kept.items() if k in wanted or v}, wanted
+    if part == "logits":
+        both = {mode for mode in both if are_apart(kept[mode], wanted[mode])}
+    elif part != "network" or "class" not in both:
+        return kept, wanted
+    return {name: kept[name] for name in both}, {name: wanted[name] for name in both}
+
+
+def _completed(part: str, named: dict) -> dict:
+    """All fields of the recipe, or arguments of the network, of which only some are `named`."""
+    if part == "recipe":
+        return named | recipe_in({"recipe": named}).as_dict()
+    return json.loads(json.dumps(build_network(**named, seed=0).description))
+
+
+def _named(part: str, values: dict, always: tuple[str, ...]) -> dict:
+    """The values that are always named, and of the others those that are not their defaults."""
+    named = {name: values[name] for name in always}
+    usual = _completed(part, named)
+    return named | {k: v for k, v in values.items() if k in named or v != usual[k]}
+
+
+# --- provenance -------------------------------------------------------------------------------
+
+
+def provenance(data: Dataset, device: torch.device) -> dict:
+    """Where, when and with which versions a run is trained."""
+    from normlab import __version__
+
+    return {
+        "normlab": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "data_source": data.source,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def earlier_computations(kept: dict, now: dict, epochs: int) -> list[dict]:
+    """How the finished epochs of a run were computed, where the next ones are computed otherwise.
+
+    Args:
+        kept: the provenance of the run so far.
+        now: the provenance of the process that goes on with it.
+        epochs: how many epochs are finished.
+
+    Returns a dict for each sequence of epochs that were computed alike: "until_epoch" is the last
+    of them, the rest is what is known of `COMPUTATION`.
+    """
+    before = list(kept.get("before", []))
+    computation = {key: kept[key] for key in COMPUTATION if key in kept}
+    told = before[-1]["until_epoch"] if before else 0
+    if epochs > told and computation != {key: now[key] for key in COMPUTATION if key in now}:
+        before.append({"until_epoch": epochs, **computation})
+    return before if epochs else []
