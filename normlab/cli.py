@@ -11,7 +11,7 @@ from pathlib import Path
 
 import normlab
 from normlab.support.files import user_path
-from normlab.support.progress import lasting_output
+from normlab.support.output import lasting_output
 from normlab.support.signals import ended_by_signals
 
 # What is raised with a sentence of its own.
