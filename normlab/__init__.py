@@ -28,7 +28,13 @@ _HOMES = {
     "comparisons.comparison": ("Difference", "compare", "main_effects", "mcnemar", "plot_compare"),
     "data": ("Dataset",),
     "lessons.diagrams": ("plot_norm_axes", "plot_shared"),
-    "lessons.example": ("example_batch",),
+    "lessons.by_hand": (
+        "batch_norm",
+        "example_batch",
+        "group_norm",
+        "instance_norm",
+        "layer_norm",
+    ),
     "experiment": ("Results", "run_assignment"),
     "lessons.explorer": ("explore_norm",),
     "comparisons.fairness": ("Finding", "check_fair"),
@@ -37,14 +43,7 @@ _HOMES = {
     "comparisons.intervals": ("Interval", "interval"),
     "lessons.invariance": ("Rescaled", "rescale_weights"),
     "model": ("NETWORKS", "Network", "build_network"),
-    "norms": (
-        "NORMS",
-        "batch_norm",
-        "group_norm",
-        "instance_norm",
-        "layer_norm",
-        "make_norm",
-    ),
+    "norms": ("NORMS", "make_norm"),
     "penalties": ("l1_penalty", "penalty_share", "small_weights"),
     "plots": (
         "plot_confusion",
@@ -64,7 +63,7 @@ _HOMES = {
     "comparisons.sweep_plots": ("plot_sweep",),
     "comparisons.sweeps": ("run_sweep",),
     "lessons.traces": ("plot_activations", "plot_watch"),
-    "training": ("EpochResult", "test_epoch", "train_epoch"),
+    "training": ("EpochResult", "test_epoch", "train_epoch", "train_step"),
     "lessons.watching": ("Watch", "watch"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -13,7 +13,6 @@ from torch import nn
 from normlab.analysis import class_and_probability, predict
 from normlab.data import BatchLoader, Dataset
 from normlab.engines.choice import ENGINES, make_engine
-from normlab.engines.compiler import compiler_left_out
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine
 from normlab.history import Run
@@ -22,10 +21,10 @@ from normlab.runs.folder import RunFolder
 from normlab.runs.identity import provenance, trained_identity
 from normlab.runs.jobs import Job
 from normlab.support.checks import instance, one_of, warn
-from normlab.support.devices import pick_device
+from normlab.support.devices import exact_float32, pick_device
 from normlab.support.files import owned, user_path
 from normlab.support.module_state import modes_kept
-from normlab.support.progress import make_progress
+from normlab.support.progress import Progress
 from normlab.support.seeding import seeded
 from normlab.training import gradients
 
@@ -112,7 +111,7 @@ def fit_each(
     left = list(jobs)
     while left:
         now, left = left[:at_once], left[at_once:]
-        with compiler_left_out(), gradients():
+        with exact_float32(), gradients():
             outcomes = _fit_together(now, data, device, engine, progress)
         if without_room := [job for job in outcomes if outcomes[job] is None]:
             at_once, left = max(1, at_once // 2), without_room + left
@@ -210,7 +209,7 @@ class _Training:
                 stack.callback(self._close_engine)
                 self._start()
                 steps = self.engine.steps
-                shown = make_progress(self.job.label, self.recipe.epochs, steps, show=self.progress)
+                shown = Progress(self.job.label, self.recipe.epochs, steps, show=self.progress)
                 self.shown = stack.enter_context(shown)
                 self.shown.start_at(len(self.history))
                 yield
@@ -231,7 +230,7 @@ class _Training:
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
-            "computes_in": self.engine.computes_in,
+            "computes_in": self.recipe.dtype,
             "threads": torch.get_num_threads(),
         }
         if self.folder is not None:

@@ -1,4 +1,4 @@
-"""The normalizations written by hand, and `make_norm`, against torch."""
+"""`make_norm` and the table of norms, against torch."""
 
 import random
 
@@ -7,17 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normlab import NORMS, batch_norm, group_norm, instance_norm, layer_norm, make_norm
+from normlab import NORMS, group_norm, make_norm
 
 REAL_NORMS = ("bn", "ln", "gn", "ln-elementwise", "in")
 
-BY_HAND = {
-    "bn": lambda x, weight, bias, groups: batch_norm(x, weight, bias),
-    "ln": lambda x, weight, bias, groups: layer_norm(x, weight, bias),
-    "gn": lambda x, weight, bias, groups: group_norm(x, groups, weight, bias),
-    "ln-elementwise": lambda x, weight, bias, groups: layer_norm(x, weight, bias),
-    "in": lambda x, weight, bias, groups: instance_norm(x, weight, bias),
-}
 TORCH = {
     "bn": lambda x, weight, bias, groups: F.batch_norm(x, None, None, weight, bias, training=True),
     "ln": lambda x, weight, bias, groups: F.group_norm(x, 1, weight, bias),
@@ -39,7 +32,7 @@ def drawn_cases(count: int) -> list[tuple[int, tuple[int, int, int, int]]]:
     return cases
 
 
-CASES = drawn_cases(12)
+CASES = drawn_cases(6)
 
 
 def numbers(*shape: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
@@ -48,94 +41,11 @@ def numbers(*shape: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
     return spread * torch.randn(*shape, generator=generator, dtype=torch.float64) + 3
 
 
-def forward_and_gradients(norm, *tensors):
-    """The output, and the gradients of a random weighting of it with respect to `tensors`."""
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    output = norm(*leaves)
-    gradients = torch.autograd.grad((output * numbers(*output.shape, seed=9)).sum(), leaves)
-    return [output, *gradients]
-
-
 def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("groups", "shape"), CASES, ids=str)
-@pytest.mark.parametrize("kind", REAL_NORMS)
-def test_by_hand_equals_torch_forward_and_backward(kind, groups, shape):
-    affine = shape[1:] if kind == "ln-elementwise" else shape[1:2]
-    tensors = numbers(*shape), numbers(*affine, seed=1), numbers(*affine, seed=2)
-    by_hand = forward_and_gradients(lambda *given: BY_HAND[kind](*given, groups), *tensors)
-    reference = forward_and_gradients(lambda *given: TORCH[kind](*given, groups), *tensors)
-    assert_close(by_hand, reference)
-
-
-@pytest.mark.parametrize("kind", REAL_NORMS)
-def test_by_hand_without_scale_and_shift_equals_torch(kind):
-    x = numbers(3, 4, 2, 5)
-    assert_close(
-        forward_and_gradients(lambda x: BY_HAND[kind](x, None, None, 2), x),
-        forward_and_gradients(lambda x: TORCH[kind](x, None, None, 2), x),
-    )
-
-
-@pytest.mark.parametrize(("groups", "shape"), [*CASES, (1, (4, 3, 1, 1)), (1, (1, 3, 1, 1))])
-def test_batch_norm_in_evaluation_equals_torch_and_keeps_the_statistics(groups, shape):
-    channels = shape[1]
-    mean, variance = numbers(channels, seed=3), numbers(channels, seed=4).abs() + 0.1
-    kept = mean.clone(), variance.clone()
-    tensors = numbers(*shape), numbers(channels, seed=1), numbers(channels, seed=2)
-
-    def by_hand(x, weight, bias):
-        statistics = {"running_mean": mean, "running_var": variance}
-        return batch_norm(x, weight, bias, **statistics, training=False)
-
-    def reference(x, weight, bias):
-        return F.batch_norm(x, *kept, weight, bias, training=False)
-
-    assert_close(
-        forward_and_gradients(by_hand, *tensors), forward_and_gradients(reference, *tensors)
-    )
-    assert_close((mean, variance), kept)
-
-
-@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0])
-@pytest.mark.parametrize("shape", [(4, 3, 2, 5), (1, 3, 1, 2), (2, 3, 1, 1)])
-def test_running_statistics_follow_torch_over_several_batches(shape, momentum):
-    layer = nn.BatchNorm2d(shape[1], momentum=momentum).double()
-    mean = torch.zeros(shape[1], dtype=torch.float64)
-    variance = torch.ones(shape[1], dtype=torch.float64)
-    for seed in range(4):
-        x = numbers(*shape, seed=seed).requires_grad_()
-        by_hand = batch_norm(x, running_mean=mean, running_var=variance, momentum=momentum)
-        assert_close(by_hand, layer(x))
-    assert_close((mean, variance), (layer.running_mean, layer.running_var))
-    assert not mean.requires_grad
-    assert not variance.requires_grad
-
-
-def test_running_statistics_worked_out_on_paper():
-    mean, variance = torch.zeros(1), torch.ones(1)
-    x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
-    out = batch_norm(x, running_mean=mean, running_var=variance)
-    # mean 2; the variance is 1 over n = 2 for the batch itself and 2 over n − 1 for what is kept
-    assert mean.item() == pytest.approx(0.9 * 0 + 0.1 * 2)
-    assert variance.item() == pytest.approx(0.9 * 1 + 0.1 * 2)
-    assert out.flatten().tolist() == pytest.approx([-1, 1], abs=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 1, 1, 1)])
-def test_one_value_a_channel_has_no_batch_statistics(shape):
-    with pytest.raises(ValueError, match="one value a channel"):
-        batch_norm(torch.rand(shape))
-
-
-def test_evaluation_without_running_statistics_says_what_is_missing():
-    with pytest.raises(ValueError, match="running_mean"):
-        batch_norm(torch.rand(2, 3, 4, 4), training=False)
-
-
-@pytest.mark.parametrize(("groups", "shape"), CASES[:6], ids=str)
 @pytest.mark.parametrize("kind", REAL_NORMS)
 def test_make_norm_is_the_layer_of_its_name(kind, groups, shape):
     layer = make_norm(kind, shape[1], groups=groups, size=shape[2:]).double()
@@ -157,12 +67,11 @@ ALIASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "alias"), [(kind, alias) for kind in ALIASES for alias in ALIASES[kind].split()]
-)
-def test_other_names_of_a_norm_make_the_same_layer(kind, alias):
-    layer = make_norm(alias, 8, groups=2, size=(3, 3))
-    assert repr(layer) == repr(make_norm(kind, 8, groups=2, size=(3, 3)))
+@pytest.mark.parametrize("kind", NORMS)
+def test_other_names_of_a_norm_make_the_same_layer(kind):
+    layer = make_norm(kind, 8, groups=2, size=(3, 3))
+    for alias in ALIASES[kind].split():
+        assert repr(make_norm(alias, 8, groups=2, size=(3, 3))) == repr(layer), alias
 
 
 @pytest.mark.parametrize("kind", REAL_NORMS)
@@ -170,10 +79,8 @@ def test_every_norm_adds_the_same_epsilon(kind):
     # ±d has mean 0 and variance d² over whatever a norm averages, and d² is about epsilon
     d = 3e-3
     x = torch.tensor([d, -d], dtype=torch.float64).repeat(2, 4, 3, 2)
-    expected = x / (d**2 + 1e-5) ** 0.5
     layer = make_norm(kind, 4, groups=2, size=(3, 4)).double()
-    assert_close(layer(x), expected)
-    assert_close(BY_HAND[kind](x, None, None, 2), expected)
+    assert_close(layer(x), x / (d**2 + 1e-5) ** 0.5)
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -204,7 +111,7 @@ def test_table_says_which_norms_look_at_the_other_images(kind):
     x, y = numbers(2, 4, 2, 3), numbers(2, 4, 2, 3)
     y[1] *= 2
     depends = not torch.equal(layer(x)[0], layer(y)[0])
-    assert NORMS[kind].uses_batch_statistics == depends
+    assert ("N" in NORMS[kind].averaged) == depends
 
 
 @pytest.mark.parametrize(

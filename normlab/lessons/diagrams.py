@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normlab.lessons.sharing import shared_statistics
-from normlab.norms import NORMS, NormKind, norm_name
+from normlab.norms import NORMS, NormKind, check_groups, norm_name
 from normlab.support.checks import plain, whole_number
-from normlab.support.figures import drawn, new_axes
+from normlab.support.figures import drawn, literal, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,15 +52,12 @@ def plot_norm_axes(
     shape, groups = plain(shape), plain(groups)
     if len(shape) != 3 or not kinds:
         raise ValueError(f"cubes need kinds and a shape (N, C, H·W), not {kinds} and {shape}")
-    for name, size in zip(("N", "C", "H·W", "groups"), (*shape, groups), strict=True):
-        whole_number(size, name)
-    if shape[1] % groups:
-        raise ValueError(f"groups={groups} does not divide {shape[1]} channels")
-    size = (2.9 * len(kinds), 2.9)
-    figure, axes = pyplot.subplots(
-        1, len(kinds), figsize=size, subplot_kw={"projection": "3d"}, squeeze=False
-    )
-    for ax, name in zip(axes[0], kinds, strict=True):
+    for name, side in zip(("N", "C", "H·W"), shape, strict=True):
+        whole_number(side, name)
+    check_groups(groups, shape[1])
+    figure = pyplot.figure(figsize=(2.9 * len(kinds), 2.9))
+    for place, name in enumerate(kinds, start=1):
+        ax = figure.add_subplot(1, len(kinds), place, projection="3d")
         draw_cube(ax, NORMS[norm_name(name)], shape, groups)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=0.92, wspace=0)
     return figure
@@ -68,7 +66,7 @@ def plot_norm_axes(
 def draw_cube(ax: Axes, kind: NormKind, shape: tuple[int, int, int], groups: int) -> None:
     """Images go back, channels to the right, positions up; the first image lies in front."""
     shared = np.zeros(shape, dtype=bool)
-    shared[_first_mean(kind, shape, groups)] = True
+    shared[_first_set(kind, shape, groups)] = True
     cube = shared.transpose(1, 0, 2)[:, :, ::-1]  # x is C, y is N, z is H·W from the top
     colours = np.where(cube, SHARED, OTHER)
     ax.voxels(np.ones(cube.shape, dtype=bool), facecolors=colours, edgecolor="white", linewidth=0.4)
@@ -79,31 +77,24 @@ def draw_cube(ax: Axes, kind: NormKind, shape: tuple[int, int, int], groups: int
     ax.text(channels / 2, -0.6, -0.6, "C", ha="center", va="center")
     ax.text(channels + 0.6, images / 2, -0.6, "N", ha="center", va="center")
     ax.text(-0.3, -0.3, height / 2, "H, W", ha="right", va="center")
-    title = kind.title.split(",")[0].capitalize()
-    grouped = f", {groups} group{'s' * (groups > 1)}" if "C/G" in kind.averaged else ""
-    ax.set_title(title + grouped, fontsize=10)
+    ax.set_title(kind.heading(groups), fontsize=10)
 
 
-def _first_mean(kind: NormKind, shape: tuple[int, int, int], groups: int) -> tuple[slice, ...]:
-    """The part of the cube that shares a mean with the first element."""
-    images = slice(None) if "N" in kind.averaged else slice(1)
-    channels = slice(None) if "C" in kind.averaged else slice(1)
+def _first_set(kind: NormKind, shape: tuple[int, int, int], groups: int) -> tuple[slice, ...]:
+    """The part of the cube that shares statistics with the first element."""
+    whole = [axis in kind.averaged for axis in "NCH"]
+    images, channels, positions = (slice(None) if each else slice(1) for each in whole)
     if "C/G" in kind.averaged:
         channels = slice(shape[1] // groups)
-    positions = slice(None) if "H" in kind.averaged else slice(1)
     return images, channels, positions
 
 
 def tints(count: int) -> list[str]:
-    """Light colours "#RRGGBB" for `count` sets; after 32 they start again."""
-    found = []
-    for place in range(count):
-        strength = STRENGTHS[place // len(HUES) % len(STRENGTHS)]
-        hue = HUES[place % len(HUES)]
-        parts = [int(hue[start : start + 2], 16) for start in (1, 3, 5)]
-        mixed = [round(255 - strength * (255 - part)) for part in parts]
-        found.append("#" + "".join(f"{part:02X}" for part in mixed))
-    return found
+    """Light colours "#rrggbb" for `count` sets; after 32 they start again."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    mixed = (1 - strength * (1 - np.array(to_rgb(hue))) for strength in STRENGTHS for hue in HUES)
+    return list(itertools.islice(itertools.cycle(map(to_hex, mixed)), count))
 
 
 @drawn
@@ -128,42 +119,31 @@ def plot_shared(
         raise ValueError(f"a table needs (N, C, H, W), {MOST_CELLS:,} numbers at most, not {shape}")
     colours = [OTHER] * values.numel()
     if layer is not None:
-        sets = shared_statistics(layer, tuple(values.shape)).flatten().tolist()
-        found = tints(max(sets) + 1)
-        colours = [found[number] for number in sets]
-    ax = ax if ax is not None else _table_axes(values.shape)
+        sets = shared_statistics(layer, tuple(values.shape)).flatten()
+        colours = [tints(int(sets.max()) + 1)[number] for number in sets.tolist()]
+    images, channels, height, width = values.shape
+    across, down = 0.45 * channels * (width + GAP), 0.36 * images * (height + GAP)
+    ax = ax if ax is not None else new_axes(across + 0.9, down + 0.7)
     form = ".0f" if (values == values.round()).all() else ".2f"
     places = np.ndindex(*values.shape)
     for place, value, colour in zip(places, values.flatten().tolist(), colours, strict=True):
-        _draw_cell(ax, place, values.shape, f"{value:{form}}", colour)
+        image, channel, row, column = place
+        corner = channel * (width + GAP) + column, image * (height + GAP) + row
+        _draw_cell(ax, corner, f"{value:{form}}", colour)
     _label_table(ax, values.shape)
-    ax.set_title(title, fontsize=10, pad=8)
+    ax.set_title(literal(title), fontsize=10, pad=8)
     return ax.figure
 
 
-def _corner(place: tuple[int, ...], shape: tuple[int, ...]) -> tuple[float, float]:
-    """x and y, in cells from the left and the top, of the corner of one number's cell."""
-    image, channel, row, column = place
-    return channel * (shape[3] + GAP) + column, image * (shape[2] + GAP) + row
-
-
-def _table_axes(shape: tuple[int, ...]) -> Axes:
-    images, channels, height, width = shape
-    across, down = 0.45 * channels * (width + GAP), 0.36 * images * (height + GAP)
-    return new_axes(across + 0.9, down + 0.7)
-
-
-def _draw_cell(
-    ax: Axes, place: tuple[int, ...], shape: tuple[int, ...], text: str, colour: str
-) -> None:
+def _draw_cell(ax: Axes, corner: tuple[float, float], text: str, colour: str) -> None:
+    """One number; `corner` is in cells from the left and the top."""
     from matplotlib.patches import Rectangle
 
-    x, y = _corner(place, shape)
-    cell = Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
+    x, y = corner
     text = text.replace("-0.00", "0.00").replace("-", "−")
-    size = 10 if len(text) < 3 else 8
-    look = {"fontsize": size, "color": "black"}  # the cells are light in every style
-    number = ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", **look)
+    look = {"fontsize": 10 if len(text) < 3 else 8, "ha": "center", "va": "center"}
+    number = ax.text(x + 0.5, y + 0.5, text, color="black", **look)  # cells are light in any style
+    cell = Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
     for artist in (ax.add_patch(cell), number):
         artist.set_in_layout(False)  # the axes hold it anyway; to measure hundreds takes seconds
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from normlab.lessons.by_hand import example_batch
 from normlab.lessons.diagrams import tints
-from normlab.lessons.example import example_batch
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import EPSILON, NORMS, make_norm
 from normlab.support.files import user_path, written_aside

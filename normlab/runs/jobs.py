@@ -20,6 +20,7 @@ from normlab.recipes import DTYPES, Recipe, trained_parameters
 from normlab.runs.folder import RunFolder, another_run
 from normlab.runs.identity import description, digest_of, identity
 from normlab.support.checks import instance, plain, warn, whole_number
+from normlab.support.devices import check_dtype
 from normlab.support.seeding import seeded
 from normlab.training import device_of, evaluating
 
@@ -59,7 +60,7 @@ class Job:
         """The job with its identity and a network that is built, checked and on the device."""
         network = self.build()
         check_trainable(network, data, self.recipe)
-        _move(network, device, self.recipe)
+        move(network, device, self.recipe)
         found = self.identity or identity(network, data, self.recipe)
         return replace(self, build=lambda: network, identity=found)
 
@@ -85,7 +86,7 @@ class Job:
         Raises `ValueError` if it does not; then the network has its own weights again.
         """
         network = self.build()
-        _move(network, device, self.recipe)
+        move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
         run = RunFolder(self.directory).load(network)
         told = "name" in run.identity["network"] or "evaluation" in run.identity.get("logits", {})
@@ -118,14 +119,10 @@ def check_trainable(network: nn.Module, data: Dataset, recipe: Recipe) -> None:
             l1_penalty(network)
 
 
-def _move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
-    _check_dtype(device, recipe)
+def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
+    """Moves the network to the device, in the recipe's dtype."""
+    check_dtype(device, recipe.dtype)
     network.to(device=device, dtype=DTYPES[recipe.dtype])
-
-
-def _check_dtype(device: torch.device, recipe: Recipe) -> None:
-    if device.type == "mps" and recipe.dtype == "float64":
-        raise ValueError("dtype 'float64' is not available on device 'mps': use device='cpu'")
 
 
 # --- the jobs of an assignment ----------------------------------------------------------------
@@ -182,7 +179,7 @@ def check_jobs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> None
     """
     for job in jobs:
         check_trainable(job.build(), data, job.recipe)
-        _check_dtype(device, job.recipe)
+        check_dtype(device, job.recipe.dtype)
 
 
 def left_to_do(jobs: Iterable[Job], data: Dataset, device: torch.device) -> list[Job]:

@@ -24,7 +24,7 @@ from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job, Outcomes
 from normlab.runs.transfer import Sent, attempt, unpack
 from normlab.support.files import scratch_folder
-from normlab.support.progress import Progress, make_progress
+from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
 
 # Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with
@@ -157,7 +157,7 @@ class _Watch:
         self._stack = ExitStack()
         self._shown: list[tuple[RunFolder, Progress]] = []
         for job in jobs:
-            shown = make_progress(job.label, job.recipe.epochs, 1, show=show)
+            shown = Progress(job.label, job.recipe.epochs, 1, show=show)
             folder, bar = RunFolder(job.directory), self._stack.enter_context(shown)
             self._shown.append((folder, bar))
             bar.start_at(len(folder.history_so_far()))
@@ -179,6 +179,5 @@ class _Watch:
     def _look(self) -> None:
         for folder, bar in self._shown:
             for row in folder.history_so_far()[bar.done :]:
-                bar.done += 1
                 bar.step()
                 bar.finish_epoch(row)

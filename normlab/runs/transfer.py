@@ -27,7 +27,7 @@ from normlab.runs.jobs import Job, Outcomes, predicts_what_is_kept
 from normlab.runs.probe import are_apart
 from normlab.support.checks import warn
 from normlab.support.module_state import copied
-from normlab.training import evaluating
+from normlab.training import evaluating, train_epoch
 
 MOST_BYTES = 50_000_000  # of a job: a network whose class refers to all images has more
 TRIAL_IMAGES = 8
@@ -133,11 +133,12 @@ def _first_steps(job: Job, data: Dataset) -> list[list[float]]:
     options = {"augment": recipe.augment, "seed": recipe.seed, "dtype": DTYPES[recipe.dtype]}
     batches = data.loader(batch_size=TRIAL_IMAGES, **options)
     engine = PlainEngine(network, recipe, batches, batches)
+    options = engine.step_options | {"autocast": None}  # bfloat16 rounds too differently
     with engine.random_state():
         images, _ = next(iter(batches))
         with torch.no_grad(), evaluating(network):
             logits = network(images).flatten().double()
-        steps = engine.train(lambda each: itertools.islice(each, 2))
+        steps = train_epoch(network, itertools.islice(batches, 2), engine.optimizer, **options)
     numbers = [logits, torch.tensor([steps.loss]), torch.tensor([steps.penalty])]
     return [torch.nan_to_num(each, 0, 0, 0).tolist() for each in numbers]
 

@@ -6,7 +6,7 @@ import torch
 from matplotlib import pyplot
 
 import normlab as nl
-from normlab.lessons.diagrams import _first_mean, tints
+from normlab.lessons.diagrams import _first_set, tints
 from normlab.norms import NORMS
 
 
@@ -17,7 +17,7 @@ def test_the_coloured_part_is_what_a_layer_shares(kind, groups):
     layer = nl.make_norm(kind, channels, groups=groups, size=(1, positions))
     numbers = nl.shared_statistics(layer, (images, channels, 1, positions)).view(shape)
     coloured = np.zeros(shape, dtype=bool)
-    coloured[_first_mean(NORMS[kind], shape, groups)] = True
+    coloured[_first_set(NORMS[kind], shape, groups)] = True
     assert (coloured == (numbers == numbers[0, 0, 0]).numpy()).all()
 
 

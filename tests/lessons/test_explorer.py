@@ -13,7 +13,7 @@ from PIL import Image
 
 import normlab as nl
 import normlab.lessons.explorer
-from normlab.lessons.explorer import KINDS, LIMITS, _numbers, counts, numbers_a_mean
+from normlab.lessons.explorer import LIMITS, _numbers, counts_in_words, explorable, numbers_a_mean
 from normlab.norms import NORMS
 
 
@@ -28,14 +28,14 @@ from normlab.norms import NORMS
     ],
 )
 def test_the_counts_in_words(kind, text):
-    assert text in counts(NORMS[kind], (3, 6, 5, 4), 2)
+    assert text in counts_in_words(NORMS[kind], (3, 6, 5, 4), 2)
 
 
 def test_one_mean_is_written_in_the_singular():
-    assert "C = 1 mean of 1 number;" in counts(NORMS["bn"], (1, 1, 1, 1), 1)
+    assert "C = 1 mean of 1 number;" in counts_in_words(NORMS["bn"], (1, 1, 1, 1), 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", explorable())
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_the_counts_are_those_of_the_layer(kind, groups):
     shape = (3, 4, 2, 2)
@@ -44,7 +44,7 @@ def test_the_counts_are_those_of_the_layer(kind, groups):
     learned = sum(parameter.numel() for parameter in layer.parameters())
     sizes = np.bincount(shared.flatten())
     assert set(sizes) == {numbers_a_mean(NORMS[kind], shape, groups)}
-    text = counts(NORMS[kind], shape, groups)
+    text = counts_in_words(NORMS[kind], shape, groups)
     assert f"= {len(sizes)} mean" in text
     assert f"= {learned} learned numbers" in text
 
@@ -59,14 +59,14 @@ def test_the_numbers_are_those_of_the_example_wherever_it_reaches():
 # --- the figure -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", explorable())
 def test_without_a_front_end_it_is_a_figure_of_cube_and_tables(kind):
     figure = nl.explore_norm(kind, shape=(2, 4, 2, 1), groups=4)
     assert isinstance(figure, Figure)
     assert pyplot.get_fignums() == []  # a notebook shows what is returned, once
     _, before, after = figure.axes
     assert len(before.patches) == len(after.patches) == 16
-    assert figure.get_suptitle() == counts(NORMS[kind], (2, 4, 2, 1), 4)
+    assert figure.get_suptitle() == counts_in_words(NORMS[kind], (2, 4, 2, 1), 4)
 
 
 def test_the_table_after_holds_what_torch_computes():
