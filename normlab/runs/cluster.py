@@ -102,7 +102,8 @@ class Cluster:
         said = False
         while True:
             try:
-                return wait(list(futures), timeout=1, return_when="FIRST_COMPLETED").done
+                with self.client.as_current():
+                    return wait(list(futures), timeout=1, return_when="FIRST_COMPLETED").done
             except TimeoutError:
                 address = self.client.scheduler.address
                 if not said and not self.client.scheduler_info()["workers"]:

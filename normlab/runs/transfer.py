@@ -63,10 +63,13 @@ def outcomes_of(
             yield job, outcome
         else:
             left[job] = reason
-    if left:
-        first, more = next(iter(left)), f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warn(f"{first.label}{more}: trained in this process, not beside it: {left[first]}")
-        yield from here(list(left))
+    if not left:
+        return
+    stay = [job for job in jobs if job in left]
+    more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
+    reason = left[stay[0]]
+    warn(f"{stay[0].label}{more}: trained in this process, not beside it: {reason}")
+    yield from here(stay)
 
 
 def pack_all(jobs: Sequence[Job], data: Dataset) -> tuple[dict[Job, Sent], dict[Job, NotSendable]]:
