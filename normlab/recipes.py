@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
 from normlab.optimizers import Muon, centre_filters, filters
-from normlab.support.checks import has_weights, number, one_of, whole_number
+from normlab.support.checks import check_weights, number, one_of, whole_number
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("one-cycle", "cosine", "constant")
@@ -105,7 +105,7 @@ def trained_parameters(network: nn.Module, recipe: Recipe) -> tuple[list[Tensor]
 
     Raises `ValueError` if there is nothing to train, or nothing that can be trained in that way.
     """
-    has_weights(network)
+    check_weights(network)
     parameters = [weight for weight in network.parameters() if weight.requires_grad]
     if not parameters:
         raise ValueError(f"{type(network).__name__} has no parameters to train")

@@ -18,7 +18,7 @@ from normlab.engines.compiler import compiler_left_out
 from normlab.fitting import check_trainable
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, make_optimizer
-from normlab.support.checks import has_weights, instance, number, warn, whole_number
+from normlab.support.checks import check_instance, check_weights, number, warn, whole_number
 from normlab.support.colours import looks_of
 from normlab.support.devices import pick_device
 from normlab.support.figures import (
@@ -99,10 +99,10 @@ def find_rate(
     Raises `ValueError` if the network cannot be trained on the data, for rates that do not grow,
     and for a loss that is no number before the first step.
     """
-    instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
-    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     recipe = recipe if recipe is not None else Recipe()
-    instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
+    check_instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     planned = _planned(lowest, highest, steps)
     twin = _copied(network, data, recipe, pick_device(device))
     with compiler_left_out(), seeded(recipe.seed, "rates", device=device_of(twin)):
@@ -123,7 +123,7 @@ def _planned(lowest: float, highest: float, steps: int) -> list[float]:
 
 def _copied(network: nn.Module, data: Dataset, recipe: Recipe, device: torch.device) -> nn.Module:
     """A copy of the network, ready to train on the data."""
-    has_weights(network)
+    check_weights(network)
     twin = copied(network).to(device=device, dtype=DTYPES[recipe.dtype])
     check_trainable(twin, data, recipe)
     set_training(twin)

@@ -12,7 +12,7 @@ from normlab.lessons.by_hand import example_batch
 from normlab.lessons.diagrams import tints
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import EPSILON, NORMS, make_norm
-from normlab.support.files import user_path, written_aside
+from normlab.support.files import atomic_write, user_path
 
 if TYPE_CHECKING:
     from openpyxl.cell import Cell
@@ -65,7 +65,7 @@ def to_spreadsheet(path: str | Path) -> Path:
     for name, kind, groups in SHEETS:
         _fill_norm(book.create_sheet(name), kind, groups)
     _fill_counts(book.create_sheet("Counts"))
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         book.save(aside)
     return path
 
