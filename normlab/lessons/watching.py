@@ -42,8 +42,6 @@ WATCHED = (
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
-_active: list[Watch] = []
-
 
 def watch(network: nn.Module, *, every: int = 20) -> Watch:
     """Records what happens in the network's layers while it trains, until it is closed.
@@ -83,11 +81,6 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
     return Watch(network, every=whole_number(every, "every"))
 
 
-def is_watched(network: nn.Module) -> bool:
-    """Whether a `watch` of the network is open."""
-    return any(each.network is network for each in _active)
-
-
 class Watch:
     """What `watch` returns: a context manager that closes at the end of its block.
 
@@ -108,7 +101,6 @@ class Watch:
             register_module_forward_hook(self._after, always_call=True),
             register_optimizer_step_pre_hook(self._at_step),
         ]
-        _active.append(self)
 
     def __enter__(self) -> Watch:
         return self
@@ -121,8 +113,6 @@ class Watch:
         self._end_pass()
         while self._handles:
             self._handles.pop().remove()
-        if self in _active:
-            _active.remove(self)
 
     def frame(self) -> DataFrame:
         """A row for each number: step, layer, kind (of `KINDS`), quantity (of `WATCHED`), value.
