@@ -235,7 +235,6 @@ def test_a_tilde_is_the_home_folder_everywhere(
     assert all(run.directory.is_relative_to(home / "kept") for run in taken)
     assert written["figure"] == home / "a" / "figure.png"
     assert main(["run", "mnist-l1", "--dataset", "digits", "--data-root", "~/none"]) == 2
-    assert main(["report", "~/page.md", "--results", "~/results"]) == 2
 
 
 def test_a_home_that_is_not_there_is_told():
