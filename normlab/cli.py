@@ -14,7 +14,7 @@ from pathlib import Path
 
 import normlab
 from normlab.support.files import user_path
-from normlab.support.progress import lasting_output
+from normlab.support.output import lasting_output
 
 DESCRIPTION = "Compare batch, layer and group normalization on small convolutional networks."
 

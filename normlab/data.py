@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -64,27 +64,25 @@ class Dataset:
         return tuple(self.train_images.shape[1:])
 
     @cached_property
-    def _mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        # Counting grey values is exact and needs no copy of the images as floats.
-        shades = torch.arange(256, dtype=torch.float64) / 255
+    def _shades(self) -> Tensor:
+        """How often each of the 256 grey values occurs in each channel of training, (C, 256)."""
+        # Counting is exact and needs no copy of the images as floats.
         counts = torch.zeros(self.input_shape[0], 256, dtype=torch.float64)
         for some in self.train_images.split(4096):
             for channel, values in enumerate(some.unbind(1)):
                 counts[channel] += torch.bincount(values.flatten(), minlength=256)
-        share = counts / counts.sum(1, keepdim=True)
-        mean = share @ shades
-        variance = (share @ shades**2 - mean**2).clamp_min(0)
-        return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
+        return counts / counts.sum(1, keepdim=True)
 
-    @property
+    @cached_property
     def mean(self) -> tuple[float, ...]:
         """Mean of each channel over the training images, in [0, 1]."""
-        return self._mean_and_std[0]
+        return tuple((self._shades @ _VALUES).tolist())
 
-    @property
+    @cached_property
     def std(self) -> tuple[float, ...]:
         """Standard deviation of each channel over the training images, in [0, 1]."""
-        return self._mean_and_std[1]
+        variance = self._shades @ _VALUES**2 - (self._shades @ _VALUES) ** 2
+        return tuple(variance.clamp_min(0).sqrt().tolist())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,10 +109,8 @@ class Dataset:
         The training part is shuffled anew in every pass, the test part is in order; `shuffle`
         decides otherwise. `augment` names augmentations, as in `Recipe`.
         """
-        images, labels = self._resident(train, torch.device(device))
         return BatchLoader(
-            images,
-            labels,
+            *self._part_on("train" if train else "test", torch.device(device)),
             mean=self.mean,
             std=self.std,
             batch_size=batch_size,
@@ -124,38 +120,31 @@ class Dataset:
             dtype=dtype,
         )
 
-    def _resident(self, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _part_on(self, part: str, device: torch.device) -> list[Tensor]:
         """Images and labels on a device, where all loaders share them."""
-        part = "train" if train else "test"
-        images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-        if device.type == "cpu":
-            return images, labels
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # one key for one device
-        if (train, device) not in self._copies:
-            self._copies[train, device] = (images.to(device), labels.to(device))
-        return self._copies[train, device]
+        if (part, device) not in self._copies:
+            self._copies[part, device] = [each.to(device) for each in self._part(part)]
+        return self._copies[part, device]
 
     @cached_property
-    def _copies(self) -> dict[tuple[bool, torch.device], tuple[Tensor, Tensor]]:
+    def _copies(self) -> dict[tuple[str, torch.device], list[Tensor]]:
         return {}
 
-    def _seal(self, key: str) -> str:
-        """SHA-256 over all that is kept, and over a key that is not kept beside it."""
-        whole = (key, self.name, self.source, self.test_name, self.fingerprint)
-        return hashlib.sha256(repr(whole).encode()).hexdigest()
+    def _part(self, part: str) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
 
     def save(self, path: Path, *, key: str = "") -> None:
         """Keeps the data set in one file, which `Dataset.open` maps into memory.
 
         Raises `OSError` if it cannot be written.
         """
-        about = {name: getattr(self, name) for name in ("name", "source", "test_name")}
-        about |= {"classes": json.dumps(self.classes), "seal": self._seal(key)}
-        arrays = {part: np.ascontiguousarray(getattr(self, part)) for part in _PARTS}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        about = [self.name, self.classes, self.source, self.test_name, self._seal(key)]
         with written_aside(path) as aside:
             try:
-                save_file(arrays, aside, about)
+                save_file(arrays, aside, {"about": json.dumps(about)})
             except SafetensorError as error:  # a full disk, for instance
                 raise OSError(None, str(error)) from error
 
@@ -167,15 +156,19 @@ class Dataset:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata()
-                parts = {part: file.get_tensor(part) for part in _PARTS}
-            names = {name: about[name] for name in ("name", "source", "test_name")}
-            data = cls(**names, **parts, classes=tuple(json.loads(about["classes"])))
-            if data._seal(key) != about["seal"]:
+                arrays = [file.get_tensor(name) for name in _ARRAYS]
+                name, *texts, seal = json.loads(file.metadata()["about"])
+            data = cls(name, *arrays, *texts)
+            if data._seal(key) != seal:
                 raise ValueError("what was kept is something else")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the data set kept in {path} is damaged: delete it") from error
         return data
+
+    def _seal(self, key: str) -> str:
+        """SHA-256 over all that is kept, and over a key that is not kept beside it."""
+        whole = (key, self.name, self.source, self.test_name, self.fingerprint)
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
 
     def subset(
         self, train: int | None = None, test: int | None = None, *, seed: int = 0
@@ -183,18 +176,17 @@ class Dataset:
         """Fewer images, the classes balanced as far as they go; None keeps a part as it is."""
         if train is None and test is None:
             return self
-        chosen = {}
+        parts = {}
         for part, count in (("train", train), ("test", test)):
-            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            if count is None:
-                continue
-            if whole_number(count, f"the {part} images of a subset") > len(images):
-                raise ValueError(f"a subset of {count} {part} images: there are {len(images)}")
-            pick = _balanced(labels, count, generator(seed, "subset", part))
-            chosen |= {f"{part}_images": images[pick], f"{part}_labels": labels[pick]}
-        smaller = replace(self, **chosen)
-        sizes = f"{len(smaller.train_images):,} + {len(smaller.test_images):,} images"
-        return replace(smaller, source=f"{self.source}, subset of {sizes}")
+            images, labels = self._part(part)
+            if count is not None:
+                if whole_number(count, f"the {part} images of a subset") > len(images):
+                    raise ValueError(f"a subset of {count} {part} images: there are {len(images)}")
+                pick = _balanced(labels, count, generator(seed, "subset", part))
+                images, labels = images[pick], labels[pick]
+            parts |= {f"{part}_images": images, f"{part}_labels": labels}
+        sizes = f"{len(parts['train_images']):,} + {len(parts['test_images']):,} images"
+        return replace(self, **parts, source=f"{self.source}, subset of {sizes}")
 
     def with_validation(self, fraction: float = 0.1, *, seed: int = 0) -> "Dataset":
         """Puts a stratified part of the training set in the place of the test set.
@@ -221,7 +213,8 @@ class Dataset:
         )
 
 
-_PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_VALUES = torch.arange(256, dtype=torch.float64) / 255  # of the shades, as numbers in [0, 1]
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -234,12 +227,13 @@ def _as_images(images: object, what: str) -> Tensor:
         raise TypeError(
             f"{what} must be a uint8 tensor or numpy array with values from 0 to 255, not {kind}"
         )
-    if images.dim() != 4 or 0 in images.shape:
-        raise ValueError(f"{what} must be of shape (N, C, H, W), not {tuple(images.shape)}")
-    if images.shape[3] in (1, 3) and images.shape[1] > 4:
+    shape = tuple(images.shape)
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"{what} must be of shape (N, C, H, W), not {shape}")
+    if shape[3] in (1, 3) and shape[1] > 4:
         raise ValueError(
-            f"{what} must be of shape (N, C, H, W), not {tuple(images.shape)} with the channels "
-            "last: move them by images.transpose(0, 3, 1, 2), or permute if it is a tensor"
+            f"{what} must be of shape (N, C, H, W), not {shape} with the channels last: move them "
+            "by images.transpose(0, 3, 1, 2), or permute if it is a tensor"
         )
     return images
 
@@ -247,7 +241,7 @@ def _as_images(images: object, what: str) -> Tensor:
 def _as_labels(labels: object, what: str) -> Tensor:
     """int64 labels, of whole numbers in a tensor, an array, a Series or a list."""
     values = labels if isinstance(labels, Tensor) else np.asarray(labels)
-    if not isinstance(values, Tensor) and values.dtype.kind in "iu":
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         values = torch.from_numpy(values.astype(np.int64))
     if not isinstance(values, Tensor) or values.dtype not in _WHOLE:
         kind = getattr(labels, "dtype", f"{type(labels).__name__} of {values.dtype}")
@@ -258,10 +252,10 @@ def _as_labels(labels: object, what: str) -> Tensor:
 def _check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
     if labels.shape != (images,):
         raise ValueError(f"{what} must be of shape ({images},), not {tuple(labels.shape)}")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= classes:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"{what} holds {wrong}: {classes} classes have labels 0 to {classes - 1}")
+    for extreme in (int(labels.min()), int(labels.max())):
+        if not 0 <= extreme < classes:
+            classes_are = f"{classes} classes have labels 0 to {classes - 1}"
+            raise ValueError(f"{what} holds {extreme}: {classes_are}")
 
 
 def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
@@ -275,18 +269,7 @@ def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
     return shuffled[first.sort().values]
 
 
-def _scale_and_offset(
-    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """1 / (255 · std) and −mean / std for each channel: (2, C, 1, 1).
-
-    A channel that is constant over the training set (std 0) is only centred.
-    """
-    scale = [1 / (255 * (s or 1)) for s in std]
-    offset = [-m / (s or 1) for m, s in zip(mean, std, strict=True)]
-    return torch.tensor([scale, offset], dtype=dtype, device=device).view(2, -1, 1, 1)
-
-
+@dataclass(eq=False)
 class BatchLoader:
     """Normalised, augmented batches of images that stay on one device as uint8.
 
@@ -295,28 +278,27 @@ class BatchLoader:
     number alone: they are the same for every network and device, and after an interruption.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        batch_size: int,
-        shuffle: bool = False,
-        augment: Sequence[str] = (),
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.images, self.labels = images, labels
-        self.dtype = dtype
-        self.memory_format = torch.contiguous_format
-        self._scale, self._offset = _scale_and_offset(mean, std, dtype, self.images.device)
-        self.batch_size = whole_number(batch_size, "batch_size")
-        self.shuffle = shuffle
-        self.augmentations = [parse_augmentation(text) for text in augment]
-        self.seed = seed
-        self.epoch = 0
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    _: KW_ONLY
+    mean: Sequence[float]
+    std: Sequence[float]
+    batch_size: int
+    shuffle: bool = False
+    augment: Sequence[str] = ()
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.batch_size = whole_number(self.batch_size, "batch_size")
+        self.augmentations = [parse_augmentation(text) for text in self.augment]
+        # A channel that is constant over the training set (std 0) is only centred.
+        scale = [1 / (255 * (std or 1)) for std in self.std]
+        offset = [-mean / (std or 1) for mean, std in zip(self.mean, self.std, strict=True)]
+        both = torch.tensor([scale, offset], dtype=self.dtype, device=self.images.device)
+        self._scale, self._offset = both.view(2, -1, 1, 1)  # (C, 1, 1) each
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)

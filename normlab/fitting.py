@@ -26,7 +26,7 @@ from normlab.support.checks import instance, one_of, warn
 from normlab.support.devices import pick_device
 from normlab.support.files import owned, user_path
 from normlab.support.module_state import modes_kept
-from normlab.support.progress import Progress, make_progress
+from normlab.support.progress import Progress
 from normlab.support.seeding import seeded
 from normlab.training import device_of, evaluating, gradients
 
@@ -290,9 +290,7 @@ class _Training:
             stack.push(lambda _, error, *__: self._put_back(initial, error))
             stack.callback(self._close_engine)
             self._start()
-            shown = make_progress(
-                self.label, self.recipe.epochs, self.engine.steps, show=self.progress
-            )
+            shown = Progress(self.label, self.recipe.epochs, self.engine.steps, show=self.progress)
             self.shown: Progress = stack.enter_context(shown)
             self.shown.start_at(len(self.history))
             yield

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.analysis import Mistakes
@@ -38,13 +39,16 @@ def plot_samples(
     images = _augmented(data.train_images[picked], augment, seed)
     names = [shortened(name) for name in data.classes]
     width = max(0.55 * per_class + 0.6 + 0.08 * max(map(len, names)), 2.5)
-    heading = fitted(title if title is not None else _samples_title(data, augment), width)
+    how = f", augmented by {', '.join(augment)}" if augment else ""
+    heading = title if title is not None else f"{data.source}, training images{how}"
+    heading = fitted(heading, width)
     ax = new_axes(width, 0.55 * len(names) + 0.2 * heading.count("\n") + 0.4)
     ax.figure.suptitle(heading, fontsize=10)
     # One picture of all images: hundreds of axes take half a minute.
-    height, side = images.shape[-2:]
-    ax.imshow(_mosaic(images, per_class), interpolation="nearest", aspect="equal")
-    ax.set_yticks([(height + _gap(side)) * row + height / 2 - 0.5 for row in range(len(names))])
+    gap = max(1, images.shape[-1] // 14)
+    ax.imshow(_mosaic(images, per_class, gap), interpolation="nearest", aspect="equal")
+    height = images.shape[-2]
+    ax.set_yticks([(height + gap) * row + height / 2 - 0.5 for row in range(len(names))])
     ax.set_yticklabels(names, fontsize=9)
     ax.set_xticks([])
     ax.tick_params(length=0)
@@ -53,26 +57,13 @@ def plot_samples(
     return ax.figure
 
 
-def _gap(side: int) -> int:
-    """Pixels between images of this side."""
-    return max(1, side // 14)
-
-
-def _mosaic(images: Tensor, columns: int) -> np.ndarray:
+def _mosaic(images: Tensor, columns: int, gap: int) -> np.ndarray:
     """Images (N, C, H, W) of bytes row by row, on a transparent ground: (height, width, 4)."""
-    count, _, height, width = images.shape
-    down, across = height + _gap(width), width + _gap(width)
-    mosaic = np.zeros((down * (count // columns), across * columns, 4), dtype=np.uint8)
-    for place, image in enumerate(images):
-        top, left = down * (place // columns), across * (place % columns)
-        pixels = mosaic[top : top + height, left : left + width]
-        pixels[..., :3], pixels[..., 3] = image.permute(1, 2, 0), 255  # grey thrice is grey
-    return mosaic[: -_gap(width), : -_gap(width)]
-
-
-def _samples_title(data: Dataset, augment: Sequence[str]) -> str:
-    how = f", augmented by {', '.join(augment)}" if augment else ""
-    return f"{data.source}, training images{how}"
+    colours = images.expand(-1, 3, -1, -1)  # grey thrice is grey
+    opaque = torch.cat([colours, torch.full_like(colours[:, :1], 255)], 1)
+    apart = F.pad(opaque, (0, gap, 0, gap)).unflatten(0, (-1, columns))
+    mosaic = apart.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (R, H, columns, W, 4)
+    return mosaic[:-gap, :-gap].numpy()
 
 
 def _sample(data: Dataset, per_class: int, seed: int) -> Tensor:
@@ -94,12 +85,6 @@ def _augmented(images: Tensor, augment: Sequence[str], seed: int) -> Tensor:
     return images.byte()
 
 
-def _show(ax: Axes, image: Tensor) -> None:
-    """An image (C, H, W) of bytes, grey where it has one channel."""
-    pixels = image.permute(1, 2, 0).numpy()
-    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-
-
 @drawn
 def plot_mistakes(
     mistakes: Mistakes, rows: int = 5, cols: int = 2, title: str | None = None
@@ -112,23 +97,25 @@ def plot_mistakes(
     from matplotlib import pyplot
 
     rows, cols = whole_number(rows, "rows"), whole_number(cols, "cols")
-    heading = _mistakes_title(mistakes, rows * cols, title, width=max(4.6, 2.4 * cols))
+    column = min(2.4, max(6.4 / cols, 1.28))  # inches: five fit a page
+    width = max(4.6, column * cols)
+    heading = _mistakes_title(mistakes, rows * cols, title, width)
     if not len(mistakes):
         figure = pyplot.figure(figsize=(4.6, 0.9))
         figure.text(0.5, 0.5, heading, ha="center", va="center", fontsize=11)
         return figure
     rows = min(rows, -(-len(mistakes) // cols))  # no empty rows where there are few
-    size = (max(4.6, 2.4 * cols), 1.85 * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
+    size = (width, min(1.85, column + 0.45) * rows + 0.2 * (heading.count("\n") + 1) + 0.4)
     figure, axes = pyplot.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(heading, fontsize=11)
     for place, ax in enumerate(axes.flat):
         ax.axis("off")
         if place < len(mistakes):
-            _draw_mistake(ax, mistakes, place)
+            _draw_mistake(ax, mistakes, place, column)
     return figure
 
 
-def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, *, width: float) -> str:
+def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, width: float) -> str:
     what = f"misclassified {mistakes.part} images"
     head = what.capitalize() if title is None else f"{title}: {what}"
     count = f"{mistakes.total:,} of {mistakes.tested:,}"
@@ -137,11 +124,13 @@ def _mistakes_title(mistakes: Mistakes, room: int, title: str | None, *, width: 
     return fitted(f"{head}\n{mistakes.source}: {count}", width, size=11)
 
 
-def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int) -> None:
-    _show(ax, mistakes.images[place])
+def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int, width: float) -> None:
+    """The image, grey where it has one channel, below its classes."""
+    pixels = mistakes.images[place].permute(1, 2, 0).numpy()
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     classes = [shortened(name, 22) for name in mistakes.classes]
     true, predicted = (classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
     probability = float(mistakes.probability[place])
-    sure = f"{100 * probability:.1f} %" if probability < 0.9995 else "> 99.9 %"
-    text = f"true: {true}\npredicted: {predicted} ({sure})"
-    ax.set_title(fitted(text, 2.4, size=9), fontsize=9)
+    sure = f"{100 * probability:.1f}" if probability < 0.9995 else "> 99.9"
+    text = f"true: {true}\npredicted: {predicted} ({sure}\N{NO-BREAK SPACE}%)"
+    ax.set_title(fitted(text, width, size=9), fontsize=9)

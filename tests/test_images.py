@@ -1,7 +1,5 @@
 """Samples of a data set: the images of their class, before and after augmentation."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -65,15 +63,14 @@ def test_the_title_is_not_cut(digits, per_class):
     assert images.y1 <= box.y0 < box.y1 <= figure.bbox.y1
 
 
-def test_a_hundred_classes_take_seconds():
+def test_a_hundred_classes_are_one_picture():
+    """Hundreds of axes would take half a minute."""
     images = torch.arange(200 * 3 * 8 * 8).view(200, 3, 8, 8).byte()
     labels = torch.arange(200) % 100
     names = tuple(f"class {n}" for n in range(100))
     data = nl.Dataset("many", images, labels, images, labels, names, "many classes")
-    start = time.process_time()
     figure = nl.plot_samples(data, per_class=2)
-    figure.canvas.draw()
-    assert time.process_time() - start < 8
+    assert len(figure.axes) == len(figure.axes[0].images) == 1
     pixels = np.asarray(figure.axes[0].images[0].get_array())
     rows = [pixels[9 * row : 9 * row + 8, :8, :3].transpose(2, 0, 1) for row in range(100)]
     for label, row in enumerate(rows):

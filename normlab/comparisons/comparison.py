@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 from normlab.comparisons.intervals import Family, Interval, Sample
 from normlab.experiment import Results
 from normlab.support.checks import instance, one_of
-from normlab.support.figures import drawn, ink, paper
+from normlab.support.colours import ink, paper
+from normlab.support.figures import drawn, label_axes, literal, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -260,29 +261,22 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 @drawn
 def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -> Figure:
     """The intervals of `compare` or `main_effects` in rows: filled where they exclude 0."""
-    from matplotlib import pyplot
-
     if not differences:
         raise ValueError("there are no differences to plot")
     for each in differences:
         instance(each, Difference, "a difference", "nl.compare(…) gives a list of them")
-    if ax is None:
-        size = (6.4, 1.4 + 0.38 * len(differences))
-        _, ax = pyplot.subplots(figsize=size, layout="constrained")
+    ax = ax if ax is not None else new_axes(6.4, 1.4 + 0.38 * len(differences))
     for row, each in enumerate(differences):
         colour = "#0072B2" if each.interval.excludes_zero else "#767676"
         fill = colour if each.interval.excludes_zero else paper()
         mean, margin = (100 * value for value in (each.interval.mean, each.interval.margin))
         ax.errorbar(mean, row, xerr=margin, fmt="o", color=colour, markerfacecolor=fill, capsize=3)
-    names = [each.pair for each in differences]
-    ax.axvline(0, color=ink(), linewidth=0.8)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel("difference of test accuracy (points), with 95 % intervals")
-    counts = sorted({each.seeds for each in differences})
+    counts = sorted({str(each.seeds) for each in differences}, key=int)
     sources = sorted({each.source for each in differences} - {""})
-    over = f"Differences over {' or '.join(map(str, counts))} seeds"
-    ax.set_title(", ".join([over, *sources]))
-    ax.grid(axis="x", alpha=0.3, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    title = ", ".join([f"Differences over {' or '.join(counts)} seeds", *sources])
+    label_axes(ax, title, "difference of test accuracy (points), with 95 % intervals", "")
+    ax.axvline(0, color=ink(), linewidth=0.8)
+    ax.set_yticks(range(len(differences)), [literal(each.pair) for each in differences])
+    ax.set_ylim(len(differences) - 0.4, -0.6)
+    ax.grid(False, axis="y")
     return ax.figure

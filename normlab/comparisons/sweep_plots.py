@@ -6,9 +6,17 @@ import math
 from typing import TYPE_CHECKING
 
 from normlab.history import QUANTITIES
-from normlab.plots import NAMES, legend_height, look_of, place_legend, places_of, set_title
+from normlab.plots import NAMES
 from normlab.support.checks import one_of
-from normlab.support.figures import drawn, new_axes
+from normlab.support.colours import looks_of
+from normlab.support.figures import (
+    drawn,
+    label_axes,
+    legend_height,
+    new_axes,
+    place_legend,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,13 +57,13 @@ def plot_sweep(
     (other,) = set(axes) - {x}
     curves = _curves(table, x, other, quantity)
     ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(curves)))
-    places = places_of(list(curves))
-    looks = {label: look_of(place, place) | {"label": label} for label, place in places.items()}
+    looks = {label: look | {"label": label} for label, look in looks_of(curves).items()}
     bars = [_draw_swept(ax, points, quantity, looks[label]) for label, points in curves.items()]
     above = _mark_diverged(ax, curves, looks)
-    _annotate_sweep(ax, table, x, quantity, above)
-    set_title(ax, title if title is not None else _title(table, quantity), pad=6 + above)
-    place_legend(ax, bars, list(curves), inside="best", title=None)
+    _annotate_sweep(
+        ax, table, x, quantity, above, title if title is not None else _title(table, quantity)
+    )
+    place_legend(ax, "best", [shortened(name) for name in curves], handles=bars)
     return ax.figure
 
 
@@ -111,7 +119,9 @@ def _bars(mean: Series, sd: Series, quantity: str) -> list[Series]:
     return [sd.clip(upper=mean), sd.clip(upper=highest - mean)]
 
 
-def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str, above: float) -> None:
+def _annotate_sweep(
+    ax: Axes, table: DataFrame, x: str, quantity: str, above: float, title: str
+) -> None:
     """Names the axes, and the crosses where some reach above the frame."""
     from matplotlib.ticker import NullLocator
 
@@ -122,10 +132,7 @@ def _annotate_sweep(ax: Axes, table: DataFrame, x: str, quantity: str, above: fl
     ax.xaxis.set_minor_locator(NullLocator())
     named = {"batch_size": "batch size (images)", "base_lr": "learning rate"}[x]
     diverged = " (crosses above the frame: a run diverged)" if above else ""
-    ax.set_xlabel(named + diverged)
-    ax.set_ylabel(NAMES[quantity][1])
-    ax.grid(alpha=0.3, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    label_axes(ax, title, named + diverged, NAMES[quantity][1], pad=6 + above)
 
 
 def _title(table: DataFrame, quantity: str) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,30 +12,32 @@ import torch
 from normlab.data import Dataset
 from normlab.support.checks import warn
 
+# The code as it was when it was imported: what other code has decoded is not for this one.
+_HERE = Path(__file__).parent
+CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), _HERE.parent / "data.py")]
+
 
 def cache_folder() -> Path:
     """The folder for downloads and decoded data sets, by the custom of the system."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(named):  # an empty or relative one is to be ignored, by the standard
-        return Path(named) / "normlab"
+        return Path(named, "normlab")
     try:
         home = Path.home()
     except RuntimeError:  # a user without a home, as in many containers
-        return Path(os.environ.get("TMPDIR") or "/tmp") / f"normlab-{os.getuid()}"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "normlab"
+        return Path(tempfile.gettempdir(), f"normlab-{os.getuid()}")
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "normlab"
-    return home / ".cache" / "normlab"
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local", "normlab")
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "normlab"
 
 
 def cached(
-    name: str, files: Iterable[Path], decode: Callable[[], Dataset], settings: tuple
+    name: str, files: Iterable[Path], decode: Callable[[], Dataset], settings: tuple = ()
 ) -> Dataset:
     """The data set decoded from `files`, from the cache where the same was decoded before.
 
-    What is the same follows from the content of the files and the `settings`, which hold the
-    decoder's code. A cache that cannot be used costs a warning, never the data set.
+    It is the same if the content of the files is, the `settings`, and the code that decodes. A
+    cache that cannot be used costs a warning, never the data set.
     """
     key = _key(files, (name, *settings))
     path = cache_folder() / "decoded" / f"{name[:40]}-{key[:16]}.safetensors"
@@ -57,10 +60,9 @@ def _key(files: Iterable[Path], settings: tuple) -> str:
     """SHA-256 over the files' content, classes and names, and all that decodes them."""
     import PIL
 
-    key = hashlib.sha256(repr((settings, torch.__version__, PIL.__version__)).encode())
+    key = hashlib.sha256(repr((settings, CODE, torch.__version__, PIL.__version__)).encode())
     for file in files:
-        with open(file, "rb", buffering=0) as opened:
-            content = opened.read()
+        content = file.read_bytes()
         key.update(repr((*file.parts[-3:], len(content))).encode())
         key.update(content)
     return key.hexdigest()

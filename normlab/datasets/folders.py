@@ -15,18 +15,9 @@ from normlab.data import Dataset
 from normlab.datasets.cache import cached
 from normlab.support.checks import warn
 
-# As it was when this module was imported: what another decoder has kept is not for this one.
-CODE = __loader__.get_data(__file__)
-
-GREY_MODES = ("1", "L", "LA")
-
 
 def load_folder(
-    folder: Path,
-    shape: tuple[int, int, int] | None,
-    *,
-    name: str | None = None,
-    title: str | None = None,
+    folder: Path, shape: tuple[int, int, int] | None, *, name: str = "", title: str = ""
 ) -> Dataset:
     """Images below train/<class> and test/<class>; the classes are those of train.
 
@@ -37,22 +28,23 @@ def load_folder(
     """
     name = name or readable(folder.resolve().name)
     unread: list[Path] = []
-    listing = {part: _list_classes(folder / part, unread) for part in ("train", "test")}
-    if listing["train"].keys() != listing["test"].keys():
-        odd = sorted(listing["train"].keys() ^ listing["test"].keys())[0]
-        where = readable(folder)
+    train, test = (_list_classes(folder / part, unread) for part in ("train", "test"))
+    if train.keys() != test.keys():
+        odd, where = min(train.keys() ^ test.keys()), readable(folder)
         raise ValueError(f"class {odd!r} of {where} must be both in train and in test")
     _warn_of_unread(unread, folder)
-    counts = {part: [len(some) for some in classes.values()] for part, classes in listing.items()}
-    files = [file for part in listing.values() for some in part.values() for file in some]
+    files = [file for part in (train, test) for some in part.values() for file in some]
 
     def decode() -> Dataset:
-        images = _decode(files, shape).split([sum(counts["train"]), sum(counts["test"])])
-        labels = [np.arange(len(count)).repeat(count) for count in counts.values()]
-        classes = tuple(listing["train"])
-        return Dataset(name, images[0], labels[0], images[1], labels[1], classes, title or name)
+        labels = [
+            np.arange(len(part)).repeat([len(some) for some in part.values()])
+            for part in (train, test)
+        ]
+        images = _decode(files, shape).split([len(some) for some in labels])
+        arrays = images[0], labels[0], images[1], labels[1]
+        return Dataset(name, *arrays, tuple(train), title or name)
 
-    return cached(name, files, decode, (shape, title, CODE))
+    return cached(name, files, decode, (shape, title))
 
 
 def readable(name: str | os.PathLike) -> str:
@@ -67,7 +59,7 @@ def _list_classes(part: Path, unread: list[Path]) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"there is no folder {part}: it must hold a folder for each class")
     known = Image.registered_extensions().items()
     suffixes = tuple(suffix for suffix, kind in known if kind in Image.OPEN)  # others are written
-    classes = {}
+    classes: dict[str, list[Path]] = {}
     for folder in _visible(part):
         if not folder.is_dir():
             unread.append(Path(folder))
@@ -88,43 +80,44 @@ def _list_classes(part: Path, unread: list[Path]) -> dict[str, list[Path]]:
 
 def _visible(folder: os.PathLike) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(visible, key=lambda entry: entry.name)
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
 
 
 def _warn_of_unread(unread: list[Path], folder: Path) -> None:
     if unread:
-        some = ", ".join(readable(path.relative_to(folder)) for path in unread[:3])
+        some = [readable(path.relative_to(folder)) for path in unread[:3]]
         warn(
             f"{len(unread)} files or folders below {readable(folder)} are not read, since Pillow "
-            f"does not know their suffix or they lie in no class folder: {some}"
-            + (", …" if len(unread) > 3 else "")
+            "does not know their suffix or they lie in no class folder: "
+            + ", ".join(some + ["…"] * (len(unread) > 3))
         )
 
 
 def _decode(files: list[Path], shape: tuple[int, int, int] | None) -> Tensor:
     """Reads images into one uint8 tensor (N, C, H, W), resized to `shape` where it is given."""
-    stack = None
-    for row, file in enumerate(files):
-        picture = _open_picture(file)
-        if shape is not None:
-            picture = picture.convert("L" if shape[0] == 1 else "RGB")
-        pixels = torch.from_numpy(np.array(picture, ndmin=3))
-        pixels = pixels if picture.mode == "L" else pixels.permute(2, 0, 1)  # (C, H, W)
-        if shape is not None and tuple(pixels.shape) != shape:
-            pixels = resized(pixels.unsqueeze(0), shape)[0]
-        if stack is None:
-            stack = torch.empty((len(files), *pixels.shape), dtype=torch.uint8)
-        if pixels.shape[1:] != stack.shape[2:]:
-            sizes = [f"{height}×{width}" for height, width in (stack.shape[2:], pixels.shape[1:])]
+    images: list[Tensor] = []
+    for file in files:
+        images.append(_read_image(file, shape))
+        sizes = [f"{height}×{width}" for _, height, width in (images[0].shape, images[-1].shape)]
+        if sizes[0] != sizes[1]:
             raise ValueError(
                 f"the images differ in size: {sizes[0]} and, in {readable(file)}, {sizes[1]}; "
                 "input_shape=(C, H, W), or --image-size on the command line, resizes them all"
             )
-        if len(pixels) > stack.shape[1]:
-            stack = stack.repeat(1, 3, 1, 1)  # the first coloured one
-        stack[row] = pixels
-    return stack
+    channels = max(map(len, images))  # a single coloured image makes all of three channels
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
+
+
+def _read_image(file: Path, shape: tuple[int, int, int] | None) -> Tensor:
+    """uint8 (C, H, W): one channel if the image is grey, else three; or of the `shape` given."""
+    picture = _open_picture(file)
+    if shape is not None:
+        picture = picture.convert("L" if shape[0] == 1 else "RGB")
+    pixels = torch.from_numpy(np.array(picture, ndmin=3))
+    pixels = pixels if picture.mode == "L" else pixels.permute(2, 0, 1)
+    if shape in (None, tuple(pixels.shape)):
+        return pixels
+    return resized(pixels.unsqueeze(0), shape)[0]
 
 
 def _open_picture(file: Path) -> Image.Image:
@@ -148,7 +141,7 @@ def _flat(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if mode in GREY_MODES:
+    if mode in ("1", "L", "LA"):
         return image.convert("L")
     image = image if mode == "CMYK" else image.convert("RGB")
     image = _in_srgb(image, profile) if profile else image.convert("RGB")

@@ -11,7 +11,7 @@ import numpy as np
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import NORMS, NormKind, check_groups, norm_name
 from normlab.support.checks import plain, whole_number
-from normlab.support.figures import drawn, new_axes
+from normlab.support.figures import drawn, literal, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +131,7 @@ def plot_shared(
         corner = channel * (width + GAP) + column, image * (height + GAP) + row
         _draw_cell(ax, corner, f"{value:{form}}", colour)
     _label_table(ax, values.shape)
-    ax.set_title(title, fontsize=10, pad=8)
+    ax.set_title(literal(title), fontsize=10, pad=8)
     return ax.figure
 
 

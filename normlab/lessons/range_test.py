@@ -17,11 +17,18 @@ from normlab.data import BatchLoader, Dataset
 from normlab.engines.compiler import compiler_left_out
 from normlab.fitting import check_trainable
 from normlab.penalties import l1_penalty
-from normlab.plots import legend_height, look_of, place_legend, places_of, set_title
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.support.checks import has_weights, instance, number, warn, whole_number
+from normlab.support.colours import looks_of
 from normlab.support.devices import pick_device
-from normlab.support.figures import drawn, new_axes
+from normlab.support.figures import (
+    drawn,
+    label_axes,
+    legend_height,
+    new_axes,
+    place_legend,
+    shortened,
+)
 from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
 from normlab.training import device_of, gradients, set_training
@@ -226,21 +233,17 @@ def plot_rates(
     if not results:
         raise ValueError("there are no range tests to plot")
     ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(results)))
-    places = places_of(list(results))
     found = {label: result.suggestion for label, result in results.items()}
     names = [f"{label}: {'none' if rate is None else f'{rate:g}'}" for label, rate in found.items()]
-    looks = [look_of(place, place) for place in places.values()]
-    curves = zip(results.values(), names, looks, strict=True)
+    curves = zip(results.values(), names, looks_of(results).values(), strict=True)
     lines = [_draw(ax, result, look | {"label": name}) for result, name, look in curves]
     top = max(result.smoothed[0] for result in results.values())
     ax.set_ylim(0, 1.6 * top)  # what diverges leaves the frame
     ax.set_xscale("log")
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("cross-entropy of a batch (nats per image)")
-    set_title(ax, title if title is not None else "Learning-rate range test")
-    ax.grid(alpha=0.3, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    place_legend(ax, lines, names, inside="upper left", title="suggested rate")
+    heading = title if title is not None else "Learning-rate range test"
+    label_axes(ax, heading, "learning rate", "cross-entropy of a batch (nats per image)")
+    labels = [shortened(name) for name in names]
+    place_legend(ax, "upper left", labels, handles=lines, title="suggested rate")
     return ax.figure
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normlab.lessons.watching import CONVOLUTION, KINDS, NORM, PERCENTILES, QUANTITIES, Watch
-from normlab.plots import COLOURS
 from normlab.support.checks import one_of, whole_number
-from normlab.support.figures import drawn, fitted, ink, is_dark
+from normlab.support.colours import COLOURS, ink, is_dark
+from normlab.support.figures import drawn, fitted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

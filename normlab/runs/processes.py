@@ -26,7 +26,7 @@ from normlab.runs.folder import RunFolder
 from normlab.runs.transfer import Parcel, Planned, StaysHere, mismatch, pack_all, unpack
 from normlab.support.checks import warn
 from normlab.support.files import scratch_folder
-from normlab.support.progress import Progress, make_progress
+from normlab.support.progress import Progress
 
 # Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with
 # less to do they do not repay it (measured: tests/benchmarks/RESULTS.md).
@@ -295,7 +295,7 @@ class _Watch:
         self._stack = ExitStack()
         self._shown: list[tuple[RunFolder, Progress]] = []
         for plan in plans:
-            bar = self._stack.enter_context(make_progress(plan.label, plan.epochs, 1, show=show))
+            bar = self._stack.enter_context(Progress(plan.label, plan.epochs, 1, show=show))
             self._shown.append((RunFolder(plan.directory), bar))
             bar.start_at(len(RunFolder(plan.directory).history_so_far()))
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -316,6 +316,5 @@ class _Watch:
     def _look(self) -> None:
         for folder, bar in self._shown:
             for row in folder.history_so_far()[bar.done :]:
-                bar.done += 1
                 bar.step()
                 bar.finish_epoch(row)

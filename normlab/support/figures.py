@@ -14,11 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ParamSpec
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.legend import Legend
-    from matplotlib.text import Text
 
 Arguments = ParamSpec("Arguments")
 
@@ -28,7 +25,7 @@ _OWN = re.compile(
 )
 # A minus sign that the chosen font lacks is the reader's to switch off.
 _KEPT = re.compile(r"color|dpi|unicode_minus")
-LEGIBLE = 4.5  # the least contrast of small text, by WCAG 2
+MOST_INSIDE = 5  # names in a legend that leaves room for the curves
 
 
 @contextmanager
@@ -50,37 +47,16 @@ def own_style() -> Iterator[None]:
 
 
 def drawn(plot: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Makes a function that draws do so in `own_style`, with every text as it is written."""
+    """Makes a function that draws do so in `own_style`."""
 
     @functools.wraps(plot)
     def draw(*arguments: Arguments.args, **options: Arguments.kwargs) -> Figure:
-        given = options.get("ax")
-        before = {} if given is None else {text: text.get_text() for text in _texts(given.figure)}
         with own_style():
             figure = plot(*arguments, **options)
-            for text in _texts(figure):
-                if text.get_text() != before.get(text):  # others may be formulas of the caller's
-                    text.set_parse_math(False)
-        return figure
+            figure.findobj()  # makes the ticks, else they come in the style of when it is shown
+            return figure
 
     return draw
-
-
-def _texts(figure: Figure) -> list[Text]:
-    """All texts but numbers at ticks, such as 10⁻³, which matplotlib writes as formulas.
-
-    Looking for them makes the ticks, which otherwise appear when the figure is shown, in the
-    colours and sizes of whatever style holds then.
-    """
-    from matplotlib.axis import Axis
-    from matplotlib.text import Text
-    from matplotlib.ticker import FixedFormatter, FuncFormatter
-
-    numbers: set[Artist] = set()
-    for axis in figure.findobj(Axis):
-        if not isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter):
-            numbers.update(set(axis.findobj(Text)) - {axis.label})
-    return [text for text in figure.findobj(Text) if text not in numbers]
 
 
 def new_axes(width: float, height: float) -> Axes:
@@ -90,78 +66,48 @@ def new_axes(width: float, height: float) -> Axes:
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def add_legend(
-    where: Axes | Figure, handles: Sequence[Artist], names: Sequence[str], **options: object
-) -> Legend:
-    """A legend of all names, those that matplotlib leaves out since they begin with `_` too."""
-    legend = where.legend(handles, ["name"] * len(names), frameon=False, **options)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(name)
-    return legend
+def label_axes(
+    ax: Axes, title: str, x: str, y: str, *, inches: float = 6.4, pad: float = 6
+) -> None:
+    """Title, names of the axes, a pale grid; the title in as many lines as that width takes."""
+    ax.set_title(fitted(title, inches, size=12), pad=pad)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def place_legend(ax: Axes, inside: str, labels: Sequence[str], **key: object) -> None:
+    """A legend at that place in the axes, or below them where it would cover the curves."""
+    from matplotlib.transforms import ScaledTranslation
+
+    place = {"loc": inside}
+    if len(labels) > MOST_INSIDE:
+        below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
+        place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "ncols": 2}
+    ax.legend(labels=labels, **key, **place, frameon=False)
+
+
+def legend_height(names: int) -> float:
+    """How many inches a legend below the axes takes, where so many names need one."""
+    return 0.2 * -(-names // 2) + 0.3 if names > MOST_INSIDE else 0
 
 
 def fitted(text: str, inches: float, *, size: float = 10) -> str:
     """The text in as many lines as it takes in letters of `size` points."""
-    text = _printable(text)
     width = max(8, int(inches * 72 / (0.56 * size)))  # letters are about half as wide as high
-    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+    return "\n".join(textwrap.fill(line, width) for line in literal(text).splitlines())
 
 
 def shortened(name: str, most: int = 28) -> str:
     """The name, without its middle if it is longer than fits beside a curve or an axis."""
-    name = _printable(name)
-    return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
+    name = str(name)
+    return literal(name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}")
 
 
-def _printable(text: str) -> str:
-    """The text with `?` for the bytes of a file's name that are no text, which no font has."""
-    return str(text).encode(errors="replace").decode()
+def literal(text: str) -> str:
+    """The text such that matplotlib draws it as it is written, and no formula between `$`.
 
-
-# --- colours that fit the background ----------------------------------------------------------
-
-
-def ink() -> str:
-    """The colour of text in the current style."""
-    from matplotlib import rcParams
-
-    return rcParams["text.color"]
-
-
-def paper() -> str:
-    """The colour behind what is drawn in the current style."""
-    from matplotlib import rcParams
-
-    return rcParams["axes.facecolor"]
-
-
-def is_dark() -> bool:
-    """Whether the current style writes in light colours, so on a dark background."""
-    return luminance(ink()) > 0.4
-
-
-def luminance(colour: object) -> float:
-    """Relative luminance of a colour, from 0 for black to 1 for white, by WCAG 2."""
-    from matplotlib.colors import to_rgb
-
-    linear = [c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    return sum(part * c for part, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(one: object, other: object) -> float:
-    """The ratio of two colours' luminances by WCAG 2: 1 for the same, 21 for black and white."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def legible(colour: str, background: object) -> tuple[float, ...]:
-    """The colour, mixed with as much of the text's as small letters need on this background."""
-    from matplotlib.colors import to_rgb
-
-    mixed = to_rgb(colour)
-    for share in range(1, 11):
-        if contrast(mixed, background) >= LEGIBLE:
-            break
-        pairs = zip(to_rgb(colour), to_rgb(ink()), strict=True)
-        mixed = tuple(one + share / 10 * (other - one) for one, other in pairs)
-    return mixed
+    The bytes of a file's name that are no text, which no font has, become `?`.
+    """
+    return re.sub(r"(?<!\\)\$", r"\\$", str(text).encode(errors="replace").decode())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-from normlab.plots import COLOURS, save_figure
+from normlab.plots import save_figure
+from normlab.support.colours import COLOURS
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -446,28 +446,11 @@ def test_two_sweeps_fit_beside_each_other():
     assert axes[0].get_position().width > 0.3
 
 
-def looks_of(ax) -> dict[str, tuple]:
-    curves = zip(ax.containers, ax.get_legend_handles_labels()[1], strict=True)
-    return {label: (line.get_color(), line.get_marker()) for (line, *_), label in curves}
-
-
 def test_the_title_names_the_data(tiny, tiny_assignment):
     table = sweep(tiny_assignment, tiny, norms=("gn",), epochs=1)
     title = "Test accuracy, made-up patterns, last epoch, one seed"
     assert nl.plot_sweep(table).axes[0].get_title() == title
     assert nl.plot_sweep(table, title="Mine").axes[0].get_title() == "Mine"
-
-
-def test_a_norm_looks_the_same_in_every_sweep():
-    def sweep_of(*labels):
-        return table_of([(label, size, 0.1, 0, 0.5) for label in labels for size in (2, 4)])
-
-    few = looks_of(nl.plot_sweep(sweep_of("none, He", "BN", "GN")).axes[0])
-    more = looks_of(nl.plot_sweep(sweep_of("none", "none, He", "LN", "GN", "BN", "IN")).axes[0])
-    assert few == {label: more[label] for label in few}
-    assert len(set(more.values())) == 6
-    mine = looks_of(nl.plot_sweep(sweep_of("mine", "yours")).axes[0])
-    assert list(mine.values()) == [more["BN"], more["GN"]]  # the first two looks
 
 
 @pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 1e30)])

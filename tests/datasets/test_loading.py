@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import unicodedata
 import warnings
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 import torch
 import torchvision
 from PIL import Image, ImageCms
@@ -27,8 +29,8 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 import normlab as nl
-from normlab.datasets import folders
-from normlab.datasets import loading as sources
+from normlab.datasets import downloads as sources
+from normlab.datasets import folders, loading
 
 MNIST = torchvision.datasets.MNIST
 COUNTS = {"train": 12, "t10k": 5}
@@ -354,6 +356,28 @@ def test_cifar10_is_read_from_torchvisions_batches(tmp_path, monkeypatch, no_net
     (folder / "data_batch_3").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"cifar-10-batches-py.* is damaged .*delete"):
         nl.load_dataset("cifar10", tmp_path)
+
+
+def test_svhn_is_read_from_torchvisions_files(tmp_path, monkeypatch, no_network):
+    random = np.random.default_rng(0)
+    listed, pixels = {}, {}
+    for part, count in COUNTS.items():
+        part = {"t10k": "test"}.get(part, part)
+        path = tmp_path / f"{part}_32x32.mat"
+        pixels[part] = random.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+        labels = np.arange(1, count + 1).clip(max=10)[:, None]  # 10 stands for the digit 0
+        scipy.io.savemat(path, {"X": pixels[part].transpose(2, 3, 1, 0), "y": labels})
+        listed[part] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", listed)
+    data = nl.load_dataset("svhn", tmp_path)
+    np.testing.assert_array_equal(data.train_images.numpy(), pixels["train"])
+    np.testing.assert_array_equal(data.test_images.numpy(), pixels["test"])
+    assert data.train_labels.tolist() == [*range(1, 10), 0, 0, 0]
+    assert (data.classes[7], data.source) == ("7", "SVHN")
+
+    (tmp_path / "test_32x32.mat").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"test_32x32\.mat is damaged .*delete"):
+        nl.load_dataset("svhn", tmp_path)
 
 
 def test_a_folder_of_jpegs_counts_as_cifar10_and_says_so(tmp_path, no_network):
@@ -943,9 +967,9 @@ def test_an_archive_is_to_be_unpacked(tmp_path, kind):
 def decoded(monkeypatch):
     """Which data sets were decoded instead of taken from the cache."""
     names = []
-    decode, read = folders._decode, sources._read_digits
+    decode, read = folders._decode, loading._read_digits
     monkeypatch.setattr(folders, "_decode", lambda *args: names.append("folder") or decode(*args))
-    monkeypatch.setattr(sources, "_read_digits", lambda *args: names.append("own") or read(*args))
+    monkeypatch.setattr(loading, "_read_digits", lambda *args: names.append("own") or read(*args))
     return names
 
 
@@ -1074,9 +1098,9 @@ def test_an_edited_decoder_is_not_served_what_the_former_one_made(tmp_path, own_
 
     assert first_shade() == 10
     decoder = tmp_path / "code" / "normlab" / "datasets" / "folders.py"
-    old = "stack[row] = pixels"
+    old = "return torch.stack("
     assert old in decoder.read_text()
-    decoder.write_text(decoder.read_text().replace(old, "stack[row] = 255 - pixels"))
+    decoder.write_text(decoder.read_text().replace(old, "return 255 - torch.stack("))
     assert first_shade() == 245
 
 
@@ -1151,7 +1175,7 @@ def test_a_user_without_a_home_loads_and_keeps_data(load, monkeypatch, tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 987_654)  # as in a container: of no known user
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     with pytest.raises(RuntimeError):
         Path.home()
     assert_is_served(load, load())

@@ -7,7 +7,7 @@ from contextlib import redirect_stderr
 import pytest
 
 import normlab as nl
-from normlab.support.progress import make_progress
+from normlab.support.progress import Progress
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1)
 
@@ -29,9 +29,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_without_a_stream_for_errors_there_is_no_bar(monkeypatch):
+ROW = {"epoch": 1, "train_loss": 2.0, "train_accuracy": 0.25, "test_loss": 1.5}
+ROW |= {"test_accuracy": 0.5, "seconds": 3.0}
+
+
+def test_without_a_stream_for_errors_there_is_no_bar(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr", None)
-    assert type(make_progress("BN", 2, 3)).__name__ == "LineProgress"
+    with Progress("BN", 20, 3) as shown:
+        shown.finish_epoch(ROW)
+    assert capsys.readouterr().out == (
+        "BN: epoch  1/20, training loss 2.0000, accuracy 25.00%, "
+        "test loss 1.5000, accuracy 50.00%, 3.0 s\n"
+    )
 
 
 def test_a_log_gets_one_line_an_epoch_and_nothing_else(train, capsys):
@@ -91,7 +100,7 @@ def test_a_terminal_gets_a_bar_that_fills_up(train, capsys):
 
 def test_a_resumed_bar_starts_where_the_training_was():
     terminal = Terminal()
-    with redirect_stderr(terminal), make_progress("GN", epochs=4, steps=5) as shown:
+    with redirect_stderr(terminal), Progress("GN", epochs=4, steps=5) as shown:
         shown.start_at(2)
         assert list(shown.counted("abcde")) == list("abcde")
     assert "75%" in terminal.getvalue().split("\r")[-1]
@@ -99,7 +108,7 @@ def test_a_resumed_bar_starts_where_the_training_was():
 
 def test_the_bar_is_closed_when_the_training_fails():
     def fail():
-        with make_progress("GN", epochs=4, steps=5):
+        with Progress("GN", epochs=4, steps=5):
             raise KeyboardInterrupt
 
     with redirect_stderr(Terminal()) as terminal, pytest.raises(KeyboardInterrupt):
@@ -136,12 +145,30 @@ def executed(monkeypatch, tmp_path):
     return execute
 
 
-def test_a_stored_notebook_keeps_one_line_of_the_last_state(executed):
-    notebook = executed(CELL)
-    (output,) = notebook.cells[0].outputs
+TWO = """
+from normlab.support.progress import Progress
+
+row = {"epoch": 2, "train_loss": 2, "train_accuracy": 0, "test_loss": 1.5, "test_accuracy": 0.5}
+with Progress("BN", 4, 5) as one, Progress("GN", 2, 5) as other:
+    for shown in (one, other):
+        shown.start_at(2)
+        shown.finish_epoch(row | {"seconds": 0})
+"""
+
+
+@pytest.mark.parametrize("cell", [CELL, TWO])
+def test_a_stored_notebook_keeps_one_line_of_the_last_state(executed, cell):
+    notebook = executed(cell)
     # A widget's state would keep GitHub from showing the notebook.
     assert "widgets" not in notebook.metadata
-    assert output.output_type == "display_data"
-    assert set(output.data) == {"text/plain"}
-    text = output.data["text/plain"]
-    assert re.fullmatch(r"linear █{20} epoch 3/3 test loss \d\.\d{4}, accuracy \d+\.\d\d%", text)
+    outputs = notebook.cells[0].outputs
+    assert {output.output_type for output in outputs} == {"display_data"}
+    assert all(set(output.data) == {"text/plain"} for output in outputs)
+    texts = [output.data["text/plain"] for output in outputs]
+    if cell == TWO:
+        end = "epoch 2/{}, test loss 1.5000, accuracy 50.00%"
+        half, whole = "BN ██████████░░░░░░░░░░, ", "GN ████████████████████, "
+        assert texts == [half + end.format(4), whole + end.format(2)]
+    else:
+        bar = r"linear █{20}, epoch 3/3, test loss \d\.\d{4}, accuracy \d+\.\d\d%"
+        assert re.fullmatch(bar, *texts)
