@@ -14,17 +14,18 @@ import sys
 import time
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 from conftest import everything_of
 from PIL import Image
 
 import normlab as nl
-from normlab.cli import _ended_by_signals, _parser, main
+from normlab.cli import _parser, main
 from normlab.datasets.loading import DATASETS
 from normlab.norms import NORMS
+from normlab.runs.folder import RunFolder
 
-COMMAND = [sys.executable, "-m", "normlab"]
 # However little there is to do, in processes side by side where there is more than one core.
 SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.runs.processes as p; p.WORTHWHILE = 0; "
 SIDE_BY_SIDE += "sys.exit(c.main())"
@@ -173,11 +174,10 @@ def test_sweep_writes_a_table_and_a_figure(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("4 of 4 runs are loaded, 0 trained")
 
 
-@pytest.mark.parametrize("option", [[], ["--resume"]])
-def test_the_same_command_loads_what_is_finished(option, again, capsys):
+def test_the_same_command_loads_what_is_finished(again):
     command, out = again
     before = histories(out)
-    assert main([*command, "--epochs", "1", *option]) == 0
+    assert main([*command, "--epochs", "1"]) == 0
     assert histories(out) == before
 
 
@@ -309,7 +309,6 @@ def test_wrong_use_is_one_line_and_status_2(arguments, words, tmp_path, monkeypa
         ([], "required: COMMAND"),
         (["ran"], "invalid choice: 'ran'"),
         (["run", "--epochs", "many"], "invalid int value: 'many'"),
-        (["run", "--resume", "--fresh"], "--fresh: not allowed with argument --resume"),
         (["summary"], "required: NETWORK"),
     ],
 )
@@ -426,14 +425,13 @@ def test_a_full_temporary_folder_is_told(tmp_path, monkeypatch, capsys, full_dis
 # --- where the output goes --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["--out", "--data-root", "--results"])
+@pytest.mark.parametrize("name", ["--out", "--data-root"])
 def test_a_path_may_begin_at_home(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     command = {
         "--out": ["sweep", "mnist-l1", "--dataset", "digits"],
         "--data-root": ["data", "digits"],
-        "--results": ["report"],
     }[name]
     options = _parser().parse_args([*command, f"{name}=~/there"])
     assert vars(options)[name.strip("-").replace("-", "_")] == tmp_path / "there"
@@ -488,6 +486,7 @@ def test_output_that_cannot_be_kept_is_told(capsys, monkeypatch):
     assert "No space left on device" in error_of(capsys)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="Windows has another shell")
 @pytest.mark.parametrize("tail", ["| head -1", ">&- 2>&- <&-"])
 def test_side_by_side_nothing_depends_on_the_output(tail, tmp_path):
@@ -510,50 +509,86 @@ def hear_signals() -> None:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
+def goes_on(arguments: list[str], out: Path, before: dict[str, list[str]]) -> None:
+    """The same command again, which trains what is left, and nothing twice."""
+    assert not (out / "report.md").exists()
+    assert main(arguments) == 0
+    after = histories(out)
+    assert [len(lines) for lines in after.values()] == [3] * 3
+    for name, lines in before.items():
+        assert after[name][: len(lines)] == lines  # down to the seconds
+    assert (out / "report.md").exists()
+
+
+def test_after_ctrl_c_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    save, saved = RunFolder.save_epoch, []
+
+    def press_ctrl_c(self, *arguments):
+        save(self, *arguments)
+        saved.append(self)
+        if len(saved) == 4:  # the first epoch of the second run
+            signal.raise_signal(signal.SIGINT)
+
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(RunFolder, "save_epoch", press_ctrl_c)
+    out = tmp_path / "mine"
+    arguments = ["run", "mnist-l1", "--dataset", str(make_folder(tmp_path / "shades"))]
+    arguments += ["--epochs", "3", "--out", str(out), "--device", "cpu"]
+    try:
+        assert main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    said = f"normlab: interrupted; what was finished is kept in {out}: the same command goes on"
+    assert said in capsys.readouterr().err
+    before = histories(out)
+    assert [len(lines) for lines in before.values()] == [3, 1]
+    goes_on(arguments, out, before)
+
+
+# What every process does that finds it on its path: waits after the first epoch of a run.
+WAITS = """
+import time
+from normlab.runs.folder import RunFolder
+
+def save_and_wait(self, *arguments, save=RunFolder.save_epoch):
+    save(self, *arguments)
+    while True:
+        time.sleep(0.1)
+
+RunFolder.save_epoch = save_and_wait
+"""
+
+
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to another process on Windows")
-@pytest.mark.parametrize(
-    "command",
-    [COMMAND, [sys.executable, "-c", SIDE_BY_SIDE]],
-    ids=["one after another", "side by side"],
-)
-def test_after_ctrl_c_the_same_command_goes_on(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    make_folder(tmp_path / "shades", train=150)
-    options = ["--epochs", "8", "--out", "mine", "--device", "cpu"]
-    arguments = ["run", "mnist-l1", "--dataset", "shades", *options]
+def test_after_ctrl_c_side_by_side_the_same_command_goes_on(tmp_path, capsys):
+    out = tmp_path / "mine"
+    arguments = ["run", "mnist-l1", "--dataset", str(make_folder(tmp_path / "shades"))]
+    arguments += ["--epochs", "3", "--out", str(out), "--device", "cpu"]
+    (tmp_path / "sitecustomize.py").write_text(WAITS)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
     process = subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
+        [sys.executable, "-c", SIDE_BY_SIDE, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=hear_signals,
+        env=os.environ | {"PYTHONPATH": path, "LOKY_MAX_CPU_COUNT": "2"},
     )
     try:
-        # A run's history is written after each of its epochs.
-        while process.poll() is None and not list(tmp_path.rglob("history.csv")):
+        while process.poll() is None and len(histories(out)) < min(2, joblib.cpu_count()):
             time.sleep(0.01)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)  # to its helpers too, as a terminal does
-        _, said = process.communicate(timeout=60)
+        before = histories(out)
+        os.killpg(process.pid, signal.SIGINT)  # to its helpers too, as a terminal does
+        _, said = process.communicate()
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, said
-    assert len(said.split("\n")) == 3  # the terminal's ^C, one line, its end
-    assert "normlab: interrupted" in said
-    assert "kept in mine: the same command goes on" in said
-    before = histories(tmp_path / "mine")
-    assert not (tmp_path / "mine" / "report.md").exists()
-
-    assert main(arguments) == 0
-    after = histories(tmp_path / "mine")
-    assert {len(lines) for lines in after.values()} == {8}
-    assert before
-    for name, lines in before.items():
-        assert 0 < len(lines) <= 8
-        assert after[name][: len(lines)] == lines  # down to the seconds: not trained again
-    assert (tmp_path / "mine" / "report.md").exists()
+    assert said.startswith("\nnormlab: interrupted; what was finished is kept in ")
+    assert said.count("\n") == 2  # after the terminal's ^C, and at its end
+    assert {len(lines) for lines in before.values()} == {1}
+    goes_on(arguments, out, before)
 
 
 def test_ctrl_c_before_training_says_so(monkeypatch, capsys):
@@ -570,13 +605,14 @@ ON_A_TERMINAL = (
 )
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "a closed terminal"])
 def test_whatever_ends_it_side_by_side_leaves_no_process_and_no_litter(how, tmp_path):
     place = tmp_path / "temporary"
     place.mkdir()
     options = ["run", "mnist-l1", "--dataset", str(make_folder(tmp_path / "shades", train=150))]
-    options += ["--epochs", "500", "--device", "cpu", "--out", str(tmp_path / "out")]
+    options += ["--epochs", "100000", "--device", "cpu", "--out", str(tmp_path / "out")]
     terminal, end = os.openpty()
     command = [sys.executable, "-c", ON_A_TERMINAL, str(end)]
     command += [sys.executable, "-c", SIDE_BY_SIDE, *options]
@@ -608,46 +644,10 @@ def test_whatever_ends_it_side_by_side_leaves_no_process_and_no_litter(how, tmp_
         time.sleep(0.01)  # its helpers go after it
 
 
-def test_signals_that_are_to_be_ignored_are(tmp_path):
-    """As after `nohup`; and what was usual before is usual again."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with _ended_by_signals():
-            signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with _ended_by_signals():
-            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        with _ended_by_signals(), pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # once more, while it ends
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_a_signal_that_gets_lost_in_a_destructor_may_come_again(monkeypatch):
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # that of pytest would keep it
-
-    class Deaf:
-        def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with _ended_by_signals():
-            Deaf()
-            with pytest.raises(KeyboardInterrupt) as caught:
-                signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # while the other one is on its way
-            assert caught.value.number == signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # --- a quick start ----------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_help_does_not_wait_for_torch():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "normlab", "--help"],

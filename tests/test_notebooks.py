@@ -27,9 +27,9 @@ from numbers_in_texts import (
 )
 
 import normlab as nl
-from normlab.comparisons.pages import fill_pages, read_results
 from normlab.comparisons.report import report_text, results_as_dict
 from normlab.runs.folder import RunFolder
+from tests.pages import fill_pages, read_results
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -17,7 +17,7 @@ from numbers_in_texts import (
 )
 
 import normlab as nl
-from normlab.comparisons.pages import read_results
+from tests.pages import read_results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def test_worked_example_is_right(name):
 
 # --- numbers in sentences ---------------------------------------------------------------------
 #
-# A number in a sentence or a table, where `normlab report` does not fill it, follows from the kept
+# A number in a sentence or a table, where `tests/pages.py` does not fill it, follows from the kept
 # results that its section or its paragraph names, or is part of the worked example, or is listed
 # here with the reason. A formula ("= …") and a file ("in …") are checked.
 

@@ -1,22 +1,19 @@
 """Marked places of texts say what the results say, and nothing else of a page changes."""
 
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from statistics import mean, stdev
 
 import nbformat
 import pytest
 
-from normlab.cli import main
-from normlab.comparisons.pages import fill_pages, place_text, read_results
+from tests.pages import fill_pages, main, place_text, read_results
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 RESULTS = {
     "cifar10-add": {
@@ -107,7 +104,7 @@ def test_results_that_were_edited_are_refused(tmp_path, capsys, spoil, what):
     kept = shutil.copytree(ROOT / "notebooks/results/mnist-l1", tmp_path / "results/mnist-l1")
     page = tmp_path / "README.md"
     page.write_text("none")
-    command = ["report", str(page), "--results", str(tmp_path / "results")]
+    command = [str(page), "--results", str(tmp_path / "results")]
     assert main(command) == 0
     results = json.loads((kept / "results.json").read_text())
     spoil(results)
@@ -263,17 +260,19 @@ def test_what_is_no_place_is_named_and_no_text_is_lost(text, line, why, ending, 
         "<!-- normlab: cifar10-skip / LN / mean -->?<!-- / -->\n",
     ],
 )
-def test_the_time_for_many_marks_grows_as_they_do(text, tmp_path):
-    page, took = tmp_path / "page.md", []
-    for count in (5_000, 40_000):
-        page.write_text(text * count)
-        start = time.process_time()
-        with contextlib.suppress(ValueError):
+def test_many_marks_are_gone_through_once(text, tmp_path):
+    """If each were searched for to the end of the page, this would take an hour."""
+    page = tmp_path / "page.md"
+    page.write_text(text * 200_000)
+    if "?" in text:
+        assert fill_pages([page], {}) == [page]
+        filled = page.read_text().count("-->(not trained yet)<!-- / -->\n")
+        assert filled == 200_000
+    elif "normlab" in text:
+        with pytest.raises(ValueError, match="line 1, place 'a'"):
             fill_pages([page], {})
-        took.append(time.process_time() - start)
-    assert took[1] < 8 * 3 * took[0] + 1  # as the square it would be 64 times as long
-    filled = page.read_text().count("-->(not trained yet)<!-- / -->\n")
-    assert filled == (40_000 if "?" in text else 0)
+    else:
+        assert fill_pages([page], {}) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has neither modes nor, for everybody, links")
@@ -362,13 +361,14 @@ def test_no_results_are_an_error(tmp_path):
 
 def test_the_command_tells_stale_pages_and_fills_them(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    command = ["report", "README.md", "one.ipynb", "--results", "results"]
+    command = ["README.md", "one.ipynb", "--results", "results"]
     assert main([*command, "--check"]) == 1
-    assert "stale: README.md, one.ipynb" in capsys.readouterr().err
+    assert capsys.readouterr().out == "stale: README.md, one.ipynb\n"
     assert main(command) == 0
     assert main([*command, "--check"]) == 0
-    assert "changed: nothing" in capsys.readouterr().out
-    assert main(["report", "none.md"]) == 2
+    assert capsys.readouterr().out.endswith("stale: nothing\n")
+    assert main(["none.md", "--results", "results"]) == 1
+    assert "none.md" in capsys.readouterr().err
 
 
 def test_no_place_in_a_sentence_begins_a_line():

@@ -1,5 +1,8 @@
 """Numbers in text: marked places in Markdown files and notebooks, filled from `results.json`.
 
+    python -m tests.pages README.md notebooks/*.ipynb
+    python -m tests.pages --check README.md notebooks/*.ipynb
+
 A place looks like this, and reads as "99.53 ± 0.04 %" where it is shown:
 
     <!-- normlab: mnist-l1 / LN / accuracy -->99.53 ± 0.04 %<!-- / -->
@@ -7,11 +10,13 @@ A place looks like this, and reads as "99.53 ± 0.04 %" where it is shown:
 So a text never says anything else than the results that lie beside it.
 """
 
+import argparse
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -40,6 +45,24 @@ ONE_SEED = "(one seed: no interval)"
 
 Kept = Mapping[str, dict]
 """What each `results.json` holds and the "folder" it lies in, by that folder's name."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 0, or 1 where a page is stale or cannot be filled."""
+    parser = argparse.ArgumentParser(prog="python -m tests.pages", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("pages", nargs="+", type=Path, help="README.md and notebooks/*.ipynb")
+    parser.add_argument("--results", type=Path, default=Path("notebooks/results"))
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if one is stale")
+    options = parser.parse_args(arguments)
+    try:
+        results = read_results(options.results)
+        changed = fill_pages(options.pages, results, write=not options.check)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("stale:" if options.check else "changed:", ", ".join(map(str, changed)) or "nothing")
+    return int(options.check and bool(changed))
 
 
 def read_results(folder: str | Path) -> dict[str, dict]:
@@ -330,3 +353,7 @@ def _row(head: str, variant: dict) -> str:
     cells = [head, percent(variant), _reported(variant), _difference(variant)]
     cells += [str(variant["seeds"]), f"{variant['parameters']:,}"]
     return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
