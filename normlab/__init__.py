@@ -63,7 +63,7 @@ _HOMES = {
     "comparisons.sweep_plots": ("plot_sweep",),
     "comparisons.sweeps": ("run_sweep",),
     "lessons.watch_plots": ("plot_activations", "plot_watch"),
-    "training": ("EpochResult", "test_epoch", "train_epoch"),
+    "training": ("EpochResult", "test_epoch", "train_epoch", "train_step"),
     "lessons.watching": ("Watch", "watch"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

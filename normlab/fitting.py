@@ -14,7 +14,6 @@ from torch import nn
 from normlab.analysis import check_network, class_and_probability, predict
 from normlab.data import BatchLoader, Dataset
 from normlab.engines.choice import ENGINES, make_engine
-from normlab.engines.compiler import compiler_left_out
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine
 from normlab.history import Run
@@ -23,7 +22,7 @@ from normlab.recipes import DTYPES, Recipe, trained_parameters
 from normlab.runs.folder import RunFolder
 from normlab.runs.identity import earlier_computations, identity, provenance, trained_identity
 from normlab.support.checks import instance, one_of, warn
-from normlab.support.devices import pick_device
+from normlab.support.devices import check_dtype, exact_float32, pick_device
 from normlab.support.files import owned, user_path
 from normlab.support.module_state import modes_kept
 from normlab.support.progress import Progress
@@ -119,7 +118,7 @@ def fit_together(
     for job in jobs:
         instance(job.network, nn.Module, "a network", "nl.build_network(…) gives one")
         instance(job.recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
-    with compiler_left_out(), gradients():
+    with exact_float32(), gradients():
         trainings = [_Training(job, data, device, engine, progress) for job in jobs]
         together = can_overlap(job.network for job in jobs)
         with _folders_of(trainings):
@@ -187,7 +186,7 @@ def is_done(job: Job, data: Dataset, device: torch.device) -> bool:
 
     Raises `ValueError` if the folder holds another run, or the device lacks the recipe's dtype.
     """
-    _check_dtype(device, job.recipe)
+    check_dtype(device, job.recipe.dtype)
     if job.directory is None or RunFolder(job.directory).is_empty():
         return False
     folder = RunFolder(job.directory)
@@ -309,7 +308,7 @@ class _Training:
         self.config["from"] |= {
             "engine": self.engine.name,
             "because": why,
-            "computes_in": self.engine.computes_in,
+            "computes_in": self.recipe.dtype,
             "threads": torch.get_num_threads(),
         }
         if self.folder is not None:
@@ -435,13 +434,8 @@ def warn_if_at_chance(label: str, history: list[dict], recipe: Recipe, data: Dat
 
 def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
     """Moves the network to the device, in the recipe's dtype."""
-    _check_dtype(device, recipe)
+    check_dtype(device, recipe.dtype)
     network.to(device=device, dtype=DTYPES[recipe.dtype])
-
-
-def _check_dtype(device: torch.device, recipe: Recipe) -> None:
-    if device.type == "mps" and recipe.dtype == "float64":
-        raise ValueError("dtype 'float64' is not available on device 'mps': use device='cpu'")
 
 
 def check_trainable(network: nn.Module, data: Dataset, recipe: Recipe) -> None:

@@ -1,15 +1,16 @@
-"""Two ways to train that help where normalization does not even out the channels by itself.
+"""The optimisers, and gradient centralization: the table below names those of a `Recipe`.
 
 Batch normalization centres every channel. Group and layer normalization share their mean among
 channels, so a filter whose weights do not sum to 0 gives its channel an offset that stays, and the
-few large singular values of the gradients decide each step. `centre_filters` takes away the offset,
-`Muon` makes all singular values alike.
+few large singular values of the gradients decide each step. `centralize_gradients` takes away the
+offset, `Muon` makes all singular values alike.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
 from normlab.penalties import WEIGHT_LAYERS
 
@@ -23,11 +24,8 @@ def filters(network: nn.Module) -> list[Tensor]:
     """The weights to train of convolutions and linear layers, shared ones once.
 
     Without the last layer defined, which makes logits, and transposed convolutions, whose weights
-    are (in, out, …). By the kind of layer and not by the shape of weights: the scales of an
-    element-wise layer normalization have as many axes.
-
-    Raises `ValueError` for a layer whose weight is computed from others, as by `weight_norm`: no
-    optimiser holds it.
+    are (in, out, …). Raises `ValueError` for a layer whose weight is computed from others, as by
+    `weight_norm`: no optimiser holds it.
     """
     layers = [(name, m) for name, m in network.named_modules() if isinstance(m, WEIGHT_LAYERS)]
     transposed = nn.modules.conv._ConvTransposeNd
@@ -51,38 +49,27 @@ def _parameter(name: str, layer: nn.Module) -> Tensor | None:
     return None
 
 
-def centre_filters(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> None:
-    """From its next step on, `optimizer` keeps the mean of each filter at 0.
+def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
+    """From its next step on, `optimizer` keeps the mean of each filter of `weights` at 0.
 
-    Gradients are centred before a step (Yong et al., "Gradient Centralization", 2020), and weights
-    after it, which matters in the first step only.
-
-    Args:
-        optimizer: any; it is changed in place.
-        weights: each (out, in, …); a filter is what makes one output.
+    A filter is what makes one output of a weight (out, in, …). Means are taken off the gradients
+    before a step, and off the weights after it, which matters in the first step only.
+    Source: Yong et al., "Gradient Centralization", 2020.
     """
-    weights = list(weights)
 
     @torch.no_grad()
-    def centre_gradients(*_: object) -> None:
-        for weight in weights:
-            if weight.grad is not None:
-                weight.grad.sub_(_filter_means(weight.grad))
+    def centralize(tensors: Iterable[Tensor]) -> None:
+        for each in tensors:
+            each.sub_(each.mean(dim=tuple(range(1, each.dim())), keepdim=True))
 
-    @torch.no_grad()
-    def centre_weights(*_: object) -> None:
-        for weight in weights:
-            weight.sub_(_filter_means(weight))
+    def gradients() -> list[Tensor]:
+        return [weight.grad for weight in weights if weight.grad is not None]
 
-    optimizer.register_step_pre_hook(centre_gradients)
-    optimizer.register_step_post_hook(centre_weights)
+    optimizer.register_step_pre_hook(lambda *_: centralize(gradients()))
+    optimizer.register_step_post_hook(lambda *_: centralize(weights))
 
 
-def _filter_means(weight: Tensor) -> Tensor:
-    return weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-
-
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """SGD with Nesterov momentum whose steps are orthogonalised, for the `filters` of a network.
 
     A filter bank's step, as a matrix (out, in · kernel), is replaced by one with the same singular
@@ -93,8 +80,7 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` is the same for matrices alone.
 
     Args:
-        orthogonal: the filters, each (out, in, …).
-        plain: the other parameters.
+        orthogonal: the filters, each (out, in, …); `plain` are the other parameters.
         lr: learning rate of the filters, a number or a tensor of one.
         momentum: share of the running mean of gradients.
         weight_decay: of the filters, in units of the rate (Loshchilov & Hutter 2019).
@@ -109,12 +95,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        groups = [
-            {"params": list(orthogonal), "orthogonal": True},
-            {"params": list(plain), "orthogonal": False},
-        ]
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        kinds = {True: list(orthogonal), False: list(plain)}
+        groups = [{"params": each, "orthogonal": kind} for kind, each in kinds.items() if each]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -172,3 +155,33 @@ def orthogonalized(matrix: Tensor) -> Tensor:
         polynomial = torch.addmm(square, square, square, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
     return x.T if tall else x
+
+
+def _sgd(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> SGD:
+    options = {"weight_decay": recipe.weight_decay, "fused": _fused(lr)}
+    nesterov = recipe.nesterov and recipe.momentum > 0
+    return SGD(weights, lr, recipe.momentum, nesterov=nesterov, **options)
+
+
+def _adamw(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> AdamW:
+    options = {"weight_decay": recipe.weight_decay, "fused": _fused(lr)}
+    return AdamW(weights, lr, capturable=isinstance(lr, Tensor) and lr.is_cuda, **options)
+
+
+def _fused(lr: float | Tensor) -> bool | None:
+    """Of torch's own only fused optimisers read a rate that lies on the device."""
+    return isinstance(lr, Tensor) or None
+
+
+def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> Muon:
+    chosen = set(map(id, banks))
+    others = [weight for weight in weights if id(weight) not in chosen]
+    options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    return Muon(banks, others, lr=lr, **options)
+
+
+# Each makes an optimiser of the weights to train, the rate, and what else a recipe says; those in
+# BY_FILTER also get the `filters` among the weights. On a GPU the rate is a tensor, and what a step
+# changes must lie in tensors there: a CUDA graph calls no Python.
+OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
+BY_FILTER = {"muon"}

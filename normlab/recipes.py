@@ -1,6 +1,7 @@
-"""How a network is trained, as data: a recipe, its optimiser and its schedule."""
+"""How a network is trained, as data: a recipe and its schedule."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
-from normlab.optimizers import Muon, centre_filters, filters
+from normlab.optimizers import BY_FILTER, OPTIMIZERS, centralize_gradients, filters
 from normlab.support.checks import has_weights, number, one_of, whole_number
 
-OPTIMIZERS = ("sgd", "adamw", "muon")
-SCHEDULES = ("one-cycle", "cosine", "constant")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# What weights and images are kept in. "bfloat16" is mixed precision: its weights are in float32.
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+AUTOCAST = {"bfloat16": torch.bfloat16}  # what the forward pass of a step computes in, if another
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,17 @@ class Recipe:
         momentum: of SGD and Muon; 0 turns it off. AdamW ignores it.
         nesterov: whether SGD's momentum looks ahead (Sutskever et al. 2013); Muon's always does.
         weight_decay: as `torch.optim` applies it, to all parameters; with Muon to filters alone.
-        centred: whether the mean of every filter is kept at 0 (`optimizers.centre_filters`).
+        centred: gradient centralization, which keeps the mean of every filter at 0 (Yong et al.
+            2020; `optimizers.centralize_gradients`).
         schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
             2018), "cosine" (Loshchilov & Hutter 2017), "constant"; it moves after every step.
         l1: factor of `l1_penalty` in the loss.
         label_smoothing: share of the target spread over all classes (Szegedy et al. 2016).
         augment: names as for `parse_augmentation`, applied in order: "shift:2", "flip", "rotate".
-        dtype: "float32", or "float64" for comparisons that must be exact.
+        dtype: "float32" on every device, without TF32; "float64" for comparisons that must be
+            exact; "bfloat16" for mixed precision in training, while weights, loss and tests stay in
+            float32. It treats norms differently: on a GPU GN and LN then compute in float32, but BN
+            in bfloat16 with statistics in float32.
         seed: of the order of images, the augmentation and the dropout.
 
     Raises `ValueError` or `TypeError` that names the value that is wrong.
@@ -60,6 +65,11 @@ class Recipe:
         for name in ("nesterov", "centred"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.dtype == "float16":
+            raise ValueError(
+                "dtype 'float16' needs a loss that is scaled whenever gradients overflow, which is "
+                "not done here: use dtype='bfloat16', whose range is that of float32"
+            )
         checked = {
             "epochs": whole_number(self.epochs, "epochs"),
             "batch_size": whole_number(self.batch_size, "batch_size"),
@@ -79,9 +89,8 @@ class Recipe:
 
     def replace(self, **changes: object) -> "Recipe":
         """The same recipe with some fields changed."""
-        unknown = changes.keys() - self.__dataclass_fields__.keys()
-        if unknown:
-            one_of(sorted(unknown)[0], self.__dataclass_fields__, "field of a recipe")
+        for name in changes:
+            one_of(name, self.__dataclass_fields__, "field of a recipe")
         return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict:
@@ -101,20 +110,21 @@ def _checked_augment(augment: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def trained_parameters(network: nn.Module, recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
-    """What the recipe trains, and what of it are filters that Muon or centring changes.
+    """What the recipe trains, and what of it are filters that are to be changed as such.
 
     Raises `ValueError` if there is nothing to train, or nothing that can be trained in that way.
     """
     has_weights(network)
-    parameters = [weight for weight in network.parameters() if weight.requires_grad]
-    if not parameters:
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    if not weights:
         raise ValueError(f"{type(network).__name__} has no parameters to train")
-    if any(weight.is_inference() for weight in parameters):
+    if any(weight.is_inference() for weight in weights):
         raise ValueError(
             f"{type(network).__name__} was built under torch.inference_mode(), whose tensors have "
             "no gradients: build it outside"
         )
-    return parameters, filters(network) if recipe.centred or recipe.optimizer == "muon" else []
+    by_filter = recipe.centred or recipe.optimizer in BY_FILTER
+    return weights, filters(network) if by_filter else []
 
 
 def make_optimizer(
@@ -122,30 +132,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser over all parameters of the network; `ValueError` if it has none.
 
-    A `rate` that is a tensor takes the place of the recipe's number, in a fused optimiser that
-    reads it on its device.
+    A `rate` takes the place of the recipe's number: a tensor on the device, as CUDA graphs need.
     """
-    parameters, banks = trained_parameters(network, recipe)
-    optimizer = _build_optimizer(parameters, banks, recipe, rate)
+    weights, banks = trained_parameters(network, recipe)
+    rate = recipe.lr if rate is None else rate
+    optimizer = OPTIMIZERS[recipe.optimizer](weights, banks, rate, recipe)
     if recipe.centred:
-        centre_filters(optimizer, banks)
+        centralize_gradients(optimizer, banks)
     return optimizer
-
-
-def _build_optimizer(
-    parameters: list[Tensor], banks: list[Tensor], recipe: Recipe, rate: Tensor | None
-) -> torch.optim.Optimizer:
-    common = {"lr": recipe.lr if rate is None else rate, "weight_decay": recipe.weight_decay}
-    if recipe.optimizer == "muon":
-        chosen = {id(weight) for weight in banks}
-        others = [weight for weight in parameters if id(weight) not in chosen]
-        return Muon(banks, others, momentum=recipe.momentum, **common)
-    common["fused"] = True if rate is not None else None
-    if recipe.optimizer == "adamw":
-        on_gpu = rate is not None and rate.is_cuda
-        return torch.optim.AdamW(parameters, capturable=on_gpu, **common)
-    nesterov = recipe.nesterov and recipe.momentum > 0
-    return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=nesterov, **common)
 
 
 def make_scheduler(
@@ -160,20 +154,23 @@ def make_scheduler(
 
 def schedule_factor(schedule: str, steps: int) -> Callable[[int], float]:
     """The learning rate of step 0, 1, … as a share of the recipe's."""
-    if schedule == "constant":
-        return lambda step: 1.0
-    if schedule == "cosine":
-        return lambda step: _cosine(1.0, 0.0, step / steps)
-    lowest = 1 / 25  # the usual one-cycle: from 1/25 up in 30 % of the steps, down to 4e-6
-    summit, last = max(0.3 * steps - 1, 1e-9), max(steps - 1, 1)
-
-    def one_cycle(step: int) -> float:
-        if step <= summit:
-            return _cosine(lowest, 1.0, step / summit)
-        return _cosine(1.0, lowest * 1e-4, min(1.0, (step - summit) / max(last - summit, 1e-9)))
-
-    return one_cycle
+    return functools.partial(SCHEDULES[schedule], steps=steps)
 
 
-def _cosine(start: float, end: float, progress: float) -> float:
+def _one_cycle(step: int, steps: int) -> float:
+    """From 1/25 up in 30 % of the steps, then down to 4e-6."""
+    lowest, summit, last = 1 / 25, max(0.3 * steps - 1, 1e-9), max(steps - 1, 1)
+    if step <= summit:
+        return _half_cosine(lowest, 1.0, step / summit)
+    return _half_cosine(1.0, lowest * 1e-4, min(1.0, (step - summit) / max(last - summit, 1e-9)))
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+SCHEDULES = {  # each gives the share of the recipe's rate at step 0, 1, … of so many
+    "one-cycle": _one_cycle,
+    "cosine": lambda step, steps: _half_cosine(1.0, 0.0, step / steps),
+    "constant": lambda step, steps: 1.0,
+}

@@ -1,8 +1,8 @@
-"""The loops that train and test a network for one epoch."""
+"""The step and the loops that train and test a network, on every device."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,38 +29,28 @@ class EpochResult:
     seconds: float
 
 
-class Tally:
-    """Sums over batches that stay on the device, so that no step waits for the host."""
+@torch.no_grad()
+def batch_sums(
+    logits: Tensor, labels: Tensor, penalty: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | float, int]:
+    """Sums over a batch of cross-entropies, right images, penalties (one an image), and images.
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._images = 0
-        self._losses, self._right, self._penalties = [], [], []
-
-    def add(self, logits: Tensor, labels: Tensor, penalty: Tensor | float = 0.0) -> None:
-        """Counts a batch: logits (B, classes), labels (B,), the penalty of the step."""
-        logits = logits.detach()
-        self._images += len(labels)
-        self._losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-        self._right.append(right_images(logits, labels))
-        self._penalties.append(torch.as_tensor(penalty).detach() * len(labels))
-
-    def result(self) -> EpochResult:
-        """The means over all images counted; raises `ValueError` if there were none."""
-        if not self._images:
-            raise ValueError("there were no batches to loop over")
-        loss, right, penalty = (
-            float(torch.stack(sums).cpu().double().sum()) / self._images
-            for sums in (self._losses, self._right, self._penalties)
-        )
-        seconds = time.perf_counter() - self._started
-        return EpochResult(loss, right, penalty, self._images, seconds)
-
-
-def right_images(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of the labels (B,) the logits (B, classes) give: a scalar. NaN is never right."""
+    They stay on the device, so that no step waits for the host. What is no number is never right.
+    """
     highest, guess = logits.max(1)  # as a maximum NaN would be the first class
-    return ((guess == labels) & ~highest.isnan()).sum()
+    right = ((guess == labels) & ~highest.isnan()).sum()
+    count = len(labels)
+    return F.cross_entropy(logits, labels, reduction="sum"), right, penalty * count, count
+
+
+def epoch_result(sums: Sequence[Iterable], started: float) -> EpochResult:
+    """The means over the images of all batches from their `batch_sums`; it waits for the device."""
+    columns = [list(map(torch.as_tensor, column)) for column in zip(*sums, strict=True)]
+    totals = [float(torch.stack(column).cpu().double().sum()) for column in columns]
+    if not totals or not totals[-1]:
+        raise ValueError("there were no batches to loop over")
+    images = int(totals.pop())
+    return EpochResult(*(t / images for t in totals), images, time.perf_counter() - started)
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -115,67 +105,94 @@ def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor,
         yield images.to(device), labels.to(device)
 
 
+def train_step(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    l1: float = 0.0,
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | float]:
+    """One optimisation step on images (B, C, H, W), labels (B,): that of `fit` on every device.
+
+    Args:
+        network: maps images to logits (B, classes).
+        loss: of (logits, labels), averaged over the batch.
+        l1: factor of `l1_penalty`, which is added to the loss.
+        autocast: `torch.bfloat16` for mixed precision: convolutions and linear layers compute in
+            it, while weights and loss stay in float32.
+
+    Returns the logits, which are those of before the step, and the penalty.
+    Raises `ValueError` for an `l1` below 0 and for logits of another shape.
+    """
+    number(l1, "l1")  # finite and not negative
+    precision = nullcontext()
+    if autocast is not None:  # a cast weight that is cached would never change in a CUDA graph
+        precision = torch.autocast(images.device.type, autocast, cache_enabled=False)
+    with precision:
+        logits = network(images)
+    check_logits(network, images, logits)
+    logits = logits if autocast is None else logits.float()
+    penalty = l1 * l1_penalty(network) if l1 else 0.0
+    optimizer.zero_grad()
+    (loss(logits, labels) + penalty).backward()
+    optimizer.step()
+    return logits.detach(), penalty
+
+
 @gradients()
 def train_epoch(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     l1: float = 0.0,
+    autocast: torch.dtype | None = None,
 ) -> EpochResult:
-    """Takes one optimisation step for each batch and returns the means over the images.
+    """Takes a `train_step` for each batch and returns the means over the images.
 
     Args:
         network: maps images (B, C, H, W) to logits (B, classes).
         batches: gives (images, labels); any `DataLoader` or `Dataset.loader`.
-        loss: of (logits, labels), averaged over the batch.
         scheduler: stepped after every batch, not every epoch.
-        l1: factor of `l1_penalty`, which is added to the loss and reported apart from it.
+        loss, l1, autocast: as for `train_step`; the penalty is reported apart from the loss.
 
     The reported loss is the plain cross-entropy, whatever `loss` is minimised. Afterwards the
     network is in training mode; layers frozen by `.eval()` and `.requires_grad_(False)` before keep
     their mode and their running statistics.
     Raises `ValueError` for an `l1` below 0, and for batches and logits of other shapes.
     """
-    number(l1, "l1")  # finite and not negative
-    device = device_of(network)
-    tally = Tally()
+    started, sums = time.perf_counter(), []
     set_training(network)
-    for images, labels in on_device(batches, device):
-        logits = network(images)
-        check_logits(network, images, logits)
-        penalty = l1 * l1_penalty(network) if l1 else 0.0
-        optimizer.zero_grad()
-        (loss(logits, labels) + penalty).backward()
-        optimizer.step()
+    for images, labels in on_device(batches, device_of(network)):
+        logits, penalty = train_step(
+            network, images, labels, optimizer, loss=loss, l1=l1, autocast=autocast
+        )
         if scheduler is not None:
             scheduler.step()
-        tally.add(logits, labels, penalty)
-    return tally.result()
+        sums.append(batch_sums(logits, labels, penalty))
+    return epoch_result(sums, started)
 
 
 @torch.no_grad()
 def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> EpochResult:
     """Measures the network in evaluation mode; afterwards it is in the mode it was in before.
 
-    Args:
-        network: maps images (B, C, H, W) to logits (B, classes).
-        batches: gives (images, labels); any `DataLoader` or `Dataset.loader`.
-
-    Batch normalization with `track_running_stats=False` has no other statistics than those of a
-    batch: then the result depends on the batches.
-    Raises `ValueError` for batches and logits of other shapes.
+    Arguments and errors are as for `train_epoch`. Batch normalization with
+    `track_running_stats=False` has no other statistics than those of a batch: then the result
+    depends on the batches.
     """
-    device = device_of(network)
-    tally = Tally()
+    started, sums = time.perf_counter(), []
     with evaluating(network):
-        for images, labels in on_device(batches, device):
+        for images, labels in on_device(batches, device_of(network)):
             logits = network(images)
             check_logits(network, images, logits)
-            tally.add(logits, labels)
-    return tally.result()
+            sums.append(batch_sums(logits, labels))
+    return epoch_result(sums, started)
 
 
 test_epoch.__test__ = False  # its name looks like a test to pytest

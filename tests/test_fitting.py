@@ -22,8 +22,9 @@ from torch import nn
 
 import normlab as nl
 from normlab.engines import choice as engines
+from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
-from normlab.engines.plain import CpuEngine, PlainEngine
+from normlab.engines.plain import PlainEngine
 from normlab.fitting import Job, fit_together, is_done, warn_if_at_chance
 from normlab.runs.folder import RunFolder
 from normlab.support.files import InUse, owned
@@ -514,7 +515,7 @@ class SmallMemory:
         monkeypatch.setattr(CpuEngine, "close", closing)
 
 
-@pytest.mark.parametrize("method", ["prepare", "train"])
+@pytest.mark.parametrize("method", ["prepare", "collect"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # CUDA's and Apple's
 @pytest.mark.parametrize("room", [1, 2])
 def test_where_memory_is_short_fewer_are_trained_at_once(

@@ -1,4 +1,4 @@
-"""Muon against torch's own and singular values; centred filters against a projection by hand."""
+"""Muon against torch's own and singular values; gradient centralization by a projection."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normlab as nl
-from normlab.optimizers import PLAIN_FACTOR, Muon, centre_filters, filters, orthogonalized
+from normlab.optimizers import PLAIN_FACTOR, Muon, centralize_gradients, filters, orthogonalized
 
 
 def small_network(seed: int = 0) -> nn.Module:
@@ -137,7 +137,7 @@ def test_centred_filters_have_no_mean_and_others_are_left(optimizer):
 def test_centred_sgd_is_sgd_projected_on_filters_without_mean():
     network, reference = small_network(), small_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    centre_filters(optimizer, filters(network))
+    centralize_gradients(optimizer, filters(network))
     inner = 2 * 3 * 3
     projection = torch.eye(inner).double() - 1 / inner  # takes the mean off a filter of 18 weights
     speed = torch.zeros(6, inner).double()

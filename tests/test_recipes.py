@@ -24,7 +24,7 @@ BAD = {
     "l1": [-1e-5, math.nan, math.inf, "1e-5", True],
     "label_smoothing": [-0.1, 1, math.nan, "0.1", True],
     "augment": ["shfit", ("shift", "flip:2"), ("shift:nan",), ("flip", "flip:0.1"), (3,), None, 3],
-    "dtype": ["float16", torch.float32, None],
+    "dtype": ["float16", "bfloat", torch.float32, None],
     "seed": [-1, 0.0, "0", True, None],
 }
 
@@ -54,6 +54,11 @@ def test_unknown_name_suggests_the_nearest(field, typed, meant):
         Recipe(**{field: typed})
 
 
+def test_float16_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"needs a loss that is scaled .* use dtype='bfloat16'"):
+        Recipe(dtype="float16")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -76,7 +81,7 @@ def test_values_at_the_edge_are_accepted_and_fit_json(changes):
         Recipe(),
         Recipe(augment=["shift:2", "flip"], optimizer="adamw", schedule="cosine", l1=1e-5),
         Recipe(augment="rotate", dtype="float64", nesterov=True),
-        Recipe(optimizer="muon", centred=True),
+        Recipe(optimizer="muon", centred=True, dtype="bfloat16"),
     ],
 )
 def test_recipe_survives_json(recipe):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from normlab import test_epoch, train_epoch
+from normlab import test_epoch, train_epoch, train_step
 
 IMAGES = torch.randn(12, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0, 1, 1, 2])
@@ -74,6 +74,20 @@ def test_training_equals_a_plain_loop(options, plain_options, loader):
     assert result.accuracy == pytest.approx(accuracy, rel=1e-12)
     assert result.penalty == pytest.approx(penalty, rel=1e-12)
     assert result.images == 12
+
+
+def test_a_step_gives_logits_of_before_it_and_its_penalty():
+    network, reference = make_network(), make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.2)
+    logits, penalty = train_step(network, *BATCHES[0], optimizer, l1=0.01)
+    before = reference(BATCHES[0][0])
+    weights = [reference[index].weight for index in (0, 4)]
+    torch.testing.assert_close(logits, before.detach(), rtol=1e-12, atol=1e-12)
+    assert not logits.requires_grad
+    assert penalty.item() == pytest.approx(0.01 * sum(w.abs().sum().item() for w in weights))
+    F.cross_entropy(before, BATCHES[0][1]).backward()
+    expected = weights[1] - 0.2 * (weights[1].grad + 0.01 * weights[1].sign())
+    torch.testing.assert_close(network[4].weight, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_scheduler_moves_after_every_batch():

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from normlab.data import BatchLoader
+from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
-from normlab.engines.plain import CpuEngine, PlainEngine
-from normlab.lessons.watching import is_watched
+from normlab.engines.plain import PlainEngine
 from normlab.recipes import Recipe
 from normlab.support.checks import one_of
-from normlab.support.module_state import copied
+from normlab.support.module_state import copied, has_hooks
 from normlab.support.seeding import fork_random_state
 from normlab.training import set_training
 
@@ -25,30 +25,27 @@ def make_engine(
     `choice` is "auto", or "plain" for the loop of `training.py` whatever the device.
     """
     one_of(choice, ENGINES, "engine")
-    device = train.images.device
     kind, why = PlainEngine, f"asked for by engine={choice!r}"
     if choice == "auto":
-        kind, why = _fastest(network, train, device)
+        kind, why = _fastest(network, train, train.images.device)
     return kind(network, recipe, train, test), why
 
 
 def _fastest(
     network: nn.Module, train: BatchLoader, device: torch.device
 ) -> tuple[type[PlainEngine], str]:
-    kinds = {
-        "cpu": (CpuEngine, "channels last, quick dropout, kept memory: the fastest measured"),
-        "cuda": (GraphEngine, "a step replayed as one CUDA graph does not wait for Python"),
-    }
+    if device.type not in ("cpu", "cuda"):
+        return PlainEngine, f"there is no faster way on {device.type}"
     if device.type == "cuda" and train.dtype == torch.float64:
         return PlainEngine, "float64 is for exact comparisons, and a GPU's fused optimiser is not"
-    if device.type == "cuda" and is_watched(network):
-        return PlainEngine, "the network is watched, and a CUDA graph replays steps without Python"
-    if device.type not in kinds:
-        return PlainEngine, f"there is no faster way on {device.type}"
+    if device.type == "cuda" and has_hooks(network):
+        return PlainEngine, "a CUDA graph calls no hooks, and there are some (a watch has them)"
     problem = _channels_last_problem(network, train)
     if problem:
         return PlainEngine, f"the network does not run channels last: {problem}"
-    return kinds[device.type]
+    if device.type == "cpu":
+        return CpuEngine, "channels last, quick dropout, kept memory: the fastest measured"
+    return GraphEngine, "a step replayed as one CUDA graph does not wait for Python"
 
 
 def _channels_last_problem(network: nn.Module, train: BatchLoader) -> str:

@@ -1,25 +1,25 @@
 """The way through an epoch on an NVIDIA GPU: a whole step in one CUDA graph.
 
-Picking the images, augmentation, network, loss, optimiser and the sums are captured once, so that
-an epoch is a few hundred replays without a word from the host.
+Picking the images, augmentation, `train_step` and the sums are captured once, so that an epoch is a
+few hundred replays without a word from the host.
 """
 
 import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab import training
 from normlab.data import BatchLoader
-from normlab.engines.plain import Counted, PlainEngine, batch_sizes
-from normlab.penalties import l1_penalty
+from normlab.engines.plain import Counted, PlainEngine
 from normlab.recipes import Recipe, make_optimizer, schedule_factor
-from normlab.support.module_state import Attributes, has_hooks
-from normlab.training import EpochResult, evaluating, right_images, set_training
+from normlab.support.module_state import Attributes
+from normlab.training import EpochResult, batch_sums, epoch_result, evaluating, set_training
 
 
 class GraphEngine(PlainEngine):
@@ -27,8 +27,8 @@ class GraphEngine(PlainEngine):
 
     What changes from step to step lies on the device: the epoch's order and augmentation draws,
     the place in them, the table of learning rates, and the sums of the results. The short last
-    batch has a graph of its own, and so has the test, which is in full precision. `launch` enqueues
-    a whole epoch on the engine's stream and returns; `collect` waits for it.
+    batch has a graph of its own, and so has the test. `launch` enqueues a whole epoch on the
+    engine's stream and returns; `collect` waits for it.
     """
 
     name = "cuda-graph"
@@ -38,30 +38,27 @@ class GraphEngine(PlainEngine):
         self, network: nn.Module, recipe: Recipe, train: BatchLoader, test: BatchLoader
     ) -> None:
         super().__init__(network, recipe, train, test)
-        factor = schedule_factor(recipe.schedule, recipe.epochs * self.steps)
-        rates = [recipe.lr * factor(step) for step in range(recipe.epochs * self.steps)]
+        factor = schedule_factor(recipe.schedule, self.all_steps)
+        rates = [recipe.lr * factor(step) for step in range(self.all_steps)]
         self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
         self.step_number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.row = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
         self.order, self.draws = train.draw_epoch()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        half, self.loss_scale = _half_precision(self.device, recipe)
-        self.precision = _autocast(self.device, half)
-        self.computes_in = str(half or train.dtype).removeprefix("torch.")
         self._train_replays: list[Callable[[], None]] = []
         self._test_replays: list[Callable[[], None]] = []
         self._started = 0.0
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Fused, with a learning rate that is a tensor: a number would be baked into the graph."""
+        """With a learning rate that is a tensor: a number would be baked into the graph."""
         rate = torch.tensor(self.recipe.lr, dtype=self.batches.dtype, device=self.device)
         return make_optimizer(self.network, self.recipe, rate=rate)
 
     def prepare(self) -> str:
         """Captures the steps, then puts back what the warm-ups changed."""
-        if any(map(has_hooks, self.network.modules())):
-            return "its layers have hooks, which are Python and no part of a CUDA graph"
+        if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
+            return "its optimiser takes no learning rate from the device"
         self.network.to(memory_format=torch.channels_last)
         self.batches.memory_format = self.tests.memory_format = torch.channels_last
         self._lay_out_state()
@@ -83,11 +80,9 @@ class GraphEngine(PlainEngine):
     def launch(self, epoch: int) -> None:
         super().launch(epoch)
         self._started = time.perf_counter()
-        self.batches.epoch = epoch
         with self._on_stream(), self.random_state():
             order, draws = self.batches.draw_epoch()
-            self.order.copy_(order)
-            for mine, drawn in zip(self.draws, draws, strict=True):
+            for mine, drawn in zip((self.order, *self.draws), (order, *draws), strict=True):
                 mine.copy_(drawn)
             self.step_number.fill_(epoch * self.steps)
             self.sums.zero_()
@@ -98,14 +93,11 @@ class GraphEngine(PlainEngine):
 
     def collect(self, counted: Counted) -> tuple[EpochResult, EpochResult]:
         with self._on_stream():
-            train, test = self.sums.tolist()  # waits for the device
+            sums = self.sums.cpu()  # waits for the device
         for _ in counted(range(self.steps)):
             pass
-        seconds = time.perf_counter() - self._started  # of both: they ran in one go
-        return (
-            _means(train, len(self.order), seconds),
-            _means(test, len(self.tests.images), seconds=0.0),
-        )
+        train, test = (epoch_result([part], self._started) for part in sums)
+        return train, replace(test, seconds=0.0)  # training's are those of both, done in one go
 
     def close(self) -> None:
         self._settle()
@@ -128,45 +120,14 @@ class GraphEngine(PlainEngine):
 
     def _capture_all(self) -> None:
         """One graph for each size of batch, in the order in which an epoch replays them."""
-        for count, size in batch_sizes(len(self.order), self.batches.batch_size):
-            replay = self.capture(functools.partial(self._train_step, size))
-            self._train_replays += [replay] * count
-        for count, size in batch_sizes(len(self.tests.images), self.tests.batch_size):
-            replay = self.capture(functools.partial(self._test_step, size))
-            self._test_replays += [replay] * count
-
-    def _lay_out_state(self) -> None:
-        """Gives a loaded optimiser state the layout of its weights, which fused kernels assume."""
-        for weight, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    state[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
-
-    @contextmanager
-    def _restored(self) -> Iterator[Attributes]:
-        """Afterwards all values are as before, in place, where the graphs find them.
-
-        What the optimiser made of its state in between begins at nothing.
-        """
-        attributes = Attributes(self.network)
-        known = [*self.network.parameters(), *attributes.tensors(), *self._optimizer_state()]
-        before = [tensor.detach().clone() for tensor in known]
-        try:
-            yield attributes
-        finally:
-            self._settle()
-            attributes.put_back()
-            with torch.no_grad():
-                for tensor, saved in zip(known, before, strict=True):
-                    tensor.copy_(saved)
-                ids = set(map(id, known))
-                for tensor in self._optimizer_state():
-                    if id(tensor) not in ids:
-                        tensor.zero_()
-
-    def _optimizer_state(self) -> list[Tensor]:
-        states = [state.values() for state in self.optimizer.state.values()]
-        return [value for state in states for value in state if isinstance(value, Tensor)]
+        for step, batches, replays in (
+            (self._train_step, self.batches, self._train_replays),
+            (self._test_step, self.tests, self._test_replays),
+        ):
+            whole, rest = divmod(len(batches.images), batches.batch_size)
+            for count, size in ((whole, batches.batch_size), (1, rest)):
+                if count and size:
+                    replays += [self.capture(functools.partial(step, size))] * count
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that repeats `step` on the device without the host's work."""
@@ -186,45 +147,57 @@ class GraphEngine(PlainEngine):
         rows = self.row + torch.arange(size, device=self.device)
         draws = [drawn[rows] for drawn in self.draws]
         images, labels = self.batches.batch(self.order[rows], draws)
-        with self.precision():
-            logits = self.network(images)
-        penalty = self.recipe.l1 * l1_penalty(self.network) if self.recipe.l1 else 0.0
-        objective = self.loss(self._full(logits), labels) + penalty
-        self.optimizer.zero_grad(set_to_none=True)
-        (objective * self.loss_scale).backward()
-        self._unscale()
         for group in self.optimizer.param_groups:
             group["lr"].copy_(self.rates[self.step_number].squeeze())
-        self.optimizer.step()
+        logits, penalty = training.train_step(
+            self.network, images, labels, self.optimizer, **self.step_options
+        )
         self._add(0, logits, labels, penalty)
-        self.row.add_(size)
         self.step_number.add_(1)
 
     @torch.no_grad()
     def _test_step(self, size: int) -> None:
         rows = self.row + torch.arange(size, device=self.device)
         images, labels = self.tests.batch(rows, [])
-        # In full precision, as `predict` will be: what is called a mistake must be one in both.
         with evaluating(self.network):
             self._add(1, self.network(images), labels, 0.0)
-        self.row.add_(size)
 
-    def _full(self, logits: Tensor) -> Tensor:
-        """Logits in the precision in which losses are computed."""
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-    def _unscale(self) -> None:
-        if self.loss_scale != 1.0:
-            gradients = [w.grad for w in self.network.parameters() if w.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.loss_scale)
-
-    @torch.no_grad()
     def _add(self, part: int, logits: Tensor, labels: Tensor, penalty: Tensor | float) -> None:
-        loss = F.cross_entropy(self._full(logits), labels, reduction="sum")
-        right = right_images(logits, labels)
-        self.sums[part, 0].add_(loss)
-        self.sums[part, 1].add_(right)
-        self.sums[part, 2].add_(penalty * len(labels))
+        for total, value in zip(self.sums[part], batch_sums(logits, labels, penalty), strict=True):
+            total.add_(value)
+        self.row.add_(len(labels))
+
+    def _lay_out_state(self) -> None:
+        """Gives a loaded optimiser state the layout of its weights, which fused kernels assume."""
+        for weight, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    state[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
+
+    @contextmanager
+    def _restored(self) -> Iterator[Attributes]:
+        """Afterwards all values are as before, in place, where the graphs find them.
+
+        The state that the optimiser has only since then, such as momentum, is 0.
+        """
+        attributes = Attributes(self.network)
+        known = [*self.network.parameters(), *attributes.tensors(), *self._optimizer_state()]
+        before = {id(tensor): tensor.detach().clone() for tensor in known}
+        try:
+            yield attributes
+        finally:
+            self._settle()
+            attributes.put_back()
+            new = [tensor for tensor in self._optimizer_state() if id(tensor) not in before]
+            with torch.no_grad():
+                for tensor in known:
+                    tensor.copy_(before[id(tensor)])
+                for tensor in new:
+                    tensor.zero_()
+
+    def _optimizer_state(self) -> list[Tensor]:
+        states = [state.values() for state in self.optimizer.state.values()]
+        return [value for state in states for value in state if isinstance(value, Tensor)]
 
 
 def _cause(error: RuntimeError) -> str:
@@ -270,34 +243,3 @@ def can_overlap(networks: Iterable[nn.Module]) -> bool:
     drop = nn.modules.dropout._DropoutNd
     layers = [layer for network in networks for layer in network.modules()]
     return not any(isinstance(layer, drop) and layer.p for layer in layers)
-
-
-def _means(sums: list[float], images: int, seconds: float) -> EpochResult:
-    """Means over images from the sums of losses, right images and penalties."""
-    return EpochResult(*(value / images for value in sums), images=images, seconds=seconds)
-
-
-def _half_precision(device: torch.device, recipe: Recipe) -> tuple[torch.dtype | None, float]:
-    """What a GPU computes fastest in, bf16 from Ampere on and before that fp16, and a loss scale.
-
-    fp16's smallest gradients would be 0, so the loss is multiplied by a factor (Micikevicius et
-    al., "Mixed Precision Training", 2018); a fixed one, since not every optimiser can
-    leave out a step inside a graph.
-    """
-    if device.type != "cuda" or recipe.dtype == "float64":
-        return None, 1.0
-    if torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16, 1.0
-    return torch.float16, 1024.0
-
-
-def _autocast(
-    device: torch.device, half: torch.dtype | None
-) -> Callable[[], AbstractContextManager]:
-    """Makes contexts in which a network computes in half precision, if any."""
-    if half is None:
-        return nullcontext
-    # Weights that autocast caches outside the graph would be those of the first step for ever.
-    return functools.partial(
-        torch.autocast, device_type=device.type, dtype=half, cache_enabled=False
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -11,16 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from normlab.data import BatchLoader, Dataset
-from normlab.engines.compiler import compiler_left_out
-from normlab.fitting import check_trainable
-from normlab.penalties import l1_penalty
-from normlab.recipes import DTYPES, Recipe, make_optimizer
+from normlab import training
+from normlab.data import Dataset
+from normlab.fitting import check_trainable, move
+from normlab.recipes import AUTOCAST, DTYPES, Recipe, make_optimizer
 from normlab.support.checks import has_weights, instance, number, warn, whole_number
 from normlab.support.colours import looks_of
-from normlab.support.devices import pick_device
+from normlab.support.devices import exact_float32, pick_device
 from normlab.support.figures import (
     drawn,
     label_axes,
@@ -31,7 +31,6 @@ from normlab.support.figures import (
 )
 from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
-from normlab.training import device_of, gradients, set_training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +64,7 @@ class RateTest:
         return plot_rates({self.recipe.optimizer: self}, ax=ax, title=title)
 
 
-@gradients()
+@training.gradients()
 def find_rate(
     network: nn.Module,
     data: Dataset,
@@ -103,14 +102,17 @@ def find_rate(
     instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     recipe = recipe if recipe is not None else Recipe()
     instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
-    planned = _planned(lowest, highest, steps)
-    twin = _copied(network, data, recipe, pick_device(device))
-    with compiler_left_out(), seeded(recipe.seed, "rates", device=device_of(twin)):
-        losses = list(_losses(twin, data, recipe, planned))
-    return _judged(recipe, planned, losses)
+    rates = _growing(lowest, highest, steps)
+    has_weights(network)
+    twin, device = copied(network), pick_device(device)
+    move(twin, device, recipe)
+    check_trainable(twin, data, recipe)
+    with exact_float32(), seeded(recipe.seed, "rates", device=device):
+        losses = list(_losses(twin, data, recipe, rates, device))
+    return _judged(recipe, rates, losses)
 
 
-def _planned(lowest: float, highest: float, steps: int) -> list[float]:
+def _growing(lowest: float, highest: float, steps: int) -> list[float]:
     """The rate of each step."""
     lowest = number(lowest, "lowest", positive=True)
     highest = number(highest, "highest", positive=True)
@@ -121,62 +123,27 @@ def _planned(lowest: float, highest: float, steps: int) -> list[float]:
     return np.geomspace(lowest, highest, whole_number(steps, "steps", least=20)).tolist()
 
 
-def _copied(network: nn.Module, data: Dataset, recipe: Recipe, device: torch.device) -> nn.Module:
-    """A copy of the network, ready to train on the data."""
-    has_weights(network)
-    twin = copied(network).to(device=device, dtype=DTYPES[recipe.dtype])
-    check_trainable(twin, data, recipe)
-    set_training(twin)
-    return twin
-
-
 def _losses(
-    network: nn.Module, data: Dataset, recipe: Recipe, rates: list[float]
+    network: nn.Module, data: Dataset, recipe: Recipe, rates: list[float], device: torch.device
 ) -> Iterator[float]:
     """Trains, and gives the loss of each batch before its step, until it has diverged."""
-    optimizer = make_optimizer(network, recipe)
-    batches = data.loader(
-        batch_size=recipe.batch_size,
-        augment=recipe.augment,
-        seed=recipe.seed,
-        device=device_of(network),
-        dtype=DTYPES[recipe.dtype],
-    )
-    seen = []
-    for rate, (images, labels) in zip(rates, _whole(batches), strict=False):
-        logits = network(images)
-        seen.append(float(F.cross_entropy(logits.detach(), labels)))
+    options = {"augment": recipe.augment, "seed": recipe.seed, "device": device}
+    loader = data.loader(True, recipe.batch_size, dtype=DTYPES[recipe.dtype], **options)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    size = min(recipe.batch_size, len(data.train_images))
+    whole = (batch for batch in batches if len(batch[1]) == size)  # short ones are noisier
+    loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    options = {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
+    optimizer, seen = make_optimizer(network, recipe), []
+    training.set_training(network)
+    for rate, (images, labels) in zip(rates, whole, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits, _ = training.train_step(network, images, labels, optimizer, **options)
+        seen.append(float(training.batch_sums(logits, labels)[0]) / size)
         yield seen[-1]
         if _has_diverged(seen):
             return
-        _step(network, optimizer, recipe, rate, logits, labels)
-
-
-def _step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    rate: float,
-    logits: Tensor,
-    labels: Tensor,
-) -> None:
-    """One step at a rate, down the loss that the recipe minimises."""
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    if recipe.l1:
-        loss = loss + recipe.l1 * l1_penalty(network)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def _whole(batches: BatchLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """BatchLoader without end, but for the short last ones, whose losses would be noisier."""
-    size = min(batches.batch_size, len(batches.images))
-    for images, labels in itertools.chain.from_iterable(itertools.repeat(batches)):
-        if len(labels) == size:
-            yield images, labels
 
 
 def _has_diverged(losses: list[float]) -> bool:
@@ -184,41 +151,30 @@ def _has_diverged(losses: list[float]) -> bool:
     return not math.isfinite(losses[-1]) or float(np.median(losses[-5:])) > 2 * losses[0]
 
 
-def _judged(recipe: Recipe, planned: list[float], losses: list[float]) -> RateTest:
-    """The result of a test that gave these losses."""
+def _judged(recipe: Recipe, rates: list[float], losses: list[float]) -> RateTest:
+    """The result of a test that gave these losses at the first of these rates."""
+    import pandas
+
     if not math.isfinite(losses[0]):
         raise ValueError(
             f"the loss is {losses[0]} before the first step, whatever the rate: check the weights "
             "of the network"
         )
-    diverged_at = planned[len(losses) - 1] if _has_diverged(losses) else None
+    diverged_at = rates[len(losses) - 1] if _has_diverged(losses) else None
     finite = [loss for loss in losses if math.isfinite(loss)]
-    rates, smoothed = planned[: len(finite)], _running_median(finite)
-    suggestion = _suggested(rates, smoothed)
-    if suggestion is None:
+    rates = rates[: len(finite)]
+    # A median has no lag, and a lone spike leaves no trace in it.
+    smoothed = pandas.Series(finite).rolling(WINDOW, center=True, min_periods=1).median().tolist()
+    first, fall, suggestion = smoothed[0], smoothed[0] - min(smoothed), None
+    if fall >= LEAST_FALL * first:
+        place = next(p for p, loss in enumerate(smoothed) if first - loss >= MOST * fall)
+        suggestion = float(f"{rates[place]:.2g}")
+    else:
         warn(
             f"the loss never fell from {finite[0]:.3g} at the rates from {rates[0]:.2g} to "
             f"{rates[-1]:.2g}: there is no rate to suggest; try another `lowest`, or more `steps`"
         )
     return RateTest(recipe, tuple(rates), tuple(finite), tuple(smoothed), suggestion, diverged_at)
-
-
-def _running_median(losses: list[float]) -> list[float]:
-    """The median of each loss and its neighbours: no lag, and a lone spike leaves no trace."""
-    reach = WINDOW // 2
-    windows = (losses[max(0, place - reach) : place + reach + 1] for place in range(len(losses)))
-    return [float(np.median(window)) for window in windows]
-
-
-def _suggested(rates: list[float], smoothed: list[float]) -> float | None:
-    """The first rate at which most of the fall is made, to two digits."""
-    first, lowest = smoothed[0], min(smoothed)
-    if first - lowest < LEAST_FALL * first:
-        return None
-    place = next(
-        place for place, loss in enumerate(smoothed) if first - loss >= MOST * (first - lowest)
-    )
-    return float(f"{rates[place]:.2g}")
 
 
 @drawn

@@ -76,14 +76,6 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
     return Watch(network, every=whole_number(every, "every"))
 
 
-def is_watched(network: nn.Module) -> bool:
-    """Whether a `watch` of the network is open."""
-    return any(each.network is network for each in _open)
-
-
-_open: list[Watch] = []
-
-
 class Watch:
     """What `watch` returns: a context manager that closes at the end of its block.
 
@@ -105,8 +97,6 @@ class Watch:
             register_optimizer_step_pre_hook(self._at_step),
         ]
 
-        _open.append(self)
-
     def __enter__(self) -> Watch:
         return self
 
@@ -118,8 +108,6 @@ class Watch:
         self._end_pass()
         while self._hooks:
             self._hooks.pop().remove()
-        if self in _open:
-            _open.remove(self)
 
     def frame(self) -> DataFrame:
         """A row for each number: step, layer, kind (of `KINDS`), quantity (of `QUANTITIES`), value.

@@ -1,4 +1,8 @@
-"""Which device to compute on."""
+"""Which device to compute on, and how exactly it computes."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -36,3 +40,48 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         numbers = "0" if count == 1 else f"0 to {count - 1}"
         raise ValueError(f"device {str(device)!r} does not exist: {kind} has the number {numbers}")
     return torch.device(device)
+
+
+def check_dtype(device: torch.device, dtype: str) -> None:
+    """Raises `ValueError` of one sentence where a device cannot compute in a recipe's dtype."""
+    lacks = device.type == "mps" and dtype in ("float64", "bfloat16")
+    if device.type == "cuda" and dtype == "bfloat16":  # before Ampere it would be emulated
+        lacks = not torch.cuda.is_bf16_supported(including_emulation=False)
+    if lacks:
+        raise ValueError(
+            f"dtype {dtype!r} is not available on device '{device}': use dtype='float32', or "
+            "device='cpu'"
+        )
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Inside the block float32 is computed as such, not in TF32 with its 11 bits of precision.
+
+    GPUs from 2020 on have convolutions in TF32 unless told otherwise. torch has older and newer
+    names for the settings, and does not tell the older ones where only the newer were used. All are
+    put back afterwards.
+    """
+    b = torch.backends
+    owners = (b.cuda, b.cudnn, b.cudnn, b.mkldnn, b.mkldnn)
+    parts = map(getattr, owners, ("matmul", "conv", "rnn", "matmul", "conv"), [None] * 5)
+    found = [(b.cudnn, "allow_tf32", False)]
+    found += [(part, "fp32_precision", "ieee") for part in parts if hasattr(part, "fp32_precision")]
+    before, precision = [], None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API")
+        with suppress(RuntimeError):
+            precision = torch.get_float32_matmul_precision()
+        for part, name, _ in found:
+            with suppress(RuntimeError):
+                before.append((part, name, getattr(part, name)))
+        torch.set_float32_matmul_precision("highest")
+        for part, name, exact in found:
+            setattr(part, name, exact)
+    try:
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for part, name, value in before:
+            setattr(part, name, value)

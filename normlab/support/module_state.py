@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -82,7 +83,11 @@ def _differ(now: object, before: object) -> bool:
     return isinstance(now, int | float) and now != before
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether Python is called before or after a layer's own forward or backward pass."""
+def has_hooks(network: nn.Module) -> bool:
+    """Whether Python is called before or after a layer's own forward or backward pass.
+
+    By hooks of one of the network's layers, or by torch's global ones, which all layers have.
+    """
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
+    own = (getattr(layer, f"_{kind}_hooks") for layer in network.modules() for kind in kinds)
+    return any(own) or bool(_has_any_global_hook())

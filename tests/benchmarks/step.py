@@ -12,14 +12,13 @@ from contextlib import ExitStack
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import normlab as nl
-from normlab.engines.allocator import kept_memory
-from normlab.engines.cuda_graph import _autocast, _half_precision
+from normlab.engines.cpu import kept_memory
 from normlab.engines.dropout import quick_dropout
+from normlab.support.devices import exact_float32
 from normlab.support.summaries import multiply_adds
 
 BATCH, STEPS = 128, 20
@@ -71,6 +70,7 @@ def row(network: nl.Network, norm: str, dropout: str, device: torch.device) -> s
     network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     with ExitStack() as stack:
+        stack.enter_context(exact_float32())
         if device.type == "cpu":
             stack.enter_context(quick_dropout(network))
             stack.enter_context(kept_memory())
@@ -89,14 +89,8 @@ def row(network: nl.Network, norm: str, dropout: str, device: torch.device) -> s
 
 
 def _steps(network, batches, optimizer) -> None:
-    half, _ = _half_precision(batches.images.device, nl.Recipe())
-    precision = _autocast(batches.images.device, half)
     for images, labels in islice(batches, STEPS):
-        optimizer.zero_grad()
-        with precision():
-            logits = network(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
+        nl.train_step(network, images, labels, optimizer)
     if images.is_cuda:
         torch.cuda.synchronize()
 

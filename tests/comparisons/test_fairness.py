@@ -33,6 +33,18 @@ def test_of_two_variants_the_one_that_changes_it_declares_it(tiny, tiny_assignme
     assert (found.what, found.declared) == ("l1", True)
 
 
+def test_a_precision_that_is_not_declared_is_told(tiny, tiny_assignment):
+    half = nl.Variant("GN in half", "gn", changes={"dtype": "bfloat16"})
+    variants = (nl.Variant("BN", "bn"), nl.Variant("GN", "gn"), half)
+    assignment = replace(tiny_assignment, variants=variants)
+    results = nl.run_assignment(assignment, data=tiny, epochs=1, progress=False)
+    (found,) = nl.check_fair(results)
+    assert str(found) == "dtype: declared: BN float32; GN float32; GN in half bfloat16"
+    results.runs["GN"] = results["GN in half"]
+    (found,) = nl.check_fair(results)
+    assert (found.what, found.declared) == ("dtype", False)
+
+
 def test_other_images_are_seen(tiny, tiny_assignment):
     variants = (nl.Variant("BN", "bn"), nl.Variant("GN", "gn"))
     assignment = replace(tiny_assignment, variants=variants)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normlab import build_network, summary
-from normlab.support.devices import available_devices, pick_device
+from normlab.support.devices import available_devices, check_dtype, exact_float32, pick_device
 from normlab.support.seeding import derive_seed, generator, seeded
 
 
@@ -160,3 +160,68 @@ def test_asking_for_a_gpu_is_not_answered_with_the_cpu():
     with pytest.raises(ValueError, match="unknown device 'gpu'") as raised:
         pick_device("gpu")
     assert "did you mean 'cpu'" not in str(raised.value)
+
+
+# --- precision -------------------------------------------------------------------------------
+
+BACKENDS = torch.backends
+
+
+def settings() -> dict[str, object]:
+    """All that torch tells of how float32 is computed, by older and newer names."""
+    newer = (
+        *(BACKENDS, BACKENDS.cudnn, BACKENDS.mkldnn, BACKENDS.cuda.matmul),
+        *(getattr(BACKENDS.cudnn, part, None) for part in ("conv", "rnn")),
+        *(getattr(BACKENDS.mkldnn, part, None) for part in ("conv", "matmul")),
+    )
+    asked = {
+        "cudnn": lambda: BACKENDS.cudnn.allow_tf32,
+        "matmul": lambda: BACKENDS.cuda.matmul.allow_tf32,
+        "precision": torch.get_float32_matmul_precision,
+    }
+    found = {place: getattr(each, "fp32_precision", None) for place, each in enumerate(newer)}
+    for name, ask in asked.items():
+        try:
+            found[name] = ask()
+        except RuntimeError:  # where older and newer names were mixed
+            found[name] = "mixed"
+    return found
+
+
+SET = {
+    "as it comes": lambda: None,
+    "older": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "coarse": lambda: torch.set_float32_matmul_precision("medium"),
+    "newer": lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "newer, one": lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Please use the new API")
+@pytest.mark.parametrize("name", SET)
+def test_float32_is_exact_inside_and_settings_are_put_back(name, recwarn):
+    if "newer" in name and not hasattr(BACKENDS.cudnn, "conv"):
+        pytest.skip("this torch has older names alone")
+    with exact_float32():  # which also puts back what the test sets
+        BACKENDS.cudnn.allow_tf32 = True  # as it comes
+        SET[name]()
+        before = settings()
+        with exact_float32():
+            assert not BACKENDS.cudnn.allow_tf32
+            assert not BACKENDS.cuda.matmul.allow_tf32
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert settings() == before
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("lacks", "device"), [(True, "cuda"), (False, "cuda"), (True, "mps")])
+def test_a_device_without_bfloat16_is_one_sentence(lacks, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not lacks)
+    device = torch.device(device)
+    check_dtype(device, "float32")
+    check_dtype(torch.device("cpu"), "bfloat16")
+    if not lacks:
+        check_dtype(device, "bfloat16")
+        return
+    with pytest.raises(ValueError, match=r"'bfloat16' is not available on .*: use dtype='float32'"):
+        check_dtype(device, "bfloat16")

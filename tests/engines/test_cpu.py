@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from normlab.engines.allocator import kept_memory
+from normlab.engines.cpu import kept_memory
 
 def faults(n=20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -50,9 +50,9 @@ def test_pages_are_not_asked_for_again_inside_and_are_returned_at_the_end():
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
-    from normlab.engines import allocator
+    from normlab.engines import cpu
 
-    monkeypatch.setattr(allocator, "_glibc", lambda: None)
-    with allocator.kept_memory():
+    monkeypatch.setattr(cpu, "_glibc", lambda: None)
+    with cpu.kept_memory():
         done = True
     assert done

@@ -1,0 +1,183 @@
+"""Steps that are captured: what they leave behind, and what no graph can be made of."""
+
+import copy
+import warnings
+from unittest.mock import Mock, call
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+from normlab import optimizers
+from normlab.engines import choice, cuda_graph
+from normlab.engines.cuda_graph import GraphEngine
+from normlab.engines.plain import PlainEngine
+
+
+def test_a_network_that_cannot_be_captured_takes_the_plain_path(
+    few_digits, fit_with, assert_close, monkeypatch, tmp_path
+):
+    def refuse(engine, step):
+        step()  # a warm-up has moved weights and running statistics by then
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recipe = nl.Recipe(epochs=2, batch_size=32)
+    plain = fit_with(PlainEngine, few_digits, recipe)
+    monkeypatch.setattr(choice, "_fastest", lambda *_: (GraphEngine, "a test"))
+    monkeypatch.setattr(GraphEngine, "capture", refuse)
+    network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
+    with pytest.warns(UserWarning, match=r"takes the plain path: .*not permitted"):
+        run = nl.fit(network, few_digits, recipe, directory=tmp_path, device="cpu", progress=False)
+    assert run.config["from"]["engine"] == "plain"
+    assert "not permitted" in run.config["from"]["because"]
+    assert_close(run, plain, 1e-6)
+
+
+def test_a_last_batch_of_one_is_explained_when_it_is_captured(digits, fit_with):
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10)
+    )  # 28×28 to 1×1
+    data = digits.subset(train=33, test=10)
+    with pytest.raises(ValueError, match=r"no variance: use a batch_size other than 32$"):
+        fit_with(GraphEngine, data, nl.Recipe(batch_size=32), network=network)
+
+
+@pytest.fixture
+def sent_down_the_plain_path(few_digits, fit_with, assert_close, monkeypatch):
+    """Trains what no graph can be made of; the plain loop must have given the same."""
+
+    def train(network, because):
+        plain = fit_with(PlainEngine, few_digits, RECIPE, network=copy.deepcopy(network))
+        monkeypatch.setattr(choice, "_fastest", lambda *_: (GraphEngine, "a test"))
+        with pytest.warns(UserWarning, match=f"takes the plain path: .*{because}"):
+            run = nl.fit(network, few_digits, RECIPE, device="cpu", progress=False)
+        assert run.config["from"]["engine"] == "plain"
+        assert_close(run, plain, 1e-12)
+
+    return train
+
+
+RECIPE = nl.Recipe(epochs=2, batch_size=32)
+
+
+class OwnNorm(nn.Module):
+    """A running variance as students write it: `update` gets the module and a batch's variance."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.register_buffer("var", torch.ones(1, 4, 1, 1))
+        self.plain = torch.ones(1, 4, 1, 1)
+        self.late, self.steps = None, 0
+        self.update = update
+
+    def forward(self, x):
+        if self.training:
+            self.update(self, x.detach().var((0, 2, 3), keepdim=True))
+        scale = self.late if self.late is not None else self.plain
+        return x / (self.var * scale + self.steps).sqrt()
+
+
+def own_network(update):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 5, stride=4), OwnNorm(update), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4 * 36, 10))
+
+
+def mean(old, new):
+    return new if old is None else 0.9 * old + 0.1 * new
+
+
+@pytest.mark.parametrize("name", ["var", "plain", "late"])
+def test_state_that_a_forward_assigns_anew_is_no_part_of_a_graph(name, sent_down_the_plain_path):
+    network = own_network(lambda norm, var: setattr(norm, name, mean(getattr(norm, name), var)))
+    sent_down_the_plain_path(network, rf"give 1\.{name} a new value")
+
+
+def test_a_count_in_python_is_no_part_of_a_graph(sent_down_the_plain_path):
+    network = own_network(lambda norm, var: setattr(norm, "steps", norm.steps + 1))
+    sent_down_the_plain_path(network, r"give 1\.steps a new value")
+
+
+@pytest.mark.parametrize("name", ["var", "plain"])
+def test_state_that_a_forward_changes_in_place_begins_as_it_was(
+    name, few_digits, fit_with, assert_close
+):
+    def update(norm, var):
+        getattr(norm, name).mul_(0.9).add_(var, alpha=0.1)
+
+    runs = [
+        fit_with(kind, few_digits, RECIPE, network=own_network(update))
+        for kind in (GraphEngine, PlainEngine)
+    ]
+    states = [getattr(run.network[1], name) for run in runs]
+    torch.testing.assert_close(*states)
+    assert_close(*runs, 1e-3)
+
+
+def test_the_cause_of_a_failed_capture_is_said_and_not_its_end(
+    sent_down_the_plain_path, monkeypatch
+):
+    """torch.cuda.graph raises an error of its own when it is left by one."""
+
+    def capture(engine, step):
+        try:
+            raise TypeError("a student's error\nand where it was")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(GraphEngine, "capture", capture)
+    network = own_network(lambda *_: None)
+    sent_down_the_plain_path(network, "graph: a student's error$")
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_memory_that_is_full_in_a_capture_is_one_sentence(
+    hidden, few_digits, fit_with, monkeypatch
+):
+    def capture(engine, step):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+        finally:
+            if hidden:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(GraphEngine, "capture", capture)
+    with pytest.raises(RuntimeError, match=r"memory of cpu is too small .* smaller batch_size"):
+        fit_with(GraphEngine, few_digits, RECIPE)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_the_generator_takes_part_in_no_capture_after_a_failed_one(error, monkeypatch):
+    generator = Mock()
+    generator.graphsafe_set_state.side_effect = error
+    monkeypatch.setattr(torch.cuda, "default_generators", (Mock(), generator))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    cuda_graph._leave_capture(torch.device("cuda"))
+    cuda_graph._leave_capture(torch.device("cuda:1"))
+    cuda_graph._leave_capture(torch.device("cpu"))
+    fresh = generator.clone_state.return_value
+    assert generator.graphsafe_set_state.call_args_list == [call(fresh), call(fresh)]
+
+
+def test_one_warning_of_torch_is_silenced_in_the_warm_ups(recwarn):
+    with cuda_graph._warming_up():
+        warnings.warn("This instance was constructed with capturable=True or some", stacklevel=1)
+        warnings.warn("another one", stacklevel=1)
+    assert [str(each.message) for each in recwarn] == ["another one"]
+
+
+def test_nothing_of_the_graphs_is_kept_by_gradients(few_digits, fit_with):
+    run = fit_with(GraphEngine, few_digits, RECIPE)
+    assert all(weight.grad is None for weight in run.network.parameters())
+
+
+def test_an_optimiser_whose_rate_is_a_number_is_no_part_of_a_graph(
+    sent_down_the_plain_path, monkeypatch
+):
+    def plain_sgd(weights, banks, lr, recipe):
+        return torch.optim.SGD(weights, float(lr), recipe.momentum)
+
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", plain_sgd)
+    network = own_network(lambda *_: None)
+    sent_down_the_plain_path(network, "takes no learning rate from the device")
