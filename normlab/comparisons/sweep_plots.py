@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from normlab.history import QUANTITIES
 from normlab.plots import NAMES
 from normlab.support.checks import one_of
-from normlab.support.colours import looks_of
+from normlab.support.colours import curve_styles
 from normlab.support.figures import (
     drawn,
     label_axes,
@@ -58,10 +58,10 @@ def plot_sweep(
     curves = _curves(table, x, other, quantity)
     ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(curves)))
     bars, above = [], 0
-    for (label, points), look in zip(curves.items(), looks_of(curves).values(), strict=True):
+    for (label, points), style in zip(curves.items(), curve_styles(curves).values(), strict=True):
         highest = 100 if quantity.endswith("accuracy") else math.inf
-        bars.append(_draw_curve(ax, points, highest, look | {"label": label}))
-        above += _mark_diverged(ax, points.index[points["mean"].isna()], look["color"], above)
+        bars.append(_draw_curve(ax, points, highest, style | {"label": label}))
+        above += _mark_diverged(ax, points.index[points["mean"].isna()], style["color"], above)
     values = sorted(table[x].unique())
     if len(values) > 1:
         ax.set_xscale("log", base=2)
@@ -88,11 +88,11 @@ def _curves(table: DataFrame, x: str, other: str, quantity: str) -> dict[str, Da
     return curves
 
 
-def _draw_curve(ax: Axes, points: DataFrame, highest: float, look: dict) -> ErrorbarContainer:
+def _draw_curve(ax: Axes, points: DataFrame, highest: float, style: dict) -> ErrorbarContainer:
     """Means, none where a run diverged; the bars do not reach where no value can lie."""
     mean, sd = points["mean"], points["sd"].fillna(0)
     bars = [sd.clip(upper=mean), sd.clip(upper=highest - mean)]
-    return ax.errorbar(mean.index, mean, bars, markersize=4, capsize=2.5, linewidth=1.5, **look)
+    return ax.errorbar(mean.index, mean, bars, markersize=4, capsize=2.5, linewidth=1.5, **style)
 
 
 def _mark_diverged(ax: Axes, places: Index, colour: str, above: int) -> int:
@@ -105,8 +105,8 @@ def _mark_diverged(ax: Axes, places: Index, colour: str, above: int) -> int:
     if places.empty:  # a line without points outside the frame would upset the layout
         return 0
     shift = ScaledTranslation(0, (above + 6) / 72, ax.figure.dpi_scale_trans)
-    look = {"color": colour, "clip_on": False, "transform": ax.get_xaxis_transform() + shift}
-    ax.plot(places, [1.0] * len(places), "x", markersize=5, **look)
+    style = {"color": colour, "clip_on": False, "transform": ax.get_xaxis_transform() + shift}
+    ax.plot(places, [1.0] * len(places), "x", markersize=5, **style)
     return 8
 
 
