@@ -82,8 +82,9 @@ def _find(network: nn.Module, layer: str | None) -> tuple[str, Tensor]:
     """Name and weight of the layer asked for, or of the first convolution."""
     for name, each in network.named_modules():
         wanted = isinstance(each, nn.modules.conv._ConvNd) if layer is None else name == layer
-        if wanted and isinstance(getattr(each, "weight", None), Tensor):
-            return name, each.weight
+        weight = dict(each.named_parameters(recurse=False)).get("weight")  # not a computed one
+        if wanted and weight is not None:
+            return name, weight
     what = "convolution" if layer is None else f"layer {layer!r} with a weight"
     raise ValueError(f"{type(network).__name__} has no {what}, whose weights could be multiplied")
 
