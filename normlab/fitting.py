@@ -20,9 +20,10 @@ from normlab.recipes import DTYPES, Recipe
 from normlab.runs.folder import RunFolder
 from normlab.runs.identity import provenance, trained_identity
 from normlab.runs.jobs import Job
-from normlab.support.checks import instance, one_of, warn
+from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, pick_device
-from normlab.support.files import owned, user_path
+from normlab.support.files import user_path
+from normlab.support.locks import locked
 from normlab.support.module_state import modes_kept
 from normlab.support.progress import Progress
 from normlab.support.seeding import seeded
@@ -72,7 +73,7 @@ def fit(
         FloatingPointError: the loss became infinite or no number; finished epochs are kept.
     """
     recipe = Recipe() if recipe is None else recipe
-    instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
+    check_instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     place = user_path(directory) if directory else None
     label = label or (place and place.name) or type(network).__name__
     job = Job(lambda: network, recipe, place, label)
@@ -106,7 +107,7 @@ def fit_each(
     """
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
-    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     at_once = at_once or (TOGETHER if device.type == "cuda" else 1)
     left = list(jobs)
     while left:
@@ -129,7 +130,7 @@ def _fit_together(
     for folder in folders:
         if folders.count(folder) > 1:
             raise ValueError(f"two networks would be kept in {folder}: give each its directory")
-    with owned(*folders):
+    with locked(*folders):
         left = [job for job in left if not job.is_done(data)]  # by whoever had the folder before
         outcomes = {job: job.load(data, device) for job in jobs if job not in left}
         trainings = [_Training(job, data, device, engine, progress) for job in left]

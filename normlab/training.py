@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.penalties import l1_penalty
-from normlab.support.checks import check_logits, number, pair
+from normlab.support.checks import check_logits, images_and_labels, number
 from normlab.support.module_state import modes_kept
 
 
@@ -101,7 +101,7 @@ def gradients() -> Iterator[None]:
 def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, once each is known to be images and labels, on a device."""
     for batch in batches:
-        images, labels = pair(batch)
+        images, labels = images_and_labels(batch)
         yield images.to(device), labels.to(device)
 
 

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 
 from normlab.comparisons.intervals import Family, Interval, Sample
 from normlab.experiment import Results
-from normlab.support.checks import instance, one_of
-from normlab.support.colours import ink, paper
+from normlab.support.checks import check_instance, one_of
+from normlab.support.colours import background, text_colour
 from normlab.support.figures import drawn, label_axes, literal, new_axes
 
 if TYPE_CHECKING:
@@ -60,24 +60,22 @@ class Difference:
         return " − ".join(f"({label})" if set("+,") & set(label) else label for label in labels)
 
     def __str__(self) -> str:
-        mean, margin = (100 * value for value in (self.interval.mean, self.interval.margin))
-        found = f"{self.pair} = {mean:+.2f} ± {margin:.2f} points over {self.seeds} seeds: "
-        if self.interval.excludes_zero:
-            found += "significantly different"
-        else:
-            found += (
+        mean, margin = 100 * self.interval.mean, 100 * self.interval.margin
+        verdict = "significantly different"
+        if not self.interval.excludes_zero:
+            verdict = (
                 f"not significantly different; {self.seeds} seeds would show a difference of "
                 f"{100 * self.interval.detectable:.2f} points with 80 % probability"
             )
-        return f"{found} ({'; '.join(self._grounds())})"
-
-    def _grounds(self) -> list[str]:
-        """What the verdict rests on."""
-        family = f"{self.method}, {self.pairs} pair{'s' if self.pairs > 1 else ''}"
-        grounds = [_p_value(self.p), family]
+        grounds = [
+            _p_value(self.p),
+            f"{self.method}, {self.pairs} pair{'s' if self.pairs > 1 else ''}",
+        ]
         if self.interaction is not None:
             grounds.append(f"interaction: {_p_value(self.interaction)}")
-        return grounds if self.images else [*grounds, "seeds alone"]
+        grounds += [] if self.images else ["seeds alone"]
+        found = f"{self.pair} = {mean:+.2f} ± {margin:.2f} points over {self.seeds} seeds"
+        return f"{found}: {verdict} ({'; '.join(grounds)})"
 
 
 def _p_value(p: float) -> str:
@@ -160,7 +158,7 @@ def main_effects(
 def _tables(results: Results | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     """For each label which images its seeds got right, or how many; raises for what is neither."""
     if not isinstance(results, Results):
-        instance(results, Mapping, "results", "nl.run_assignment(…) gives them")
+        check_instance(results, Mapping, "results", "nl.run_assignment(…) gives them")
         return {label: np.asarray(table) for label, table in results.items()}
     for label, run in ((label, run) for label, runs in results.runs.items() for run in runs):
         if run.identity["data"]["fingerprint"] != results.data.fingerprint:
@@ -264,18 +262,18 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
     if not differences:
         raise ValueError("there are no differences to plot")
     for each in differences:
-        instance(each, Difference, "a difference", "nl.compare(…) gives a list of them")
+        check_instance(each, Difference, "a difference", "nl.compare(…) gives a list of them")
     ax = ax if ax is not None else new_axes(6.4, 1.4 + 0.38 * len(differences))
     for row, each in enumerate(differences):
         colour = "#0072B2" if each.interval.excludes_zero else "#767676"
-        fill = colour if each.interval.excludes_zero else paper()
+        fill = colour if each.interval.excludes_zero else background()
         mean, margin = (100 * value for value in (each.interval.mean, each.interval.margin))
         ax.errorbar(mean, row, xerr=margin, fmt="o", color=colour, markerfacecolor=fill, capsize=3)
     counts = sorted({str(each.seeds) for each in differences}, key=int)
     sources = sorted({each.source for each in differences} - {""})
     title = ", ".join([f"Differences over {' or '.join(counts)} seeds", *sources])
     label_axes(ax, title, "difference of test accuracy (points), with 95 % intervals", "")
-    ax.axvline(0, color=ink(), linewidth=0.8)
+    ax.axvline(0, color=text_colour(), linewidth=0.8)
     ax.set_yticks(range(len(differences)), [literal(each.pair) for each in differences])
     ax.set_ylim(len(differences) - 0.4, -0.6)
     ax.grid(False, axis="y")

@@ -27,7 +27,7 @@ from normlab.runs.jobs import Job, Outcomes
 from normlab.runs.processes import Train, quiet
 from normlab.runs.transfer import Sent, attempt, unpack
 from normlab.support.checks import warn
-from normlab.support.files import InUse, owned
+from normlab.support.locks import InUse, locked
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -233,7 +233,7 @@ def _train_away(
             raise RuntimeError(f"worker {get_worker().address}: {error}") from error
         job = unpack(sent, data)
         place = _place(digest_of(job.identity))
-        with owned(place):  # which another process may train in that Dask took for dead
+        with locked(place):  # which another process may train in that Dask took for dead
             result = train(replace(job, directory=place), data)
             return result, RunFolder(place).pack()
 

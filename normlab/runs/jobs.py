@@ -19,7 +19,7 @@ from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, trained_parameters
 from normlab.runs.folder import RunFolder, another_run
 from normlab.runs.identity import description, digest_of, identity
-from normlab.support.checks import instance, plain, warn, whole_number
+from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
 from normlab.support.seeding import seeded
 from normlab.training import device_of, evaluating
@@ -111,7 +111,7 @@ def predicts_what_is_kept(run: Run, data: Dataset) -> bool:
 
 def check_trainable(network: nn.Module, data: Dataset, recipe: Recipe) -> None:
     """Raises an error of one sentence if the recipe cannot train the network on the data."""
-    instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
+    check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
     trained_parameters(network, recipe)
     check_network(network, data)
     if recipe.l1:
@@ -148,7 +148,7 @@ def make_jobs(
 def _build(assignment: Assignment, variant: Variant, seed: int, data: Dataset) -> nn.Module:
     shape = {"classes": len(data.classes), "input_shape": data.input_shape}
     network = build_variant(assignment, variant, seed=seed, **shape)
-    instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
+    check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
     return network
 
 

@@ -23,7 +23,7 @@ from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job, Outcomes
 from normlab.runs.transfer import Sent, attempt, unpack
-from normlab.support.files import scratch_folder
+from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
 

@@ -13,6 +13,8 @@ from scipy import stats
 import normlab as nl
 from normlab.comparisons.intervals import Family, Interval, Sample, interval
 
+MORE_SEEDS = [pytest.param(seeds, marks=pytest.mark.slow) for seeds in (5, 10)]
+
 
 def simulated(
     rng: np.random.Generator,
@@ -48,7 +50,7 @@ def test_too_small_a_table_has_no_interval(shape):
         nl.interval(np.zeros(shape))
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("seeds", [3, *MORE_SEEDS])
 def test_without_a_difference_few_intervals_exclude_zero(seeds):
     rng = np.random.default_rng(seeds)
     excluded = [interval(simulated(rng, seeds)).excludes_zero for _ in range(1000)]
@@ -74,7 +76,7 @@ def test_where_the_luck_of_the_seeds_decides_no_more_exclude_zero_than_is_said(s
     assert np.mean(excluded) <= most
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [3, MORE_SEEDS[0]])
 def test_a_large_difference_is_mostly_found(seeds):
     """An interval so wide that it never excludes 0 would pass the tests above."""
     rng = np.random.default_rng(seeds)
@@ -193,7 +195,7 @@ EXPERIMENTS = pytest.mark.parametrize("count", [SHORT, pytest.param(LONG, marks=
 
 
 @EXPERIMENTS
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("seeds", [2, 3, *MORE_SEEDS])
 @pytest.mark.parametrize("name", WORLDS)
 def test_few_comparisons_find_what_is_not_there(name, seeds, count):
     rng, world = np.random.default_rng(seeds), WORLDS[name]

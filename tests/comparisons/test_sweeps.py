@@ -22,7 +22,7 @@ from normlab.comparisons.sweep_tables import COLUMNS, MEASURED, _read_rows
 from normlab.runs import cluster
 from normlab.runs import processes as parallel
 from normlab.runs.folder import RunFolder, remove_run
-from normlab.support.files import InUse
+from normlab.support.locks import InUse
 from normlab.support.seeding import seeded
 
 
