@@ -62,7 +62,7 @@ _HOMES = {
     "support.summaries": ("summary",),
     "comparisons.sweep_plots": ("plot_sweep",),
     "comparisons.sweeps": ("run_sweep",),
-    "lessons.traces": ("plot_activations", "plot_watch"),
+    "lessons.watch_plots": ("plot_activations", "plot_watch"),
     "training": ("EpochResult", "test_epoch", "train_epoch", "train_step"),
     "lessons.watching": ("Watch", "watch"),
 }

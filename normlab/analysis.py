@@ -60,7 +60,14 @@ def predict(
     others of its batch, and so on `batch_size`.
     """
     check_network(network, data)
-    _warn_of_batch_statistics(network)
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            warn(
+                f"layer {name!r} ({type(layer).__name__}) keeps no running statistics "
+                "(track_running_stats=False): what the network predicts for an image depends on "
+                "the other images of its batch"
+            )
+            break
     example = next(network.parameters(), torch.zeros(()))
     batches = data.loader(
         train, batch_size, shuffle=False, device=example.device, dtype=example.dtype
@@ -88,17 +95,6 @@ def check_network(network: nn.Module, data: Dataset) -> None:
             f"{type(network).__name__} makes {made[0]!r} only when it first sees images: "
             "make it in __init__, or call the network once on images where it is built"
         )
-
-
-def _warn_of_batch_statistics(network: nn.Module) -> None:
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-            warn(
-                f"layer {name!r} ({type(layer).__name__}) keeps no running statistics "
-                "(track_running_stats=False): what the network predicts for an image depends on "
-                "the other images of its batch"
-            )
-            return
 
 
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,12 +153,7 @@ def find_common_mistakes(
     predicted, probability = guesses[0]
     if order == "confident":
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
-    return _mistakes(data, wrong[:count], predicted, probability, total=len(wrong))
-
-
-def _mistakes(
-    data: Dataset, chosen: Tensor, predicted: Tensor, probability: Tensor, *, total: int
-) -> Mistakes:
+    chosen = wrong[:count]
     return Mistakes(
         images=data.test_images[chosen],
         true=data.test_labels[chosen],
@@ -170,7 +161,7 @@ def _mistakes(
         probability=probability[chosen],
         index=chosen,
         classes=data.classes,
-        total=total,
+        total=len(wrong),
         tested=len(data.test_labels),
         source=data.source,
         part=data.test_name,

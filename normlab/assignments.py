@@ -113,13 +113,6 @@ class Assignment:
         return self.recipe.replace(**changes | ({} if epochs is None else {"epochs": epochs}))
 
 
-def _variants(**reported: float) -> tuple[Variant, ...]:
-    """BN, GN and LN with the accuracies that a submission reports for them."""
-    return tuple(
-        Variant(norm.upper(), norm, reported=accuracy) for norm, accuracy in reported.items()
-    )
-
-
 # Chosen by a few short trials on a validation part (`tests/search.py` repeats them). Dropout is
 # against over-fitting, which is not what holds networks this small back: the assignments leave it
 # out, `build_network` has it by default. The L1 of "mnist-eva6" is that of "mnist-l1": the
@@ -128,80 +121,61 @@ _MUON = Recipe(batch_size=64, optimizer="muon", lr=0.05, weight_decay=0.01, cent
 _MNIST = _MUON.replace(augment=("rotate:10", "shift:2"))
 _CIFAR10 = _MUON.replace(augment=("shift:2", "flip"))
 
+
+def _course(name: str, title: str, *variants: Variant, **options: float) -> Assignment:
+    """An assignment that has a network of its name; MNIST's allow any number of parameters."""
+    dataset = name.partition("-")[0]
+    recipe, limit = {"mnist": (_MNIST, None), "cifar10": (_CIFAR10, 50_000)}[dataset]
+    limits = {"parameter_limit": limit, "epoch_limit": 20}
+    return Assignment(name, title, dataset, variants, recipe, network=name, **limits, **options)
+
+
 ASSIGNMENTS = {
     assignment.name: assignment
     for assignment in (
-        Assignment(
-            name="mnist-l1",
-            title="BN with L1, GN and LN",
-            dataset="mnist",
-            network="mnist-l1",
+        _course(
+            "mnist-l1",
+            "BN with L1, GN and LN",
+            Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
+            Variant("GN", "gn", reported=0.9929),
+            Variant("LN", "ln", reported=0.9953),
             dropout=0.0,
-            recipe=_MNIST,
-            epoch_limit=20,
-            variants=(
-                Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
-                Variant("GN", "gn", reported=0.9929),
-                Variant("LN", "ln", reported=0.9953),
-            ),
         ),
-        Assignment(
-            name="mnist-eva6",
-            title="BN with L1, GN and two kinds of LN",
-            dataset="mnist",
-            network="mnist-eva6",
+        _course(
+            "mnist-eva6",
+            "BN with L1, GN and two kinds of LN",
+            Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
+            Variant("GN", "gn", reported=0.9948),
+            Variant("LN", "ln"),
+            Variant("LN element-wise", "ln-elementwise", reported=0.9929),
             dropout=0.0,
-            recipe=_MNIST,
-            epoch_limit=20,
-            variants=(
-                Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
-                Variant("GN", "gn", reported=0.9948),
-                Variant("LN", "ln"),
-                Variant("LN element-wise", "ln-elementwise", reported=0.9929),
-            ),
         ),
-        Assignment(
-            name="cifar10-norms",
-            title="BN, GN and two kinds of LN",
-            dataset="cifar10",
-            network="cifar10-norms",
+        _course(
+            "cifar10-norms",
+            "BN, GN and two kinds of LN",
+            Variant("BN", "bn", reported=0.7342),
+            Variant("GN", "gn", reported=0.7036),
+            Variant("LN", "ln"),
+            Variant("LN element-wise", "ln-elementwise", reported=0.6766),
             dropout=0.0,
-            recipe=_CIFAR10,
-            parameter_limit=50_000,
-            epoch_limit=20,
-            variants=(
-                *_variants(bn=0.7342, gn=0.7036),
-                Variant("LN", "ln"),
-                Variant("LN element-wise", "ln-elementwise", reported=0.6766),
-            ),
         ),
-        Assignment(
-            name="cifar10-add",
-            title="BN, GN and LN in a residual network",
-            dataset="cifar10",
-            network="cifar10-add",
-            recipe=_CIFAR10,
-            parameter_limit=50_000,
-            epoch_limit=20,
-            variants=_variants(bn=0.7624, gn=0.7526, ln=0.7204),
+        _course(
+            "cifar10-add",
+            "BN, GN and LN in a residual network",
+            Variant("BN", "bn", reported=0.7624),
+            Variant("GN", "gn", reported=0.7526),
+            Variant("LN", "ln", reported=0.7204),
         ),
-        Assignment(
-            name="cifar10-skip",
-            title="BN, GN and LN with and without skip connections",
-            dataset="cifar10",
-            network="cifar10-skip",
+        _course(
+            "cifar10-skip",
+            "BN, GN and LN with and without skip connections",
+            Variant("BN", "bn", skip=False, reported=0.7435),
+            Variant("GN", "gn", skip=False, reported=0.7435),
+            Variant("LN", "ln", skip=False, reported=0.7456),
+            Variant("BN + skip", "bn", reported=0.7642),
+            Variant("GN + skip", "gn", reported=0.7486),
+            Variant("LN + skip", "ln", reported=0.7325),
             dropout=0.0,
-            recipe=_CIFAR10,
-            parameter_limit=50_000,
-            epoch_limit=20,
-            variants=(
-                Variant("BN", "bn", skip=False, reported=0.7435),
-                Variant("GN", "gn", skip=False, reported=0.7435),
-                Variant("LN", "ln", skip=False, reported=0.7456),
-                Variant("BN + skip", "bn", reported=0.7642),
-                Variant("GN + skip", "gn", reported=0.7486),
-                Variant("LN + skip", "ln", reported=0.7325),
-            ),
         ),
     )
 }
@@ -244,11 +218,9 @@ def as_submitted(assignment: Assignment) -> Assignment:
 
 def find_assignment(name: str | Assignment) -> Assignment:
     """The assignment of that name; one of one's own is handed back as it is."""
-    return (
-        name
-        if isinstance(name, Assignment)
-        else ASSIGNMENTS[one_of(name, ASSIGNMENTS, "assignment")]
-    )
+    if isinstance(name, Assignment):
+        return name
+    return ASSIGNMENTS[one_of(name, ASSIGNMENTS, "assignment")]
 
 
 @gradients()  # or what is built in inference mode could not be trained

@@ -16,20 +16,15 @@ from torch import Tensor
 from normlab.support.checks import number, one_of
 
 
-def shift(images: Tensor, offsets: Tensor, most: int | None = None) -> Tensor:
-    """Moves each image by whole pixels; what comes in at the border is black.
+def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
+    """Moves each image (B, C, H, W) by whole pixels; what comes in at the border is black.
 
-    Args:
-        images: (B, C, H, W).
-        offsets: (B, 2) int64, pixels down and to the right.
-        most: the largest offset, where it is known: then nothing is read back from a GPU.
+    `offsets` (B, 2) int64 are pixels down and to the right, none of them above `most`.
     """
-    margin = int(offsets.abs().max()) if most is None else most
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (margin,) * 4)
-    device = images.device
-    rows = torch.arange(height, device=device) + margin - offsets[:, :1]  # (B, H)
-    columns = torch.arange(width, device=device) + margin - offsets[:, 1:]  # (B, W)
+    (batch, _, height, width), device = images.shape, images.device
+    padded = F.pad(images, (most,) * 4)
+    rows = torch.arange(height, device=device) + most - offsets[:, :1]  # (B, H)
+    columns = torch.arange(width, device=device) + most - offsets[:, 1:]  # (B, W)
     which = torch.arange(batch, device=device).view(-1, 1, 1)
     moved = padded[which, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
     return moved.permute(0, 3, 1, 2)
@@ -41,13 +36,10 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Turns each image counter-clockwise about its centre, with bilinear interpolation.
+    """Turns each image (B, C, H, W) counter-clockwise about its centre, by `degrees` (B,).
 
-    Args:
-        images: (B, C, H, W), uint8 or float.
-        degrees: (B,) float; what comes in at the corners is black.
-
-    Returns float images, unrounded.
+    The interpolation is bilinear, and what comes in at the corners is black. Returns float images,
+    unrounded.
     """
     if not images.is_floating_point():
         images = images.float()
@@ -67,51 +59,53 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What an augmentation draws for so many images, and does with it to images (B, C, H, W)."""
+
+    amounts: tuple[float, float, float]  # the usual one, the least and the most
+    draw: Callable[[int, float, torch.Generator], Tensor]  # from count and amount: (count, …)
+    apply: Callable[[Tensor, Tensor, float], Tensor]  # from images, what was drawn, and amount
+    whole: bool = False  # whether only whole amounts make sense
+
+
+AUGMENTATIONS = {
+    "shift": Kind(
+        (4, 1, 64),
+        draw=lambda count, amount, generator: torch.randint(
+            -int(amount), int(amount) + 1, (count, 2), generator=generator
+        ),
+        apply=lambda images, drawn, amount: shift(images, drawn, int(amount)),
+        whole=True,
+    ),
+    "flip": Kind(
+        (0.5, 0, 1),
+        draw=lambda count, amount, generator: torch.rand(count, generator=generator) < amount,
+        apply=lambda images, drawn, amount: flip(images, drawn),
+    ),
+    "rotate": Kind(
+        (7, 0, 180),
+        draw=lambda count, amount, generator: (
+            (2 * torch.rand(count, generator=generator) - 1) * amount
+        ),
+        apply=lambda images, drawn, amount: rotate(images, drawn),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Augmentation:
-    """One named augmentation of a given amount."""
+    """One of `AUGMENTATIONS`, of a given amount."""
 
     name: str
     amount: float
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Random numbers for `count` images, on the CPU: (count, …)."""
-        return _KINDS[self.name].draw(count, self.amount, generator)
+        return AUGMENTATIONS[self.name].draw(count, self.amount, generator)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
         """The images (B, C, H, W) changed as `drawn` (B, …) says."""
-        return _KINDS[self.name].apply(images, drawn, self.amount)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    default: float
-    least: float
-    most: float
-    draw: Callable[[int, float, torch.Generator], Tensor]
-    apply: Callable[[Tensor, Tensor, float], Tensor]
-
-
-def _draw_offsets(count: int, amount: float, generator: torch.Generator) -> Tensor:
-    return torch.randint(-int(amount), int(amount) + 1, (count, 2), generator=generator)
-
-
-def _draw_chosen(count: int, amount: float, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator) < amount
-
-
-def _draw_degrees(count: int, amount: float, generator: torch.Generator) -> Tensor:
-    return (2 * torch.rand(count, generator=generator) - 1) * amount
-
-
-_KINDS = {
-    "shift": _Kind(
-        4, 1, 64, _draw_offsets, lambda images, drawn, most: shift(images, drawn, int(most))
-    ),
-    "flip": _Kind(0.5, 0, 1, _draw_chosen, lambda images, drawn, _: flip(images, drawn)),
-    "rotate": _Kind(7, 0, 180, _draw_degrees, lambda images, drawn, _: rotate(images, drawn)),
-}
-
-AUGMENTATIONS = tuple(_KINDS)
+        return AUGMENTATIONS[self.name].apply(images, drawn, self.amount)
 
 
 def parse_augmentation(text: str) -> Augmentation:
@@ -121,14 +115,13 @@ def parse_augmentation(text: str) -> Augmentation:
     7 degrees either way. Raises `ValueError` for an unknown name or an amount out of range.
     """
     name, _, amount = str(text).partition(":")
-    kind = _KINDS[one_of(name, AUGMENTATIONS, "augmentation")]
-    if not amount:
-        return Augmentation(name, float(kind.default))
+    kind = AUGMENTATIONS[one_of(name, AUGMENTATIONS, "augmentation")]
+    usual, least, most = kind.amounts
     try:
-        value = number(float(amount), f"the amount of {name!r}", least=kind.least)
+        value = number(float(amount or usual), f"the amount of {name!r}", least=least)
     except ValueError as error:
         raise ValueError(f"augmentation {text!r}: {error}") from None
-    if value > kind.most or (name == "shift" and value != int(value)):
-        whole = " and a whole number" if name == "shift" else ""
-        raise ValueError(f"augmentation {text!r}: the amount must be at most {kind.most:g}{whole}")
+    if value > most or (kind.whole and value != int(value)):
+        whole = " and a whole number" if kind.whole else ""
+        raise ValueError(f"augmentation {text!r}: the amount must be at most {most:g}{whole}")
     return Augmentation(name, value)

@@ -4,7 +4,6 @@ Each network is one function that lists its layers, with the shape after each as
 knows which normalization it gets: `make_norm` alone does.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from normlab.support.seeding import seeded
 
 NormMaker = Callable[[int, tuple[int, int]], nn.Module]
 """Makes the normalization for (channels, (H, W))."""
+
+DropoutMaker = Callable[[], nn.Module] | None
 
 
 class Residual(nn.Module):
@@ -36,12 +37,9 @@ class LayerBuilder:
     """Makes layers one after another and keeps track of the shape (C, H, W) that they leave."""
 
     def __init__(
-        self, shape: tuple[int, int, int], norm: NormMaker, dropout: nn.Module | None, what: str
+        self, network: str, shape: tuple[int, int, int], norm: NormMaker, dropout: DropoutMaker
     ) -> None:
-        self.shape = shape
-        self.norm = norm
-        self.dropout = dropout
-        self.what = what
+        self.network, self.shape, self.norm, self.dropout = network, shape, norm, dropout
         self._input_shape = shape
 
     def conv(
@@ -52,24 +50,18 @@ class LayerBuilder:
         It keeps the sides, or loses the border where it is `valid`.
         """
         before, height, width = self.shape
-        padding = 0 if valid else kernel // 2
-        lost = kernel - 1 - 2 * padding
+        lost = kernel - 1 if valid else 0
         self._move_to(channels, height - lost, width - lost)
-        layers = [nn.Conv2d(before, channels, kernel, padding=padding, bias=False)]
-        return nn.Sequential(*layers, *self.after(then))
+        padding = 0 if valid else kernel // 2
+        convolution = nn.Conv2d(before, channels, kernel, padding=padding, bias=False)
+        return nn.Sequential(convolution, *self.after(then))
 
     def after(self, letters: str) -> list[nn.Module]:
         """Norm (N), ReLU (R) and dropout (D) for the present shape, in the order of the letters."""
         channels, *size = self.shape
-        made = []
-        for letter in letters:
-            if letter == "N":
-                made.append(self.norm(channels, tuple(size)))
-            elif letter == "R":
-                made.append(nn.ReLU())
-            elif letter == "D" and self.dropout is not None:
-                made.append(copy.deepcopy(self.dropout))
-        return made
+        norm = functools.partial(self.norm, channels, tuple(size))
+        makers = {"N": norm, "R": nn.ReLU, "D": self.dropout}
+        return [makers[letter]() for letter in letters if makers[letter] is not None]
 
     def pool(self) -> nn.Module:
         """2×2 max pooling."""
@@ -79,14 +71,13 @@ class LayerBuilder:
 
     def head(self, classes: int) -> nn.Module:
         """Global average pooling, then a 1×1 convolution to the logits (B, classes)."""
-        pool = nn.AdaptiveAvgPool2d(1)
         self.shape = (self.shape[0], 1, 1)
-        return nn.Sequential(pool, self.conv(classes, kernel=1), nn.Flatten())
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), self.conv(classes, kernel=1), nn.Flatten())
 
     def _move_to(self, channels: int, height: int, width: int) -> None:
         if min(height, width) < 1:
             raise ValueError(
-                f"input_shape={self._input_shape} is too small for {self.what}: "
+                f"input_shape={self._input_shape} is too small for {self.network}: "
                 f"its layers leave no pixel"
             )
         self.shape = (channels, height, width)
@@ -244,42 +235,32 @@ def build_network(
     images too small to leave a pixel.
     """
     design = NETWORKS[one_of(name, NETWORKS, "network")]
+    if not isinstance(norm, str) and not callable(norm):
+        raise TypeError(f"norm must be a name or a function of (channels, size), not {norm!r}")
+    own_name = getattr(norm, "__qualname__", type(norm).__qualname__)
     arguments = {
         "name": name,
-        "norm": norm_name(norm) if isinstance(norm, str) else _callable_name(norm),
+        "norm": norm_name(norm) if isinstance(norm, str) else own_name,
         "groups": design.groups if groups is None else whole_number(groups, "groups"),
         "dropout": design.dropout if dropout is None else number(dropout, "dropout", below=1),
         "skip": bool(skip),
         "classes": whole_number(classes, "classes"),
         "input_shape": image_shape(design.input_shape if input_shape is None else input_shape),
     }
-    drop = nn.Dropout2d if design.channel_dropout else nn.Dropout
-    dropout_layer = drop(arguments["dropout"]) if arguments["dropout"] else None
-    maker = (
-        norm if callable(norm) else functools.partial(_norm_for, name, norm, arguments["groups"])
-    )
-    part = LayerBuilder(arguments["input_shape"], maker, dropout_layer, name)
+
+    def by_name(channels: int, size: tuple[int, int]) -> nn.Module:
+        return make_norm(norm, channels, groups=arguments["groups"], size=size)
+
+    drop, share = nn.Dropout2d if design.channel_dropout else nn.Dropout, arguments["dropout"]
+    dropped = functools.partial(drop, share) if share else None
+    maker = by_name if isinstance(norm, str) else norm
+    part = LayerBuilder(name, arguments["input_shape"], maker, dropped)
     seed = int(torch.randint(2**62, ())) if seed is None else whole_number(seed, "seed", least=0)
     with seeded(seed, "layers"):
         layers = [*design.layers(part, arguments["skip"]), part.head(arguments["classes"])]
         network = Network(layers, arguments)
     _initialize(network, seed)
     return network
-
-
-def _norm_for(
-    network: str, norm: str, groups: int, channels: int, size: tuple[int, int]
-) -> nn.Module:
-    try:
-        return make_norm(norm, channels, groups=groups, size=size)
-    except ValueError as error:
-        raise ValueError(f"{network}, layer with {channels} channels: {error}") from None
-
-
-def _callable_name(norm: object) -> str:
-    if not callable(norm):
-        raise TypeError(f"norm must be a name or a function of (channels, size), not {norm!r}")
-    return getattr(norm, "__qualname__", type(norm).__qualname__)
 
 
 def _initialize(network: nn.Module, seed: int) -> None:

@@ -148,6 +148,12 @@ def _squeezed(name: str) -> str:
     return re.sub("[^a-z0-9]|norm(alization)?|[123]d$", "", name.lower())
 
 
+def norm_layers() -> tuple[type[nn.Module], ...]:
+    """The classes of layers that are normalizations: torch's, and those of the table."""
+    made = {type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged}
+    return (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *made)
+
+
 def divisors(number: int) -> list[int]:
     """The numbers of groups that `number` channels can be split into."""
     return [count for count in range(1, number + 1) if number % count == 0]

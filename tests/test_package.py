@@ -83,7 +83,7 @@ ORDER = (
     "comparisons.fairness",
     "plots",
     "comparisons.sweep_plots",
-    "lessons.traces",
+    "lessons.watch_plots",
     "lessons.range_test",
     "images",
     "comparisons.report",

@@ -60,24 +60,22 @@ class Difference:
         return " − ".join(f"({label})" if set("+,") & set(label) else label for label in labels)
 
     def __str__(self) -> str:
-        mean, margin = (100 * value for value in (self.interval.mean, self.interval.margin))
-        found = f"{self.pair} = {mean:+.2f} ± {margin:.2f} points over {self.seeds} seeds: "
-        if self.interval.excludes_zero:
-            found += "significantly different"
-        else:
-            found += (
+        mean, margin = 100 * self.interval.mean, 100 * self.interval.margin
+        verdict = "significantly different"
+        if not self.interval.excludes_zero:
+            verdict = (
                 f"not significantly different; {self.seeds} seeds would show a difference of "
                 f"{100 * self.interval.detectable:.2f} points with 80 % probability"
             )
-        return f"{found} ({'; '.join(self._grounds())})"
-
-    def _grounds(self) -> list[str]:
-        """What the verdict rests on."""
-        family = f"{self.method}, {self.pairs} pair{'s' if self.pairs > 1 else ''}"
-        grounds = [_p_value(self.p), family]
+        grounds = [
+            _p_value(self.p),
+            f"{self.method}, {self.pairs} pair{'s' if self.pairs > 1 else ''}",
+        ]
         if self.interaction is not None:
             grounds.append(f"interaction: {_p_value(self.interaction)}")
-        return grounds if self.images else [*grounds, "seeds alone"]
+        grounds += [] if self.images else ["seeds alone"]
+        found = f"{self.pair} = {mean:+.2f} ± {margin:.2f} points over {self.seeds} seeds"
+        return f"{found}: {verdict} ({'; '.join(grounds)})"
 
 
 def _p_value(p: float) -> str:

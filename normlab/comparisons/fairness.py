@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
-
 from normlab.assignments import Variant, build_variant
 from normlab.experiment import Results
 from normlab.history import Run
@@ -64,16 +62,13 @@ def _differences(results: Results) -> Iterator[Finding]:
 def _facts(results: Results, variant: Variant) -> dict[str, object]:
     """What could make a difference, by name; what differs between its seeds as a list."""
     runs = results.runs[variant.label]
+    facts: dict[str, object] = {}
     each = [_facts_of_run(run) for run in runs]
-    return {
-        **{name: _one_or_all([facts.get(name) for facts in each]) for name in each[0]},
-        "seeds": sorted(run.recipe.seed for run in runs),
-        "initial filters": _initial_filters(results, variant),
-    }
-
-
-def _one_or_all(values: list[object]) -> object:
-    return values[0] if all(value == values[0] for value in values) else values
+    for name in each[0]:
+        values = [some.get(name) for some in each]
+        facts[name] = values[0] if all(value == values[0] for value in values) else values
+    facts["seeds"] = sorted(run.recipe.seed for run in runs)
+    return facts | {"initial filters": _initial_filters(results, variant)}
 
 
 def _facts_of_run(run: Run) -> dict[str, object]:
@@ -91,33 +86,22 @@ def _facts_of_run(run: Run) -> dict[str, object]:
 
 
 def _initial_filters(results: Results, variant: Variant) -> str:
-    """The digest of the first run's filters, if every run began as the assignment begins it."""
-    networks = [_initial_network(results, variant, run) for run in results.runs[variant.label]]
-    for run, network in zip(results.runs[variant.label], networks, strict=True):
+    """The digest of the first run's filters, if every run began as the assignment begins it.
+
+    Filters are the weights of convolutions and linear layers, without those of shortcuts, which
+    only some variants have.
+    """
+    digests = []
+    for run in results.runs[variant.label]:
+        images = {"classes": len(results.data.classes), "input_shape": results.data.input_shape}
+        network = build_variant(results.assignment, variant, seed=run.recipe.seed, **images)
+        network.to(DTYPES[run.recipe.dtype])
         if run.identity["initial_weights"] != weights_digest(network.state_dict()):
             return "not the assignment's"
-    return _digest_of_filters(networks[0])
-
-
-def _initial_network(results: Results, variant: Variant, run: Run) -> nn.Module:
-    network = build_variant(
-        results.assignment,
-        variant,
-        seed=run.recipe.seed,
-        classes=len(results.data.classes),
-        input_shape=results.data.input_shape,
-    )
-    return network.to(DTYPES[run.recipe.dtype])
-
-
-def _digest_of_filters(network: nn.Module) -> str:
-    """Tells initial weights of convolutions and linear layers apart.
-
-    Without those of shortcuts, which only some variants have.
-    """
-    layers = (layer for name, layer in network.named_modules() if "shortcut" not in name)
-    weights = [layer.weight for layer in layers if isinstance(layer, WEIGHT_LAYERS)]
-    return weights_digest({str(index): weight for index, weight in enumerate(weights)})[:8]
+        layers = (layer for name, layer in network.named_modules() if "shortcut" not in name)
+        weights = [layer.weight for layer in layers if isinstance(layer, WEIGHT_LAYERS)]
+        digests.append(weights_digest({str(n): weight for n, weight in enumerate(weights)}))
+    return digests[0][:8]
 
 
 def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) -> bool:

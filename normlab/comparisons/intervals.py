@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -50,11 +50,8 @@ class Interval:
         if not self.error:
             return 0.0
         limit = self.margin / self.error
-
-        def lacking(effect: float) -> float:
-            return float(stats.nct.sf(limit, self.freedom, effect)) - POWER
-
-        return self.error * optimize.brentq(lacking, 0, 3 * limit + 3)
+        power = partial(stats.nct.sf, limit, self.freedom)  # of a true mean, in standard errors
+        return self.error * optimize.brentq(lambda mean: power(mean) - POWER, 0, 3 * limit + 3)
 
 
 def interval(table: np.ndarray) -> Interval:
@@ -69,13 +66,12 @@ def interval(table: np.ndarray) -> Interval:
     Source: Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
     Raises `ValueError` unless there are two seeds and two images at least, and for NaN.
     """
-    if np.ndim(table) != 2 or min(np.shape(table)) < 2:
-        raise ValueError(
-            f"an interval needs at least 2 seeds by 2 images, not a table of {np.shape(table)}"
-        )
+    table = np.asarray(table)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise ValueError(f"an interval needs at least 2 seeds by 2 images, not {table.shape}")
     if not np.isfinite(table).all():
         raise ValueError("an interval needs a table of finite numbers, without NaN")
-    return Family(levels=2, pairs=1).interval(Sample.of([np.asarray(table)]), np.ones(1))[0]
+    return Family(levels=2, pairs=1).interval(Sample.of([table]), np.ones(1))[0]
 
 
 @dataclass(frozen=True)
@@ -114,20 +110,12 @@ class Sample:
         return cls(seeds, means, of_seeds, of_cells, by_image - np.diag(of_cells / seeds), images)
 
     @cached_property
-    def spare(self) -> np.ndarray:
-        """Degrees of freedom of each variant's spread, (V,)."""
-        return self.seeds - 1
-
-    @cached_property
     def is_unequal(self) -> bool:
-        """Whether one spread is larger than the others by more than chance.
-
-        Source: Cochran, "The distribution of the largest of a set of estimated variances as a
-        fraction of their total", 1941.
-        """
+        """Whether one spread is larger than the others by Cochran's test at level `UNEQUAL`."""
         from scipy import stats
 
-        squares, spare = self.of_seeds * self.spare, self.spare
+        spare = self.seeds - 1
+        squares = self.of_seeds * spare
         if len(squares) < 2 or not squares.any():
             return False
         parts = stats.beta.sf(squares / squares.sum(), spare / 2, (spare.sum() - spare) / 2)
@@ -135,11 +123,11 @@ class Sample:
 
     def spreads(self, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
         """Variances of the seeds and of the cells, (V,): the same for all where they are pooled."""
-        if not pooled:
-            return self.of_seeds, self.of_cells
-        means = (np.average(each, weights=self.spare) for each in (self.of_seeds, self.of_cells))
-        of_seeds, of_cells = (np.full(len(self.seeds), mean) for mean in means)
-        return of_seeds, of_cells
+        both = (self.of_seeds, self.of_cells)
+        if pooled:
+            means = (np.average(each, weights=self.seeds - 1) for each in both)
+            both = tuple(np.full(len(self.seeds), mean) for mean in means)
+        return both
 
     def error(self, contrast: np.ndarray, pooled: bool) -> tuple[float, float]:
         """Standard error of a sum of means with these factors, and Satterthwaite's freedom.
@@ -148,12 +136,12 @@ class Sample:
         the degrees of freedom their variance is at least the noise of the cells.
         """
         of_seeds, of_cells = self.spreads(pooled)
-        shares = contrast**2 / self.seeds
+        shares, spare = contrast**2 / self.seeds, self.seeds - 1
         parts = shares * np.maximum(of_seeds, of_cells)
         of_images = max(float(contrast @ self.of_images @ contrast), 0.0)
-        square = parts.sum() ** 2 / self.spare.sum() if pooled else (parts**2 / self.spare).sum()
+        square = parts.sum() ** 2 / spare.sum() if pooled else (parts**2 / spare).sum()
         square += of_images**2 / max(self.images - 1, 1)
-        freedom = (parts.sum() + of_images) ** 2 / square if square else self.spare.sum()
+        freedom = (parts.sum() + of_images) ** 2 / square if square else spare.sum()
         return math.sqrt(shares @ of_seeds + of_images), float(freedom)
 
     def interaction(self, contrasts: np.ndarray) -> float:
@@ -189,14 +177,11 @@ class Family:
         second alone holds too seldom with three seeds, whose spreads are hardly known, and the
         first where one spread is much larger than the others.
         """
-        found = [self._interval(sample, contrast, pooled=True)]
-        if sample.is_unequal:
-            found.append(self._interval(sample, contrast, pooled=False))
+        ways = (True, False) if sample.is_unequal else (True,)
+        found = [self._interval(sample, contrast, pooled) for pooled in ways]
         return max(found, key=lambda each: each[0].margin)
 
-    def _interval(
-        self, sample: Sample, contrast: np.ndarray, *, pooled: bool
-    ) -> tuple[Interval, str]:
+    def _interval(self, sample: Sample, contrast: np.ndarray, pooled: bool) -> tuple[Interval, str]:
         from scipy import stats
 
         error, freedom = sample.error(contrast, pooled)
@@ -204,10 +189,10 @@ class Family:
         by_range = _range(self.levels, freedom)
         by_pairs = float(stats.t.isf((1 - CONFIDENCE) / 2 / self.pairs, freedom))
         few = by_pairs < by_range and self.pairs < math.comb(self.levels, 2)
-        kind = "one" if self.levels == 2 else "few" if few else "all"
+        names = _METHODS["one" if self.levels == 2 else "few" if few else "all"]
         margin = min(by_range, by_pairs) * error
         interval = Interval(float(contrast @ sample.means), margin, error, freedom)
-        return interval, _METHODS[kind, pooled]
+        return interval, names[not pooled]
 
     def p(self, interval: Interval) -> float:
         """The p-value for so many pairs: below 0.05 where the interval excludes 0."""
@@ -221,14 +206,11 @@ class Family:
         return float(min(by_range, by_pairs, 1.0))
 
 
-# By the pairs that the width is for, and whether the spreads are pooled.
+# By the pairs that the width is for: with pooled spreads, and with their own.
 _METHODS = {
-    ("all", True): "Tukey–Kramer",
-    ("all", False): "Games–Howell",
-    ("few", True): "Bonferroni",
-    ("few", False): "Bonferroni with Welch's degrees of freedom",
-    ("one", True): "Student's t",
-    ("one", False): "Welch's t",
+    "all": ("Tukey–Kramer", "Games–Howell"),
+    "few": ("Bonferroni", "Bonferroni with Welch's degrees of freedom"),
+    "one": ("Student's t", "Welch's t"),
 }
 
 
@@ -240,10 +222,7 @@ def _rounded(freedom: float) -> float:
 
 @cache
 def _range(levels: int, freedom: float) -> float:
-    """How many standard errors a difference of two of the levels is below with 95 %.
-
-    Source: Tukey, "The problem of multiple comparisons", 1953.
-    """
+    """How many standard errors a difference of two of the levels is below with 95 %."""
     from scipy import stats
 
     return float(stats.studentized_range.ppf(CONFIDENCE, levels, freedom)) / math.sqrt(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -152,17 +152,21 @@ def _variant_as_dict(results: Results, variant: Variant) -> dict:
 
 def markdown_table(results: Results) -> str:
     """The table for people: percentages, mean ± standard deviation of the last epoch."""
-    lines = [
-        f"| variant | parameters | seeds | {results.data.test_name} accuracy, last epoch (%) "
-        "| best epoch (optimistic) | seconds a run |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    tested = f"{results.data.test_name} accuracy, last epoch (%)"
+    head = ("variant", "parameters", "seeds", tested, "best epoch (optimistic)", "seconds a run")
+    rows = []
     for row in results.table().to_dict("records"):
         best = f"{100 * row['best_accuracy']:.2f} in epoch {row['best_epoch']}"
-        cells = [f"{row['parameters']:,}", str(row["seeds"]), percent(row), best]
-        cells = [escaped(row["variant"]), *cells, f"{row['seconds']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        counts = (f"{row['parameters']:,}", str(row["seeds"]))
+        rows.append((escaped(row["variant"]), *counts, percent(row), best, f"{row['seconds']:.1f}"))
+    return in_markdown(head, rows)
+
+
+def in_markdown(head: Sequence[str], rows: Iterable[Sequence[str]], *, rule: str = "---:") -> str:
+    """A table of cells that are Markdown already, its columns but the first aligned by `rule`."""
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rows]
+    padded = ([f" {cell} " if cell else " " for cell in cells] for cells in lines)
+    return "\n".join(f"|{'|'.join(cells)}|" for cells in padded)
 
 
 def percent(row: dict) -> str:
@@ -175,21 +179,28 @@ def percent(row: dict) -> str:
 def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
     """`report.md`: the table, the figures but for `missing` ones, how everything was trained."""
     data, origin, source = results.data, _origins(results), escaped(results.data.source)
-    show = partial(_picture, missing=missing)
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
+    period = " to ".join(dict.fromkeys((origin["date"][0], origin["date"][-1])))
+
+    def show(what: str, file: str) -> str:
+        return f"({file} could not be drawn.)" if file in missing else f"![{what}]({file})"
+
     parts = [
         f"# {escaped(f'{results.assignment.name}: {results.assignment.title}')}, on {source}",
         f"{source}, {images} images. Device: {_all(origin['device'])}, torch "
-        f"{_all(origin['torch'])}, normlab {_all(origin['normlab'])}, {_period(origin['date'])}.",
+        f"{_all(origin['torch'])}, normlab {_all(origin['normlab'])}, {period}.",
         markdown_table(results),
         _caution(results),
         *_differences_part(results),
-        "## Loss\n\n" + show("Loss of all variants over the epochs", LOSS_FIGURE),
-        "## Accuracy\n\n" + show("Accuracy of all variants over the epochs", ACCURACY_FIGURE),
-        "## Training against test\n\n" + show("Both, in training and test", TRAINING_FIGURE),
-        "## Misclassified images\n\nOf the first seed's final network, the mistakes it is surest "
-        "of.",
-        *(_mistakes_part(results, variant, show) for variant in results.assignment.variants),
+        "## Loss",
+        show("Loss of all variants over the epochs", LOSS_FIGURE),
+        "## Accuracy",
+        show("Accuracy of all variants over the epochs", ACCURACY_FIGURE),
+        "## Training against test",
+        show("Both, in training and test", TRAINING_FIGURE),
+        "## Misclassified images",
+        "Of the first seed's final network, the mistakes it is surest of.",
+        *_mistakes_part(results, show),
         "## Networks and recipes",
         _recipe_table(results),
         "`ln` is one group over channels and positions with one scale and shift a channel, "
@@ -204,23 +215,14 @@ def _all(names: list[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _period(dates: list[str]) -> str:
-    first, last = dates[0], dates[-1]
-    return first if first == last else f"{first} to {last}"
-
-
-def _differences_part(results: Results) -> list[str]:
-    found = _differences(results)
-    if not found:
-        return []
-    parts = ["## Which differences count", _COUNTED.format(pairs=len(found)), _listed(found)]
-    if effects := _main_effects(results):
-        parts += [_AVERAGED, _listed(effects)]
-    return parts
-
-
-def _listed(differences: Iterable[Difference]) -> str:
-    return "\n".join(f"- {escaped(str(each))}" for each in differences)
+def _differences_part(results: Results) -> Iterator[str]:
+    kinds = {_COUNTED: _differences(results), _AVERAGED: _main_effects(results)}
+    if any(kinds.values()):
+        yield "## Which differences count"
+    for text, found in kinds.items():
+        if found:
+            yield text.format(pairs=len(found))
+            yield "\n".join(f"- {escaped(str(each))}" for each in found)
 
 
 _COUNTED = (
@@ -237,19 +239,16 @@ _AVERAGED = (
 )
 
 
-def _picture(what: str, file: str, *, missing: Collection[str]) -> str:
-    return f"({file} could not be drawn.)" if file in missing else f"![{what}]({file})"
-
-
-def _mistakes_part(results: Results, variant: Variant, show: Callable[[str, str], str]) -> str:
+def _mistakes_part(results: Results, show: Callable[[str, str], str]) -> Iterator[str]:
     tested = f"{len(results.data.test_images):,} {results.data.test_name} images"
-    wrong = find_mistakes(results.runs[variant.label][0], results.data).total
-    label = escaped(variant.label)
-    text = f"### {label}\n\n{wrong:,} of {tested} are misclassified."
-    if not wrong:
-        return text
-    shown = f"{min(wrong, 10)} misclassified images of {label}"
-    return f"{text}\n\n{show(shown, mistakes_file(variant.label))}"
+    for variant in results.assignment.variants:
+        wrong = find_mistakes(results.runs[variant.label][0], results.data).total
+        label = escaped(variant.label)
+        yield f"### {label}"
+        yield f"{wrong:,} of {tested} are misclassified."
+        if wrong:
+            what = f"{min(wrong, 10)} misclassified images of {label}"
+            yield show(what, mistakes_file(variant.label))
 
 
 def mistakes_file(label: str) -> str:
@@ -281,18 +280,13 @@ def _recipe_table(results: Results) -> str:
         label: runs[0].identity["network"] | runs[0].recipe.as_dict()
         for label, runs in results.runs.items()
     }
-    hidden = ("seed", "layers", "code")  # digests tell a reader nothing
-    fields = [field for field in _all_fields(recipes.values()) if field not in hidden]
-    lines = ["| | " + " | ".join(map(escaped, recipes)) + " |", "| --- |" + " --- |" * len(recipes)]
-    for field in fields:
-        cells = [_cell(recipe.get(field, "–")) for recipe in recipes.values()]
-        lines.append(f"| {field} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _all_fields(recipes: Iterable[dict]) -> list[str]:
-    """Those of any recipe, in their order."""
-    return list(dict.fromkeys(field for recipe in recipes for field in recipe))
+    every = dict.fromkeys(field for recipe in recipes.values() for field in recipe)
+    rows = [
+        (field, *(_cell(recipe.get(field, "–")) for recipe in recipes.values()))
+        for field in every
+        if field not in ("seed", "layers", "code")  # digests tell a reader nothing
+    ]
+    return in_markdown(("", *map(escaped, recipes)), rows, rule="---")
 
 
 def _cell(value: object) -> str:

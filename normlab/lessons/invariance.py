@@ -40,10 +40,11 @@ def rescale_weights(
     A normalization divides by the standard deviation, which the factor multiplies too: of BN(W x)
     nothing changes when W grows tenfold, and the gradient for W becomes a tenth. That holds for
     whatever shares a standard deviation: any single filter with BN and IN, a whole group of
-    filters with GN, the whole layer with LN. A ReLU between lets the factor through. Epsilon spoils
-    it a little: with a variance v, the output grows by the factor √((v + ε) / (v + ε / factor²)),
-    which matters as soon as v is not far above ε. GN and LN also need a layer without a bias, which
-    would have to grow too; BN and IN remove it where no ReLU stands between.
+    filters with GN, the whole layer with LN. A ReLU between lets the factor through.
+
+    It holds up to epsilon: with a variance v, the output grows by √((v + ε) / (v + ε / factor²)).
+    GN and LN also need a layer without a bias, which would have to grow too; BN and IN remove it
+    where no ReLU stands between.
 
     Args:
         network: a whole one, or a part such as `nn.Sequential(convolution, norm)`; it is tried as
@@ -64,8 +65,8 @@ def rescale_weights(
         raise ValueError("rescale_weights needs at least one image")
     number(factor, "factor", positive=True)
     has_weights(network)
-    name = _find(network, layer)
-    rows = _rows(network.get_submodule(name).weight, name, filters)
+    name, weight = _find(network, layer)
+    rows = list(range(len(weight))) if filters is None else _checked(filters, len(weight), name)
     before, slope = _output_and_gradient(network, images, name, rows, 1.0)
     after, new_slope = _output_and_gradient(network, images, name, rows, factor)
     return Rescaled(
@@ -77,27 +78,24 @@ def rescale_weights(
     )
 
 
-def _find(network: nn.Module, layer: str | None) -> str:
-    """The name of the layer whose weights are multiplied."""
+def _find(network: nn.Module, layer: str | None) -> tuple[str, Tensor]:
+    """Name and weight of the layer asked for, or of the first convolution."""
     for name, each in network.named_modules():
         wanted = isinstance(each, nn.modules.conv._ConvNd) if layer is None else name == layer
         if wanted and isinstance(getattr(each, "weight", None), Tensor):
-            return name
+            return name, each.weight
     what = "convolution" if layer is None else f"layer {layer!r} with a weight"
     raise ValueError(f"{type(network).__name__} has no {what}, whose weights could be multiplied")
 
 
-def _rows(weight: Tensor, layer: str, filters: Iterable[int] | None) -> list[int]:
-    """The filters to multiply: rows of the layer's weight."""
-    if filters is None:
-        return list(range(len(weight)))
+def _checked(filters: Iterable[int], count: int, layer: str) -> list[int]:
     if not isinstance(filters, Iterable):
         raise TypeError(f"filters must be numbers such as [0] or range(5), not {filters!r}")
     chosen = sorted({whole_number(each, "a filter", least=0) for each in filters})
-    if not chosen or chosen[-1] >= len(weight):
+    if not chosen or chosen[-1] >= count:
         raise ValueError(
-            f"filters must be numbers from 0 to {len(weight) - 1}, as layer {layer!r} has "
-            f"{len(weight)} of them, not {chosen}"
+            f"filters must be numbers from 0 to {count - 1}, as layer {layer!r} has {count} of "
+            f"them, not {chosen}"
         )
     return chosen
 

@@ -6,7 +6,8 @@ every optimiser and pick out what belongs to the network. Closing the watch remo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from normlab.norms import norm_layers
 from normlab.optimizers import PLAIN_FACTOR
 from normlab.penalties import small_share
 from normlab.support.checks import instance, whole_number
@@ -23,18 +25,11 @@ from normlab.support.checks import instance, whole_number
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-CONVOLUTION, LINEAR, NORM = "convolution", "linear", "norm"
-KINDS = {
-    CONVOLUTION: (nn.modules.conv._ConvNd,),
-    LINEAR: (nn.Linear,),
-    NORM: (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm),
-}
+CONVOLUTION, LINEAR, NORM = KINDS = ("convolution", "linear", "norm")
 
 PERCENTILES = (5, 25, 50, 75, 95)
-# How many values the percentiles are estimated from, of how many images: sorting all takes long.
-_SAMPLE, _SAMPLE_IMAGES = 8192, 16
-
-WATCHED = (
+SAMPLE = 8192  # how many values they are estimated from: sorting all takes long
+QUANTITIES = (
     *("mean", "std", *(f"percentile_{share}" for share in PERCENTILES), "dead"),
     *("weight_norm", "gradient_norm", "small_weights", "rate", "effective_rate"),
     *("running_mean", "running_variance"),
@@ -58,7 +53,8 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
 
     A step is seen where the network, in training mode, is called and an optimiser of `torch.optim`
     then changes its weights: by `train_epoch`, a loop of one's own, or `fit`, which leaves CUDA
-    graphs aside for a network that is watched. Recorded are, for the layers of `KINDS`:
+    graphs aside for a network that is watched. Recorded are, for convolutions, linear layers and
+    norms:
 
     - "mean", "std", "percentile_5", …, "percentile_95" of the layer's output over the whole batch,
       the percentiles from a sample of some 8,000 values;
@@ -69,9 +65,8 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
     - "small_weights", of convolutions and linear layers: the share of weights with |w| < 10⁻³;
     - "rate" and "effective_rate", of the same: the learning rate of the step, and rate / ‖w‖²,
       which is what counts for SGD where a norm makes the weights' length meaningless (van
-      Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017). It is recorded
-      for every optimiser; but the steps of Muon and AdamW do not depend on the gradient's size, so
-      that with them rate / ‖w‖ would count, "rate" / "weight_norm";
+      Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017). The steps of Muon
+      and AdamW do not depend on the gradient's size, so that with them rate / ‖w‖ counts;
     - "running_mean" and "running_variance" of BN: means over its channels, after the batch.
 
     Raises `ValueError` for a network without parameters, without convolutions and linear layers,
@@ -90,13 +85,13 @@ class Watch:
     def __init__(self, network: nn.Module, *, every: int) -> None:
         self.network, self.every, self.steps = network, every, 0
         self._layers = _layers_of(network)
-        self._rows: dict[tuple[int, str, str], float] = {}
-        self._step: int | None = None  # the number of the step to record, if it is one
-        self._counted = True
-        self._values: dict[tuple[str, str], Tensor] = {}  # of the forward pass, until a step
-        self._last: nn.Module | None = None  # the layer with channels that ran last
+        self._rows: dict[tuple[int, str, str], Tensor] = {}  # by step, layer and quantity
+        self._values: dict[tuple[str, str], Tensor] = {}  # of the last forward pass
+        self._step: int | None = None  # the number of its step, if that is to be recorded
+        self._awaited = False  # whether its step is yet to come
         self._relus: _Relus | None = None  # there only while a pass is being recorded
-        self._handles = [
+        self._last: nn.Module | None = None  # the layer with channels that ran last
+        self._hooks = [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, always_call=True),
             register_optimizer_step_pre_hook(self._at_step),
@@ -111,11 +106,11 @@ class Watch:
     def close(self) -> None:
         """Stops recording and removes every hook; what was recorded stays."""
         self._end_pass()
-        while self._handles:
-            self._handles.pop().remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def frame(self) -> DataFrame:
-        """A row for each number: step, layer, kind (of `KINDS`), quantity (of `WATCHED`), value.
+        """A row for each number: step, layer, kind (of `KINDS`), quantity (of `QUANTITIES`), value.
 
         The layers of a step stand in the order in which they ran. Raises `ValueError` if no
         training step was seen.
@@ -128,21 +123,25 @@ class Watch:
                 "training mode and a torch.optim optimiser then changes its weights"
             )
         kinds = dict(self._layers.values())
-        rows = [(*key[:2], kinds[key[1]], key[2], value) for key, value in self._rows.items()]
+        rows = [
+            (step, layer, kinds[layer], quantity, float(value))
+            for (step, layer, quantity), value in self._rows.items()
+        ]
         return pd.DataFrame(rows, columns=["step", "layer", "kind", "quantity", "value"])
-
-    # --- the forward pass ---------------------------------------------------------------------
 
     def _before(self, module: nn.Module, _: object) -> None:
         if module is not self.network or not (module.training and torch.is_grad_enabled()):
             return
         self._end_pass()  # one that was interrupted
-        self._counted = False
-        self._step = self.steps if self.steps % self.every == 0 else None
-        if self._step is None:
+        self._awaited, self._step = True, None
+        if self.steps % self.every:
             return
-        _refuse_capture()
-        self._values, self._last = {}, None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "watch cannot record inside a CUDA graph, whose steps are replayed without Python: "
+                "take the steps one by one, or call fit after watch, which then does"
+            )
+        self._step, self._values, self._last = self.steps, {}, None
         self._relus = _Relus(self._add_dead)
         self._relus.__enter__()
 
@@ -164,39 +163,29 @@ class Watch:
         if self._last is None:
             return
         name, kind = self._layers[self._last]
-        axis, channels = _channels_of(self._last, kind)
+        axis = 1 if kind == CONVOLUTION else -1
+        channels = self._last.out_channels if kind == CONVOLUTION else self._last.out_features
         if output.dim() > (2 if kind == CONVOLUTION else 1) and output.shape[axis] == channels:
-            self._add(name, {"dead": _dead_share(output, axis)})
+            highest = output.detach().movedim(axis, 0).flatten(1).amax(dim=1)
+            self._add(name, {"dead": (highest == 0).double().mean()})
             self._last = None
 
     def _add(self, layer: str, values: dict[str, Tensor]) -> None:
         self._values |= {(layer, quantity): value for quantity, value in values.items()}
 
-    # --- the step -----------------------------------------------------------------------------
-
     def _at_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Before an optimiser's step; where several share the network, each adds its part."""
-        if self._step is None and self._counted:
-            return
-        held = dict(_rates(optimizer))
-        if not any(id(weight) in held for weight in self.network.parameters()):
+        rates = _rates(optimizer)
+        if not any(id(weight) in rates for weight in self.network.parameters()):
             return
         if self._step is not None:
             for layer, (name, kind) in self._layers.items():
-                self._add(name, _weights(layer, kind, held.get(id(layer.weight))))
-            self._keep(self._step)
-        if not self._counted:
-            self.steps, self._counted = self.steps + 1, True
-
-    def _keep(self, step: int) -> None:
-        """Moves the numbers from the device, all at once.
-
-        Those that are there stay: a second optimiser comes when the first has changed its weights.
-        """
-        numbers = torch.stack([value.double() for value in self._values.values()]).tolist()
-        for (layer, quantity), value in zip(self._values, numbers, strict=True):
-            self._rows.setdefault((step, layer, quantity), value)
-        self._values = {}
+                self._add(name, _weights(layer, kind, rates))
+            for (layer, quantity), value in self._values.items():
+                # What is there stays: a second optimiser comes after the first one's changes.
+                self._rows.setdefault((self._step, layer, quantity), value)
+        self.steps += self._awaited
+        self._awaited = False
 
 
 def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
@@ -204,28 +193,16 @@ def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
     what = type(network).__name__
     if next(network.parameters(), None) is None:
         raise ValueError(f"{what} has no parameters, so that there is no training to watch")
+    classes = ((nn.modules.conv._ConvNd,), (nn.Linear,), norm_layers())
     layers = {
         layer: (name or what, kind)
         for name, layer in network.named_modules()
-        for kind, classes in KINDS.items()
-        if isinstance(layer, classes)
+        for kind, some in zip(KINDS, classes, strict=True)
+        if isinstance(layer, some)
     }
     if all(kind == NORM for _, kind in layers.values()):
         raise ValueError(f"{what} has no convolution or linear layer to watch")
     return layers
-
-
-def _channels_of(layer: nn.Module, kind: str) -> tuple[int, int]:
-    """On which axis of its output a layer has its channels, and how many."""
-    return (1, layer.out_channels) if kind == CONVOLUTION else (-1, layer.out_features)
-
-
-def _refuse_capture() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "watch cannot record inside a CUDA graph, whose steps are replayed without Python: "
-            "take the steps one by one, or call fit after watch, which then does"
-        )
 
 
 class _Relus(TorchFunctionMode):
@@ -244,71 +221,49 @@ class _Relus(TorchFunctionMode):
         return output
 
 
-# --- the numbers -----------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def _distribution(output: Tensor) -> dict[str, Tensor]:
     """Mean, standard deviation (over the count) and percentiles of all values."""
     output = output if output.dtype == torch.float64 else output.float()  # from half precision
     mean = output.mean()
     std = (output - mean).norm() / output.numel() ** 0.5  # torch.std takes seven times as long
+    values = output.flatten()
+    # A step without a common divisor meets all channels and places alike. It is not random, so that
+    # the training draws the same numbers with and without a watch.
+    step = max(1, len(values) // SAMPLE)
+    while math.gcd(step, len(values)) > 1:
+        step += 1
     shares = torch.tensor(PERCENTILES, dtype=output.dtype, device=output.device) / 100
-    quantiles = torch.quantile(_sampled(output), shares)
+    quantiles = torch.quantile(values[::step], shares)
     names = (f"percentile_{share}" for share in PERCENTILES)
     return {"mean": mean, "std": std, **dict(zip(names, quantiles, strict=True))}
 
 
-def _sampled(output: Tensor) -> Tensor:
-    """Some `_SAMPLE` values (count,): all channels, at places spread over images and positions.
-
-    Without random numbers, so that the training draws the same ones with and without a watch.
-    """
-    values = output.flatten(2) if output.dim() > 2 else output.unsqueeze(-1)  # (N, C, positions)
-    values = _spread(values, 0, _SAMPLE_IMAGES)
-    return _spread(values, 2, max(1, _SAMPLE // values[..., 0].numel())).flatten()
-
-
-def _spread(values: Tensor, axis: int, count: int) -> Tensor:
-    """At most `count` places along an axis, at equal distances."""
-    size = values.shape[axis]
-    if size <= count:
-        return values
-    places = torch.arange(count, device=values.device) * size // count
-    return values.index_select(axis, places)
-
-
-@torch.no_grad()
-def _dead_share(output: Tensor, axis: int) -> Tensor:
-    """The share of the channels on an axis that are 0 everywhere in a ReLU's output."""
-    highest = output.movedim(axis, 0).flatten(1).amax(dim=1)
-    return (highest == 0).double().mean()
-
-
-def _rates(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, float]]:
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     """The learning rate of each weight of the optimiser, by the weight's id."""
-    for group in optimizer.param_groups:
-        plain = group.get("orthogonal") is False  # Muon's other weights
-        rate = float(group["lr"]) * (PLAIN_FACTOR if plain else 1)
-        for weight in group["params"]:
-            yield id(weight), rate
+    return {
+        # Muon trains the weights that it does not orthogonalise at another rate.
+        id(weight): float(group["lr"]) * (1 if group.get("orthogonal", True) else PLAIN_FACTOR)
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
 
 
 @torch.no_grad()
-def _weights(layer: nn.Module, kind: str, rate: float | None) -> dict[str, Tensor]:
-    """What the layer's weights say at a step; `rate` is None if this optimiser has them not."""
-    values = {}
+def _weights(layer: nn.Module, kind: str, rates: dict[int, float]) -> dict[str, Tensor]:
+    """What the layer's weights say at a step of an optimiser with these rates."""
+    values, weight = {}, getattr(layer, "weight", None)
     if getattr(layer, "running_mean", None) is not None:
         values["running_mean"] = layer.running_mean.mean()
         values["running_variance"] = layer.running_var.mean()
-    if layer.weight is None:
+    if weight is None:
         return values
-    values["weight_norm"] = length = layer.weight.norm()
-    if layer.weight.grad is not None:
-        values["gradient_norm"] = layer.weight.grad.norm()
+    values["weight_norm"] = length = weight.norm()
+    if weight.grad is not None:
+        values["gradient_norm"] = weight.grad.norm()
     if kind != NORM:
-        values["small_weights"] = small_share(layer.weight)
-        if rate is not None:
+        values["small_weights"] = small_share(weight)
+        if (rate := rates.get(id(weight))) is not None:
             values["rate"] = torch.full_like(length, rate)
             values["effective_rate"] = rate / length**2
     return values

@@ -14,6 +14,9 @@ import normlab as nl
 from normlab.comparisons.intervals import Family, Interval, Sample, interval
 
 
+MORE_SEEDS = [pytest.param(seeds, marks=pytest.mark.slow) for seeds in (5, 10)]
+
+
 def simulated(
     rng: np.random.Generator,
     seeds: int,
@@ -48,7 +51,7 @@ def test_too_small_a_table_has_no_interval(shape):
         nl.interval(np.zeros(shape))
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("seeds", [3, *MORE_SEEDS])
 def test_without_a_difference_few_intervals_exclude_zero(seeds):
     rng = np.random.default_rng(seeds)
     excluded = [interval(simulated(rng, seeds)).excludes_zero for _ in range(1000)]
@@ -193,7 +196,7 @@ EXPERIMENTS = pytest.mark.parametrize("count", [SHORT, pytest.param(LONG, marks=
 
 
 @EXPERIMENTS
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("seeds", [2, 3, *MORE_SEEDS])
 @pytest.mark.parametrize("name", WORLDS)
 def test_few_comparisons_find_what_is_not_there(name, seeds, count):
     rng, world = np.random.default_rng(seeds), WORLDS[name]

@@ -119,7 +119,7 @@ def test_only_the_steps_asked_for_are_recorded(trained):
     assert watched.steps == 5
     assert list(frame.columns) == ["step", "layer", "kind", "quantity", "value"]
     assert sorted(set(frame["step"])) == [0, 2, 4]
-    assert set(frame["quantity"]) <= set(nl.lessons.watching.WATCHED)
+    assert set(frame["quantity"]) <= set(nl.lessons.watching.QUANTITIES)
     assert list(dict.fromkeys(frame["layer"])) == ["conv", "norm", "linear"]
     assert set(frame["kind"][frame["layer"] == "conv"]) == {"convolution"}
     assert set(frame["kind"][frame["layer"] == "linear"]) == {"linear"}

@@ -20,7 +20,7 @@ from normlab.support.figures import fitted, literal, own_style, shortened
 from tests.comparisons.test_comparison import difference
 from tests.comparisons.test_sweeps import table_of
 from tests.lessons.test_range_test import judged
-from tests.lessons.test_traces import made_up
+from tests.lessons.test_watch_plots import made_up
 from tests.test_plots import make_mistakes, run_with
 
 # Each of them ended a figure, was read as a formula, or was missing from the legend.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.lessons.watching import CONVOLUTION, KINDS, NORM, WATCHED, Watch
+from normlab.lessons.watching import CONVOLUTION, KINDS, NORM, PERCENTILES, QUANTITIES, Watch
 from normlab.support.checks import one_of, whole_number
 from normlab.support.colours import COLOURS, ink, is_dark
 from normlab.support.figures import drawn, fitted
@@ -50,43 +50,36 @@ def plot_watch(
 
     Args:
         watches: what `watch` returned, or its `frame`, by label.
-        quantity: one of `watching.WATCHED`.
+        quantity: one of `watching.QUANTITIES`.
         kind: of the layers, "convolution", "linear" or "norm".
 
     Raises `ValueError` for an unknown quantity or kind, and where there is nothing to draw.
     """
-    one_of(quantity, WATCHED, "quantity")
+    one_of(quantity, QUANTITIES, "quantity")
     plain = quantity.replace("_", " ")
     what, name, scale, logarithmic = _NAMES.get(quantity, (plain.capitalize(), plain, 1, False))
     what = what.replace("the activations", "the norms' outputs") if kind == NORM else what
-    frames = _frames(watches)
     tables = {
-        label: scale * _table(label, frame, quantity, kind) for label, frame in frames.items()
+        label: scale * _table(label, frame, quantity, kind)
+        for label, frame in _frames(watches).items()
     }
-    order = {label: _order(frame, kind) for label, frame in frames.items()}
-    depth = max(map(len, order.values()))
-    figure, axes = _panels(1, len(tables))
-    _head(figure, title if title is not None else what)
-    for ax, (label, table) in zip(axes[0], tables.items(), strict=True):
-        _draw_lines(ax, table, [_shades(depth)[order[label].index(layer)] for layer in table])
-        ax.set_title(fitted(label, 3.4, size=12))
+    depth = max(len(table.columns) for table in tables.values())
+    shades = _shades(depth)
+    figure, axes = _panels(1, list(tables), what if title is None else title)
+    for ax, table in zip(axes[0], tables.values(), strict=True):
+        marker = "o" if len(table) == 1 else None  # a single step has no line
+        for layer, colour in zip(table, shades, strict=False):
+            if table[layer].notna().any():
+                look = {"color": colour, "linewidth": 1.4, "marker": marker}
+                ax.plot(table.index, table[layer], label=layer, **look)
         ax.set_xlabel("training step")
     axes[0][0].set_ylabel(name)
-    if logarithmic and _ratio(list(tables.values())) >= _DECADE:
-        axes[0][0].set_yscale("log")  # of all panels
-    _depth_bar(figure, axes, depth, kind)
-    return figure
-
-
-def _head(figure: Figure, title: str) -> None:
-    figure.suptitle(fitted(title, figure.get_figwidth(), size=11), fontsize=11)
-
-
-def _ratio(tables: list[DataFrame]) -> float:
-    """The largest value by the smallest; 0 where not all are positive."""
-    values = np.concatenate([table.to_numpy().ravel() for table in tables])
+    values = np.concatenate([table.to_numpy().ravel() for table in tables.values()])
     lowest, highest = np.nanmin(values), np.nanmax(values)
-    return highest / lowest if lowest > 0 else 0.0
+    if logarithmic and 0 < lowest * _DECADE <= highest:
+        axes[0][0].set_yscale("log")  # of all panels
+    _depth_bar(figure, axes, shades, kind)
+    return figure
 
 
 @drawn
@@ -112,24 +105,22 @@ def plot_activations(
     Raises `ValueError` for an unknown kind, and where there is nothing to draw.
     """
     whole_number(times, "times")
-    bands = {
-        label: [_table(label, frame, f"percentile_{share}", kind) for share in (5, 25, 50, 75, 95)]
+    tables = {
+        label: [_table(label, frame, f"percentile_{share}", kind) for share in PERCENTILES]
         for label, frame in _frames(watches).items()
     }
-    recorded = [len(tables[0]) for tables in bands.values()]
-    rows = min(times, *recorded)
-    figure, axes = _panels(rows, len(bands))
+    rows = min(times, *(len(some[0]) for some in tables.values()))
     what = "Activations by depth: median, middle 50 % and 90 %"
-    _head(figure, title if title is not None else what)
-    for column, (label, tables) in enumerate(bands.items()):
-        for row in range(rows):
-            place = round(row * (len(tables[0]) - 1) / max(rows - 1, 1))
-            _draw_bands(axes[row][column], [table.iloc[place] for table in tables])
-            _write_step(axes[row][column], tables[0].index[place])
-        axes[0][column].set_title(fitted(label, 3.4, size=12))
-        axes[-1][column].set_xlabel(f"{kind}, from the first to the last")
-    for some in axes:
-        _compress(some)
+    figure, axes = _panels(rows, list(tables), what if title is None else title)
+    for column, some in zip(axes.T, tables.values(), strict=True):
+        places = np.linspace(0, len(some[0]) - 1, rows).round().astype(int)
+        for ax, place in zip(column, places, strict=True):
+            _draw_bands(ax, [table.iloc[place] for table in some])
+            step = f"step {some[0].index[place]}"
+            ax.text(0.02, 0.97, step, transform=ax.transAxes, va="top", fontsize=9)
+        column[-1].set_xlabel(f"{kind}, from the first to the last")
+    for row in axes:
+        _compress(row)
     axes[rows // 2][0].set_ylabel("activation")
     return figure
 
@@ -142,39 +133,34 @@ def _frames(watches: Mapping[str, Watch | DataFrame]) -> dict[str, DataFrame]:
     }
 
 
-def _order(frame: DataFrame, kind: str) -> list[str]:
-    """The layers of a kind in the order in which they run."""
-    return list(dict.fromkeys(frame["layer"][frame["kind"] == kind]))
-
-
 def _table(label: str, frame: DataFrame, quantity: str, kind: str) -> DataFrame:
-    """The quantity with a row for each step and a column for each layer, in their order."""
+    """The quantity with a row for each step and a column for each layer of the kind, as they run.
+
+    A layer that has no such quantity has a column of NaN.
+    """
     one_of(kind, KINDS, "kind of layer")
+    layers = frame[frame["kind"] == kind]["layer"].unique()
     chosen = frame[(frame["quantity"] == quantity) & (frame["kind"] == kind)]
     if chosen.empty:
         raise ValueError(f"{label}: no {quantity!r} of a {kind} layer was recorded")
     table = chosen.pivot_table(index="step", columns="layer", values="value")
-    return table[[layer for layer in _order(frame, kind) if layer in table]]
+    return table.reindex(columns=layers)
 
 
-def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+def _panels(rows: int, labels: list[str], title: str) -> tuple[Figure, np.ndarray]:
+    """Axes of so many rows, with a column for each label."""
     from matplotlib import pyplot
 
-    size = (1.2 + 3.4 * columns, 1.2 + (2.6 if rows == 1 else 1.7 * rows))
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey="row"
-    )
+    size = (1.2 + 3.4 * len(labels), 1.2 + (2.6 if rows == 1 else 1.7 * rows))
+    options = {"figsize": size, "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(rows, len(labels), sharex=True, sharey="row", **options)
+    figure.suptitle(fitted(title, size[0], size=11), fontsize=11)
+    for ax, label in zip(axes[0], labels, strict=True):
+        ax.set_title(fitted(label, 3.4, size=12))
     for ax in axes.flat:
         ax.grid(alpha=0.3, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _draw_lines(ax: Axes, table: DataFrame, colours: list) -> None:
-    marker = "o" if len(table) == 1 else None  # a single step has no line
-    for layer, colour in zip(table, colours, strict=True):
-        look = {"color": colour, "linewidth": 1.4, "marker": marker}
-        ax.plot(table.index, table[layer], label=layer, **look)
 
 
 def _shades(depth: int) -> np.ndarray:
@@ -185,20 +171,22 @@ def _shades(depth: int) -> np.ndarray:
     return colormaps["viridis"](np.linspace(*ends, depth))
 
 
-def _depth_bar(figure: Figure, axes: np.ndarray, depth: int, kind: str) -> None:
+def _depth_bar(figure: Figure, axes: np.ndarray, shades: np.ndarray, kind: str) -> None:
     """The key to the colours: the layers' numbers from the first to the last."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    edges = np.arange(depth + 1) + 0.5
-    colours = ScalarMappable(BoundaryNorm(edges, depth), ListedColormap(_shades(depth)))
+    depth = len(shades)
+    colours = ScalarMappable(
+        BoundaryNorm(np.arange(depth + 1) + 0.5, depth), ListedColormap(shades)
+    )
     bar = figure.colorbar(colours, ax=list(axes.flat), ticks=sorted({1, (depth + 1) // 2, depth}))
     bar.set_label(f"number of the {kind} layer" if kind != CONVOLUTION else f"number of the {kind}")
     bar.ax.invert_yaxis()  # the first on top
 
 
 def _draw_bands(ax: Axes, percentiles: list) -> None:
-    """The 5th, 25th, 50th, 75th and 95th percentile of each layer, in this order."""
+    """The `PERCENTILES` of each layer."""
     from matplotlib.ticker import MaxNLocator
 
     places = np.arange(1, len(percentiles[0]) + 1)
@@ -218,7 +206,3 @@ def _compress(axes: np.ndarray) -> None:
         for ax in axes:
             for height in (-edge, edge):
                 ax.axhline(height, color=ink(), linestyle=":", linewidth=0.6, alpha=0.5)
-
-
-def _write_step(ax: Axes, step: int) -> None:
-    ax.text(0.02, 0.97, f"step {step}", transform=ax.transAxes, va="top", fontsize=9)
