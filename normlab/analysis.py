@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normlab.data import Dataset
 from normlab.history import Run
-from normlab.support.checks import check_logits, has_weights, one_of, warn, whole_number
+from normlab.support.checks import check_logits, check_weights, one_of, warn, whole_number
 from normlab.support.seeding import fork_random_state
 from normlab.training import evaluating
 
@@ -78,7 +78,7 @@ def predict(
 
 def check_network(network: nn.Module, data: Dataset) -> None:
     """Tries two images; raises an error of one sentence if the network does not fit the data."""
-    has_weights(network)
+    check_weights(network)
     example = next(network.parameters(), torch.zeros(()))
     images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
     before = {name for name, _ in network.named_parameters()}

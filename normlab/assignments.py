@@ -8,7 +8,7 @@ from torch import nn
 from normlab.model import NETWORKS, build_network
 from normlab.norms import norm_name
 from normlab.recipes import Recipe
-from normlab.support.checks import instance, one_of, several
+from normlab.support.checks import as_list, check_instance, one_of
 from normlab.support.seeding import seeded
 from normlab.training import gradients
 
@@ -77,7 +77,7 @@ class Assignment:
             raise ValueError(
                 f"assignment {self.name!r} needs either network=, a name, or build=, a function"
             )
-        variants = several(self.variants)
+        variants = as_list(self.variants)
         object.__setattr__(self, "variants", tuple(map(self.variant_of, variants)))
         if not self.variants:
             raise ValueError(f"assignment {self.name!r} has no variants to compare")
@@ -92,7 +92,9 @@ class Assignment:
     def variant_of(self, norm: str | Variant) -> Variant:
         """The variant that has this norm, and nothing else that sets it apart."""
         if not isinstance(norm, str):
-            instance(norm, Variant, "a variant", "nl.Variant('GN', 'gn') makes one, or give 'gn'")
+            check_instance(
+                norm, Variant, "a variant", "nl.Variant('GN', 'gn') makes one, or give 'gn'"
+            )
             return norm
         norm = norm_name(norm) if self.build is None else norm
         return Variant(norm.upper() if len(norm) < 4 else norm, norm)

@@ -279,7 +279,7 @@ SWEEP = {
 }
 SUMMARY = {
     "network": {"metavar": "NETWORK", "help": "see `normlab list`"},
-    "--norm": {"default": "bn", "help": "bn, ln, gn, ln-elementwise, in or none (bn)"},
+    "--norm": {"default": "bn", "help": "a norm that `normlab list` names (bn)"},
     "--groups": {"type": int, "help": "groups of gn (the assignment's)"},
     "--no-skip": {**FLAG, "help": "without skip connections"},
 }

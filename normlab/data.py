@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normlab.augment import parse_augmentation
 from normlab.support.checks import number, whole_number
-from normlab.support.files import written_aside
+from normlab.support.files import atomic_write
 from normlab.support.seeding import generator
 
 
@@ -142,7 +142,7 @@ class Dataset:
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         about = [self.name, self.classes, self.source, self.test_name, self._seal(key)]
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             try:
                 save_file(arrays, aside, {"about": json.dumps(about)})
             except SafetensorError as error:  # a full disk, for instance

@@ -33,9 +33,10 @@ from normlab.runs.plans import (
     with_kept,
 )
 from normlab.runs.processes import side_by_side, warn_others_go_on
-from normlab.support.checks import instance, one_of
+from normlab.support.checks import check_instance, one_of
 from normlab.support.devices import pick_device
-from normlab.support.files import scratch_folder, user_path
+from normlab.support.files import user_path
+from normlab.support.locks import scratch_folder
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -152,7 +153,7 @@ def run_assignment(
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
     data = data if data is not None else load_assignment_data(assignment)
-    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
         plans = plan_runs(assignment, numbers, epochs, place)

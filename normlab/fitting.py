@@ -21,9 +21,10 @@ from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, trained_parameters, training_batches
 from normlab.runs.folder import RunFolder
 from normlab.runs.identity import earlier_computations, identity, provenance, trained_identity
-from normlab.support.checks import instance, one_of, warn
+from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import check_dtype, exact_float32, pick_device
-from normlab.support.files import owned, user_path
+from normlab.support.files import user_path
+from normlab.support.locks import locked
 from normlab.support.module_state import modes_kept
 from normlab.support.progress import Progress
 from normlab.support.seeding import seeded
@@ -114,10 +115,10 @@ def fit_together(
     """
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
-    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     for job in jobs:
-        instance(job.network, nn.Module, "a network", "nl.build_network(…) gives one")
-        instance(job.recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
+        check_instance(job.network, nn.Module, "a network", "nl.build_network(…) gives one")
+        check_instance(job.recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     with exact_float32(), gradients():
         trainings = [_Training(job, data, device, engine, progress) for job in jobs]
         together = can_overlap(job.network for job in jobs)
@@ -136,7 +137,7 @@ def _folders_of(trainings: Sequence["_Training"]) -> Iterator[None]:
     for folder in folders:
         if folders.count(folder) > 1:
             raise ValueError(f"two networks would be kept in {folder}: give each its directory")
-    with owned(*folders):
+    with locked(*folders):
         for each in left:
             each.look()
         yield

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normlab.support.checks import has_weights, number
+from normlab.support.checks import check_weights, number
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -31,7 +31,7 @@ def _weights(network: nn.Module, layers: tuple[type[nn.Module], ...]) -> list[Te
     found = (getattr(layer, "weight", None) for layer in chosen)
     weights = {id(weight): weight for weight in found if isinstance(weight, Tensor)}
     if any(map(is_lazy, weights.values())):
-        has_weights(network)
+        check_weights(network)
     if not weights:
         names = ", ".join(layer.__name__.lstrip("_") for layer in layers)
         raise ValueError(f"{type(network).__name__} has no weights of {names} layers to penalise")

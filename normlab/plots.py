@@ -25,7 +25,7 @@ from normlab.support.figures import (
     place_legend,
     shortened,
 )
-from normlab.support.files import user_path, written_aside
+from normlab.support.files import atomic_write, user_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -305,7 +305,7 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
 
     path = user_path(path)
     form = one_of(path.suffix.lstrip("."), ("png", "svg", "pdf"), "ending of a figure's name")
-    with own_style(), written_aside(path) as aside:
+    with own_style(), atomic_write(path) as aside:
         figure.savefig(aside, dpi=dpi, format=form, facecolor=figure.get_facecolor())
     pyplot.close(figure)
     return path

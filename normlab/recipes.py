@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normlab.augment import parse_augmentation
 from normlab.data import BatchLoader, Dataset
 from normlab.optimizers import BY_FILTER, OPTIMIZERS, centralize_gradients, filters
-from normlab.support.checks import has_weights, number, one_of, whole_number
+from normlab.support.checks import check_weights, number, one_of, whole_number
 
 # What weights and images are kept in. "bfloat16" is mixed precision: its weights are in float32.
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
@@ -120,7 +120,7 @@ def trained_parameters(network: nn.Module, recipe: Recipe) -> tuple[list[Tensor]
 
     Raises `ValueError` if there is nothing to train, or nothing that can be trained in that way.
     """
-    has_weights(network)
+    check_weights(network)
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     if not weights:
         raise ValueError(f"{type(network).__name__} has no parameters to train")

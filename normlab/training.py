@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.penalties import l1_penalty
-from normlab.support.checks import check_logits, number, pair
+from normlab.support.checks import check_logits, images_and_labels, number
 from normlab.support.module_state import modes_kept
 
 
@@ -162,7 +162,7 @@ def train_epoch(
     device, started, sums = device_of(network), time.perf_counter(), []
     set_training(network)
     for batch in batches:
-        images, labels = (part.to(device) for part in pair(batch))
+        images, labels = (part.to(device) for part in images_and_labels(batch))
         logits, penalty = train_step(
             network, images, labels, optimizer, loss=loss, l1=l1, autocast=autocast
         )
@@ -183,7 +183,7 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
     device, started, sums = device_of(network), time.perf_counter(), []
     with evaluating(network):
         for batch in batches:
-            images, labels = (part.to(device) for part in pair(batch))
+            images, labels = (part.to(device) for part in images_and_labels(batch))
             logits = network(images)
             check_logits(network, images, logits)
             sums.append(batch_sums(logits, labels))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import normlab as nl
 from normlab.experiment import load_assignment_data
-from normlab.support.files import written_aside
+from normlab.support.files import atomic_write
 
 EPOCHS, VALIDATION = 3, 0.1
 AT_ONCE = 2  # trials
@@ -148,7 +148,7 @@ def _read(path: Path) -> dict[tuple, dict]:
 def _keep(path: Path, rows: list[dict]) -> None:
     """Adds the rows to the table, in the place of those of the same trial."""
     kept = _read(path) | {_key(row): row for row in rows}
-    with written_aside(path) as aside, open(aside, "w", newline="") as file:
+    with atomic_write(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept[key] for key in sorted(kept))

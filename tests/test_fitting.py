@@ -27,7 +27,7 @@ from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
 from normlab.fitting import Job, fit_together, is_done, warn_if_at_chance
 from normlab.runs.folder import RunFolder
-from normlab.support.files import InUse, owned
+from normlab.support.locks import InUse, locked
 
 AUGMENT = ("shift:1", "flip")
 RECIPE = nl.Recipe(epochs=3, batch_size=16, lr=0.1)
@@ -830,7 +830,7 @@ def test_two_trainings_of_one_process_in_one_folder_are_refused(tiny, tiny_netwo
             fit(tiny_network(), tiny, directory=tmp_path / "run")
         errors.append(error)
 
-    with owned(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         thread = threading.Thread(target=in_a_thread)
         thread.start()
         thread.join()

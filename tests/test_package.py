@@ -36,6 +36,7 @@ ORDER = (
     "support.checks",
     "support.output",
     "support.files",
+    "support.locks",
     "support.colours",
     "support.figures",
     "support.seeding",

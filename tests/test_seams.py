@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib import pyplot
+from torch import nn
+from torch.nn.utils import parametrize
 
 import normlab as nl
-from normlab import optimizers, recipes
+from normlab import assignments, augment, norms, optimizers, recipes
+from normlab.cli import main
 from normlab.datasets import downloads, loading
 from normlab.engines import choice
 from normlab.engines.cpu import CpuEngine
@@ -113,3 +117,173 @@ def test_a_schedule_is_an_entry_in_a_table(engine, tiny, tiny_network, monkeypat
     rates = [row["lr"] for row in run.history]
     assert rates == pytest.approx([0.07, 0.04, 0.01])  # of the steps 2, 5 and 8 of 9
     assert run.config["from"]["engine"] == engine.name
+
+
+# --- a norm -----------------------------------------------------------------------------------
+
+
+class MeanSquare(nn.Module):
+    """x / √(mean of x² + ε) · scale, over the channels and positions of each image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        mean_square = x.square().mean((1, 2, 3), keepdim=True)
+        return x / (mean_square + 1e-5).sqrt() * self.weight.view(-1, 1, 1)
+
+
+@pytest.fixture
+def rms(monkeypatch):
+    """RMSNorm, which has no mean to subtract and no shift, is in the table of norms."""
+    kind = norms.NormKind(
+        "root mean square normalization",
+        ("C", "H", "W"),
+        "Zhang & Sennrich 2019",
+        lambda channels, groups, size: MeanSquare(channels),
+        moment="mean square",
+        learned=("scale",),
+    )
+    monkeypatch.setitem(norms.NORMS, "rms", kind)
+    yield kind
+    pyplot.close("all")
+
+
+def test_a_norm_is_an_entry_that_counts_what_its_layer_has(rms):
+    layer, shape = nl.make_norm("RMSNorm", 4), (2, 4, 3, 2)
+    assert isinstance(layer, MeanSquare)
+    assert rms.statistics(shape) == len(nl.shared_statistics(layer, shape).unique()) == 2
+    assert rms.parameters(shape) == sum(weight.numel() for weight in layer.parameters()) == 4
+    with pytest.raises(ValueError, match="did you mean 'rms'"):
+        nl.make_norm("rmss", 4)
+
+
+@pytest.mark.parametrize("name", nl.NETWORKS)
+def test_a_new_norm_is_in_every_network_and_learns(name, rms, digits, capsys):
+    network = nl.build_network(name, "rms", input_shape=digits.input_shape, seed=0)
+    made = [layer for layer in network.modules() if isinstance(layer, MeanSquare)]
+    with_shift = nl.build_network(name, "ln", input_shape=digits.input_shape, seed=0)
+    parameters = nl.summary(with_shift, digits.input_shape)
+    shifts = sum(len(layer.weight) for layer in made)
+    assert nl.summary(network, digits.input_shape) == parameters - shifts
+    before = [layer.weight.clone() for layer in made]
+    with nl.watch(network, every=1) as watched:
+        run = nl.fit(
+            *(network, digits.subset(64, 32), nl.Recipe(epochs=2, batch_size=32)),
+            device="cpu",
+            progress=False,
+        )
+    assert run.identity["network"]["norm"] == "rms"
+    assert not any(map(torch.equal, before, [layer.weight for layer in made]))
+    lines = nl.plot_watch({"RMSNorm": watched}, "std", kind="norm").axes[0].lines
+    assert len(lines) == len(made)
+
+
+def test_a_new_norm_is_drawn_and_listed(rms, capsys):
+    assert nl.plot_norm_axes(("rms",)).axes[0].get_title() == "Root mean square normalization"
+    title = nl.explore_norm("rms", form=False).get_suptitle()
+    assert title.endswith(": N = 4 mean squares of 16 numbers; C = 4 learned numbers")
+    assert nl.plot_shared(nl.make_norm("rms", 4), nl.example_batch()).axes
+    assert main(["list"]) == 0
+    assert "rms             root mean square normalization" in capsys.readouterr().out
+
+
+def test_a_new_norm_is_compared_with_others(rms, digits):
+    assignment = nl.Assignment(
+        *("rms", "RMSNorm and LN", "digits", ("ln", "rms")),
+        recipe=nl.Recipe(epochs=1, batch_size=32),
+        network="mnist-eva6",
+    )
+    results = nl.run_assignment(
+        assignment, data=digits.subset(64, 32), seeds=1, device="cpu", progress=False
+    )
+    assert list(results.table()["variant"]) == ["LN", "RMS"]
+    assert [finding.what for finding in nl.check_fair(results)] == ["parameters"]
+
+
+# --- a transformation of weights --------------------------------------------------------------
+
+
+class Standardized(nn.Module):
+    """Weight standardization: each filter less its mean, over its standard deviation."""
+
+    def forward(self, weight):
+        mean, std = weight.mean((1, 2, 3), keepdim=True), weight.std((1, 2, 3), keepdim=True)
+        return (weight - mean) / (std + 1e-5)
+
+
+def standardized(network: nn.Module) -> nn.Module:
+    for layer in [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]:
+        parametrize.register_parametrization(layer, "weight", Standardized())
+    return network
+
+
+def test_weights_of_convolutions_may_be_transformed(tiny, tiny_network, tmp_path, capsys):
+    recipe = nl.Recipe(epochs=2, batch_size=32, lr=0.1, l1=1e-4)
+    options = {"device": "cpu", "progress": False, "directory": tmp_path}
+    network = standardized(tiny_network("gn"))
+    with nl.watch(network) as watched:
+        run = nl.fit(network, tiny, recipe, **options)
+    assert run.network.conv.weight.mean((1, 2, 3)).abs().max() < 1e-6
+    assert run.last["penalty"] > 0
+    assert watched.frame()["value"].notna().all()
+    again = nl.fit(standardized(tiny_network("gn")), tiny, recipe, **options)
+    assert again.history == run.history  # loaded
+    nl.summary(network, tiny.input_shape)
+    with pytest.raises(ValueError, match="no convolution, whose weights could be multiplied"):
+        nl.rescale_weights(network, torch.zeros(2, 1, 12, 12))
+
+
+def test_transformed_weights_are_compared_in_an_assignment(tiny, tiny_network):
+    assignment = nl.Assignment(
+        *("standardized", "BN and GN", "tiny", ("bn", "gn")),
+        recipe=nl.Recipe(epochs=1, batch_size=32),
+        build=lambda norm: standardized(tiny_network(norm)),
+    )
+    results = nl.run_assignment(assignment, data=tiny, seeds=1, device="cpu", progress=False)
+    assert len(results.table()) == 2
+    assert not nl.check_fair(results)
+
+
+# --- an assignment and an augmentation ---------------------------------------------------------
+
+
+def test_an_assignment_is_an_entry_in_a_table(digits, monkeypatch, capsys):
+    mine = nl.Assignment(
+        *("mine", "GN with two numbers of groups", "digits"),
+        (nl.Variant("GN 2", "gn", groups=2), nl.Variant("GN 4", "gn", groups=4)),
+        nl.Recipe(epochs=1, batch_size=32),
+        network="cifar10-norms",
+    )
+    monkeypatch.setitem(assignments.ASSIGNMENTS, "mine", mine)
+    few = digits.subset(64, 32)
+    results = nl.run_assignment("mine", data=few, seeds=1, device="cpu", progress=False)
+    assert list(results.table()["variant"]) == ["GN 2", "GN 4"]
+    assert main(["list"]) == 0
+    assert "mine            GN with two numbers of groups: GN 2, GN 4" in capsys.readouterr().out
+
+
+def test_an_augmentation_is_an_entry_in_a_table(tiny, tiny_network, monkeypatch):
+    def darken(images, rows, amount):
+        """Makes one row of each image black."""
+        row = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
+        return torch.where(row == rows.view(-1, 1, 1, 1), 0, images)
+
+    kind = augment.Kind(
+        (8, 1, 12),
+        draw=lambda count, amount, generator: torch.randint(
+            int(amount), (count,), generator=generator
+        ),
+        apply=darken,
+    )
+    monkeypatch.setitem(augment.AUGMENTATIONS, "darken", kind)
+    recipe = nl.Recipe(epochs=2, batch_size=32, augment=("darken:4", "flip"))
+    run = nl.fit(tiny_network(), tiny, recipe, device="cpu", progress=False)
+    assert run.identity["recipe"]["augment"] == ["darken:4", "flip"]
+    images, _ = next(iter(tiny.loader(True, 8, augment=("darken:4",), shuffle=False)))
+    assert (images[:, :, :4].amin((1, 3)) == images.min()).any(1).all()
+    with pytest.raises(ValueError, match="the amount must be at most 12"):
+        nl.Recipe(augment=("darken:13",))
+    assert nl.plot_samples(tiny, augment=("darken",)).axes
+    pyplot.close("all")

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from normlab.comparisons.intervals import Family, Interval, Sample
 from normlab.experiment import Results
-from normlab.support.checks import instance, one_of
+from normlab.support.checks import check_instance, one_of
 from normlab.support.colours import ink, paper
 from normlab.support.figures import drawn, label_axes, literal, new_axes
 
@@ -158,7 +158,7 @@ def main_effects(
 def _tables(results: Results | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     """For each label which images its seeds got right, or how many; raises for what is neither."""
     if not isinstance(results, Results):
-        instance(results, Mapping, "results", "nl.run_assignment(…) gives them")
+        check_instance(results, Mapping, "results", "nl.run_assignment(…) gives them")
         return {label: np.asarray(table) for label, table in results.items()}
     for label, run in ((label, run) for label, runs in results.runs.items() for run in runs):
         if run.identity["data"]["fingerprint"] != results.data.fingerprint:
@@ -262,7 +262,7 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
     if not differences:
         raise ValueError("there are no differences to plot")
     for each in differences:
-        instance(each, Difference, "a difference", "nl.compare(…) gives a list of them")
+        check_instance(each, Difference, "a difference", "nl.compare(…) gives a list of them")
     ax = ax if ax is not None else new_axes(6.4, 1.4 + 0.38 * len(differences))
     for row, each in enumerate(differences):
         colour = "#0072B2" if each.interval.excludes_zero else "#767676"

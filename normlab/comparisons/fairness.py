@@ -9,7 +9,7 @@ from normlab.history import Run
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.recipes import DTYPES
 from normlab.runs.identity import weights_digest
-from normlab.support.checks import instance
+from normlab.support.checks import check_instance
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest
 # of a module of one's own, norms included.
@@ -46,7 +46,7 @@ def check_fair(results: Results) -> list[Finding]:
     epochs that were trained, which images were seen and how many, the seeds, and the initial
     weights of the filters. An empty list says that the norm is all there is between them.
     """
-    instance(results, Results, "results", "nl.run_assignment(…) gives them")
+    check_instance(results, Results, "results", "nl.run_assignment(…) gives them")
     return [*_differences(results), *_limits(results)]
 
 

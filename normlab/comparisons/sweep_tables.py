@@ -17,7 +17,8 @@ from normlab.data import Dataset
 from normlab.fitting import identified
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.plans import Plan, left_to_do, say_what_is_left
-from normlab.support.files import owned, remove_leftovers, user_path, write_text
+from normlab.support.files import remove_leftovers, user_path, write_text
+from normlab.support.locks import locked
 from normlab.support.summaries import count_parameters
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class SweepTable:
         if self.file is None:
             return
         own = set(self.digests.values())
-        with owned(self.file.parent):
+        with locked(self.file.parent):
             remove_leftovers(self.file.parent, of=self.file.name)
             others = [row for digest, row in self._rows_in_file().items() if digest not in own]
             write_text(self.file, csv_text(_frame([*self._own_rows(), *others])))

@@ -27,9 +27,10 @@ from normlab.runs.plans import (
     seed_numbers,
 )
 from normlab.runs.processes import AfterEach, side_by_side
-from normlab.support.checks import instance, number, one_of, several, whole_number
+from normlab.support.checks import as_list, check_instance, number, one_of, whole_number
 from normlab.support.devices import pick_device
-from normlab.support.files import scratch_folder, user_path
+from normlab.support.files import user_path
+from normlab.support.locks import scratch_folder
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -142,7 +143,7 @@ def _images(
             "functools.partial(nl.load_dataset, 'mnist')"
         )
     data = load() if load else data
-    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     return load, data
 
 
@@ -196,7 +197,7 @@ def check_axes(
     """
     one_of(scaling, SCALINGS, "scaling of the rate")
     given = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs}
-    axes = {what: None if each is None else several(each) for what, each in given.items()}
+    axes = {what: None if each is None else as_list(each) for what, each in given.items()}
     _bases(assignment, axes["norms"])
     for each in axes["batch_sizes"] or ():
         whole_number(each, "each of batch_sizes")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import has_weights, instance, number, whole_number
+from normlab.support.checks import check_instance, check_weights, number, whole_number
 from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
 
@@ -60,11 +60,11 @@ def rescale_weights(
     Regularization versus Batch and Weight Normalization", 2017.
     Raises `ValueError` if there is no such layer, no such filter, or no image.
     """
-    instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
+    check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
     if not len(images):
         raise ValueError("rescale_weights needs at least one image")
     number(factor, "factor", positive=True)
-    has_weights(network)
+    check_weights(network)
     name, weight = _find(network, layer)
     rows = list(range(len(weight))) if filters is None else _checked(filters, len(weight), name)
     before, slope = _output_and_gradient(network, images, name, rows, 1.0)
@@ -82,8 +82,9 @@ def _find(network: nn.Module, layer: str | None) -> tuple[str, Tensor]:
     """Name and weight of the layer asked for, or of the first convolution."""
     for name, each in network.named_modules():
         wanted = isinstance(each, nn.modules.conv._ConvNd) if layer is None else name == layer
-        if wanted and isinstance(getattr(each, "weight", None), Tensor):
-            return name, each.weight
+        weight = dict(each.named_parameters(recurse=False)).get("weight")  # not a computed one
+        if wanted and weight is not None:
+            return name, weight
     what = "convolution" if layer is None else f"layer {layer!r} with a weight"
     raise ValueError(f"{type(network).__name__} has no {what}, whose weights could be multiplied")
 

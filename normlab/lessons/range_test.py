@@ -16,7 +16,7 @@ from normlab import training
 from normlab.data import Dataset
 from normlab.fitting import check_trainable, move
 from normlab.recipes import Recipe, make_optimizer, step_options, training_batches
-from normlab.support.checks import has_weights, instance, number, warn, whole_number
+from normlab.support.checks import check_instance, check_weights, number, warn, whole_number
 from normlab.support.colours import looks_of
 from normlab.support.devices import exact_float32, pick_device
 from normlab.support.figures import (
@@ -94,10 +94,10 @@ def find_rate(
     Raises `ValueError` if the network cannot be trained on the data, for rates that do not grow,
     and for a loss that is no number before the first step.
     """
-    instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
-    instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     recipe = recipe if recipe is not None else Recipe()
-    instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
+    check_instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
     lowest = number(lowest, "lowest", positive=True)
     highest = number(highest, "highest", positive=True)
     if lowest >= highest:
@@ -105,7 +105,7 @@ def find_rate(
             f"lowest must be below highest, so that the rates grow: not {lowest:g} and {highest:g}"
         )
     rates = np.geomspace(lowest, highest, whole_number(steps, "steps", least=20)).tolist()
-    has_weights(network)
+    check_weights(network)
     twin, device = copied(network), pick_device(device)
     move(twin, device, recipe)
     check_trainable(twin, data, recipe)

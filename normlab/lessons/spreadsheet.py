@@ -12,7 +12,7 @@ from normlab.lessons.by_hand import example_batch
 from normlab.lessons.diagrams import tints
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import EPSILON, NORMS, make_norm
-from normlab.support.files import user_path, written_aside
+from normlab.support.files import atomic_write, user_path
 
 if TYPE_CHECKING:
     from openpyxl.worksheet.worksheet import Worksheet
@@ -74,7 +74,7 @@ def to_spreadsheet(path: str | Path) -> Path:
     except ImportError as error:
         raise ImportError("to_spreadsheet needs openpyxl: pip install openpyxl") from error
     content = io.BytesIO()
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         with ExcelWriter(content, engine="openpyxl") as writer:
             _write_numbers(writer)
             for name, (kind, groups) in SHEETS.items():

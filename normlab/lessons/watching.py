@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from normlab.norms import norm_layers
 from normlab.optimizers import PLAIN_FACTOR
 from normlab.penalties import small_share
-from normlab.support.checks import instance, whole_number
+from normlab.support.checks import check_instance, whole_number
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -72,7 +72,7 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
     Raises `ValueError` for a network without parameters, without convolutions and linear layers,
     and for `every` below 1.
     """
-    instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
+    check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
     return Watch(network, every=whole_number(every, "every"))
 
 

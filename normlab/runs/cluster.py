@@ -36,7 +36,7 @@ from normlab.runs.processes import (
 )
 from normlab.runs.transfer import Parcel, unpack
 from normlab.support.checks import warn
-from normlab.support.files import InUse, owned
+from normlab.support.locks import InUse, locked
 
 if TYPE_CHECKING:
     from distributed import Client, Worker
@@ -276,7 +276,7 @@ def _train_away(
         data = _images_here(load, fingerprint, _own_address)
         job = unpack(sent, data)
         place = _place(digest_of(job.what))
-        with owned(place):  # which another process may train in that Dask took for dead
+        with locked(place):  # which another process may train in that Dask took for dead
             result = train(replace(job, directory=place), data)
             return result, RunFolder(place).pack()
 

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 from normlab.history import COLUMNS, Run
 from normlab.recipes import Recipe
 from normlab.runs.identity import differences, recipe_in, weights_digest
-from normlab.support.files import (
-    LOCK,
-    InUse,
-    owned,
-    read_json,
-    remove_leftovers,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from normlab.support.files import read_json, remove_leftovers, write_bytes, write_json, write_text
+from normlab.support.locks import LOCK, InUse, locked
 
 
 class RunFolder:
@@ -119,7 +111,7 @@ class RunFolder:
         If somebody else has finished the run here in the meantime, that one stays.
         """
         if files:
-            with owned(self.directory):
+            with locked(self.directory):
                 if not self.is_finished():
                     self._receive(files)
 
@@ -134,7 +126,7 @@ class RunFolder:
         left = (self._checkpoint.name, LOCK, ".*.part")
         if any(any(self.directory.glob(name)) for name in left):
             # Not where it is in use, or only to be read.
-            with suppress(InUse, OSError), owned(self.directory, wait=False):
+            with suppress(InUse, OSError), locked(self.directory, wait=False):
                 if self.is_finished():
                     self._checkpoint.unlink(missing_ok=True)
                     remove_leftovers(self.directory)
@@ -304,7 +296,7 @@ def remove_runs(directories: Iterable[Path], first: Callable[[], None] = lambda:
     Then it raises `InUse`. Folders in which there is nothing else are removed, too.
     """
     there = [directory for directory in map(Path, directories) if directory.is_dir()]
-    with owned(*there, wait=False):
+    with locked(*there, wait=False):
         first()
         for directory in there:
             RunFolder(directory).clear()

@@ -15,7 +15,7 @@ from normlab.fitting import Job, check_trainable, is_done, load_run
 from normlab.recipes import Recipe
 from normlab.runs.identity import description, digest_of
 from normlab.runs.processes import is_worthwhile
-from normlab.support.checks import instance, plain, whole_number
+from normlab.support.checks import check_instance, plain, whole_number
 from normlab.support.summaries import multiply_adds
 
 # Trainings in flight at once on a GPU, each of which holds the memory of its own captured steps.
@@ -49,7 +49,9 @@ class Plan:
             classes=len(data.classes),
             input_shape=data.input_shape,
         )
-        instance(network, nn.Module, f"what build returns for {self.variant.norm!r}", "return it")
+        check_instance(
+            network, nn.Module, f"what build returns for {self.variant.norm!r}", "return it"
+        )
         return Job(network, self.recipe, self.directory, self.label, only_read=self.kept)
 
     def digest(self, data: Dataset) -> str:

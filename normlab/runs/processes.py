@@ -25,7 +25,7 @@ from normlab.fitting import Job
 from normlab.runs.folder import RunFolder
 from normlab.runs.transfer import Parcel, Planned, StaysHere, mismatch, pack_all, unpack
 from normlab.support.checks import warn
-from normlab.support.files import scratch_folder
+from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 
 # Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with

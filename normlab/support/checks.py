@@ -29,7 +29,7 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def instance(value: object, kind: type, what: str, hint: str) -> None:
+def check_instance(value: object, kind: type, what: str, hint: str) -> None:
     """Raises `TypeError` unless `value` is of the class `kind`; `hint` says how to get one."""
     if not isinstance(value, kind):
         raise TypeError(f"{what} must be a {kind.__name__}, not {value!r:.60}: {hint}")
@@ -50,7 +50,7 @@ def plain(value: object) -> object:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def several(values: object) -> list:
+def as_list(values: object) -> list:
     """The values as a list of plain ones, whatever holds them; a single one or a name, too."""
     values = plain(values)
     alone = isinstance(values, str) or not isinstance(values, Iterable)
@@ -98,11 +98,10 @@ def number(
     return float(value)
 
 
-def has_weights(network: nn.Module) -> None:
+def check_weights(network: nn.Module) -> None:
     """Raises `ValueError` for a lazy layer, which makes its weights when it first sees images."""
     for name, layer in network.named_modules():
-        own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-        if any(map(is_lazy, own)):
+        if any(map(is_lazy, (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))):
             raise ValueError(
                 f"layer {name!r} ({type(layer).__name__}) of {type(network).__name__} has no "
                 "weights yet: call the network once on images of the right shape, as in "
@@ -110,7 +109,7 @@ def has_weights(network: nn.Module) -> None:
             )
 
 
-def pair(batch: object) -> tuple[Tensor, Tensor]:
+def images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
     """The images and labels of a batch, if it consists of these two: (B, …) and int64 (B,)."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
@@ -119,7 +118,7 @@ def pair(batch: object) -> tuple[Tensor, Tensor]:
         )
     images, labels = batch
     for each in batch:
-        instance(each, Tensor, "images and labels of a batch", "torch.as_tensor(…) makes one")
+        check_instance(each, Tensor, "images and labels of a batch", "torch.as_tensor(…) makes one")
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
         raise ValueError(
             f"the labels of a batch of {len(images)} images must be int64 of shape "
@@ -135,32 +134,29 @@ def check_logits(
     """Raises an error of one sentence unless the network made logits (B, classes) of its images."""
     name, count = type(network).__name__, len(images)
     if not isinstance(logits, Tensor):
-        kind = type(logits).__name__
-        raise TypeError(f"{name} must return a tensor of logits, not a {kind}")
+        raise TypeError(f"{name} must return a tensor of logits, not a {type(logits).__name__}")
     if logits.dim() == 2 and len(logits) == count and classes in (None, logits.shape[1]):
         return
     wanted = "(B, classes)" if classes is None else f"(B, {classes}) for {classes} classes"
-    why = _where_cut(network, images, len(logits)) if logits.dim() == 2 else ""
+    cut = logits.dim() == 2 and len(logits) != count
     raise ValueError(
         f"{name} must return logits of shape {wanted}, not {tuple(logits.shape)} for B = {count}"
-        f"{why}"
+        + (_where_cut(network, images, len(logits)) if cut else "")
     )
 
 
 def _where_cut(network: nn.Module, images: Tensor, rows: int) -> str:
-    """After which layer images are cut into more or fewer rows than there are images."""
-    if rows == len(images):
-        return ""
-    twin, whole = copied(network).eval(), []
+    """The last layer that leaves a row for each image, where the network returns other `rows`."""
+    twin, calls = copied(network).eval(), []
     for name, layer in twin.named_modules():
         if next(layer.children(), None) is None:
-            layer.register_forward_hook(lambda *call, name=name: whole.append((name, *call)))
+            layer.register_forward_hook(lambda *call, name=name: calls.append((name, *call)))
     with torch.no_grad():
         twin(images)
-    whole = [call for call in whole if getattr(call[-1], "shape", (0,))[0] == len(images)]
-    if not whole:
+    calls = [call for call in calls if getattr(call[-1], "shape", (0,))[0] == len(images)]
+    if not calls:
         return ""
-    name, layer, _, output = whole[-1]
+    name, layer, _, output = calls[-1]
     return (
         f": layer {name!r} ({type(layer).__name__}) leaves {tuple(output.shape)}, of which a view "
         f"or reshape then makes {rows} rows: it expects another size there, such as 1×1 from the "

@@ -1,4 +1,4 @@
-"""What a network holds beside its weights: modes, and what Python stores while it computes."""
+"""What a network holds beside its weights: modes, hooks, and tensors that its layers store."""
 
 import copy
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """A deep copy. Results that a forward pass left in layers are copied without their history.
+    """A deep copy; tensors that a forward pass stored in layers are copied without their history.
 
-    torch copies no tensor that was computed: an activation that is kept for a picture, say, or the
-    weight that `torch.nn.utils.weight_norm` makes.
+    torch's own copy refuses such tensors: an activation that is kept for a picture, say, or the
+    weight that `torch.nn.utils.weight_norm` computes.
     Raises `TypeError` of one sentence for what Python cannot copy, such as an open file.
     """
     stored = (value for layer in network.modules() for value in _tensors(vars(layer)))

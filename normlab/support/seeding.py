@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -41,12 +41,7 @@ def seeded(seed: int, *purpose: object, device: torch.device | str = "cpu") -> I
         yield
 
 
-@contextmanager
-def fork_random_state(device: torch.device) -> Iterator[None]:
+def fork_random_state(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random state of the CPU and of `device` at the end of the block."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            yield
-    else:
-        with torch.random.fork_rng(devices=[device], device_type=device.type):
-            yield
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type)

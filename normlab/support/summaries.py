@@ -8,20 +8,20 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import has_weights, image_shape
+from normlab.support.checks import check_weights, image_shape
 from normlab.support.module_state import copied, modes_kept
 from normlab.support.seeding import fork_random_state
 
 
 def count_parameters(network: nn.Module) -> int:
     """How many numbers the network learns, a shared one counted once."""
-    has_weights(network)
+    check_weights(network)
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 
 def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Multiply-adds of the convolution and linear layers for one image, forward."""
-    has_weights(network)
+    check_weights(network)
     example, counted = next(network.parameters(), torch.zeros(())), []
 
     def count(layer: nn.Module, _: tuple, output: Tensor) -> None:
@@ -46,7 +46,7 @@ def summary(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     import torchsummary
 
     input_shape = image_shape(input_shape)
-    has_weights(network)
+    check_weights(network)
     twin = copied(network).cpu().float()
     parameters = sum(weight.numel() for weight in network.parameters())
     printed = io.StringIO()

@@ -13,7 +13,6 @@ from scipy import stats
 import normlab as nl
 from normlab.comparisons.intervals import Family, Interval, Sample, interval
 
-
 MORE_SEEDS = [pytest.param(seeds, marks=pytest.mark.slow) for seeds in (5, 10)]
 
 

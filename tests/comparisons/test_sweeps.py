@@ -23,7 +23,7 @@ from normlab.runs import cluster
 from normlab.runs import processes as parallel
 from normlab.runs.folder import RunFolder, remove_run
 from normlab.runs.plans import plan_runs
-from normlab.support.files import InUse
+from normlab.support.locks import InUse
 from normlab.support.seeding import seeded
 
 

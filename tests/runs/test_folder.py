@@ -25,7 +25,7 @@ from normlab.runs.identity import (
     identity,
     weights_digest,
 )
-from normlab.support.files import InUse
+from normlab.support.locks import InUse
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1, augment=("flip",))
 FILES = {"config.json", "history.csv", "predictions.safetensors", "weights.safetensors"}

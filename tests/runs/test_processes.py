@@ -20,7 +20,8 @@ from torch import nn
 import normlab as nl
 from normlab.runs import processes as parallel
 from normlab.runs.folder import RunFolder
-from normlab.support.files import read_json, scratch_folder, write_json
+from normlab.support.files import read_json, write_json
+from normlab.support.locks import scratch_folder
 from tests.runs.test_folder import FILES
 
 

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from torch import nn
 
 import normlab as nl
-from normlab.support.checks import image_shape, number, several, whole_number
+from normlab.support.checks import as_list, image_shape, number, whole_number
 
 # --- numbers ---------------------------------------------------------------------------------
 
@@ -53,18 +53,18 @@ SEVERAL = [
 
 @pytest.mark.parametrize("values", SEVERAL, ids=lambda values: type(values).__name__)
 def test_several_values_are_a_list_of_plain_ones(values):
-    found = several(values)
+    found = as_list(values)
     assert found == [1, 2, 4]
     assert {type(value) for value in found} == {int}
 
 
 @pytest.mark.parametrize("value", [0.5, np.float64(0.5), torch.tensor(0.5), np.array(0.5)])
 def test_a_single_value_is_several(value):
-    assert several(value) == [0.5]
+    assert as_list(value) == [0.5]
 
 
 def test_a_name_is_no_list_of_letters():
-    assert several("bn") == ["bn"]
+    assert as_list("bn") == ["bn"]
 
 
 @pytest.mark.parametrize("of", [tuple, list, np.array, torch.tensor, pandas.Series, torch.Size])

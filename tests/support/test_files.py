@@ -2,27 +2,20 @@
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-from filelock import FileLock, Timeout
 
 import normlab as nl
 from normlab.cli import main
 from normlab.support.files import (
-    InUse,
-    owned,
+    atomic_write,
     read_json,
     remove_leftovers,
-    scratch_folder,
     user_path,
     write_bytes,
     write_json,
     write_text,
-    written_aside,
 )
 
 
@@ -36,7 +29,7 @@ def test_the_file_appears_when_it_is_whole(tmp_path, before):
     if before is not None:
         path.parent.mkdir()
         path.write_bytes(before)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_bytes(b"half")
         assert (path.read_bytes() if path.exists() else None) == before
         aside.write_bytes(b"whole")
@@ -51,7 +44,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, before, failur
         path.write_bytes(before)
 
     def write():
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(b"half")
             raise failure(28, "it went wrong")
 
@@ -77,7 +70,7 @@ def test_a_file_keeps_its_permissions_and_a_new_one_has_the_usual_ones(tmp_path,
     if before is not None:
         path.touch()
         path.chmod(before)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.unlink()
         os.close(os.open(aside, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors does it
     expected = usual.stat().st_mode & 0o777 if before is None else before
@@ -189,33 +182,13 @@ def test_damaged_json_is_named_with_what_to_do(tmp_path, content):
 
 
 def test_two_that_write_one_file_do_not_meet(tmp_path):
-    with written_aside(tmp_path / "a") as one:
+    with atomic_write(tmp_path / "a") as one:
         one.write_text("one")
-        with written_aside(tmp_path / "a") as other:
+        with atomic_write(tmp_path / "a") as other:
             other.write_text("other")
             assert len(everything_in(tmp_path)) == 2
         assert everything_in(tmp_path).pop("a") == b"other"
     assert everything_in(tmp_path) == {"a": b"one"}
-
-
-def test_folders_are_owned_by_one_at_a_time_and_leave_nothing(tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    other.mkdir()
-    with owned(one, other, one), owned(other):  # the same thread may ask again
-        for place in (one, other):
-            with pytest.raises(Timeout):
-                FileLock(place / ".lock", timeout=0).acquire()
-    assert [path.name for path in tmp_path.rglob("*")] == ["other"]  # which was there before
-    with FileLock(one / ".lock"):
-        with pytest.raises(InUse), owned(other, one, wait=False):
-            pytest.fail("it is in use")
-        FileLock(other / ".lock", timeout=0).acquire().lock.release()  # the other one is free
-
-
-def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"^cannot write .*file: "), owned(tmp_path / "file"):
-        pytest.fail("that is no folder")
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
@@ -223,30 +196,6 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
     assert set(everything_in(tmp_path)) == {"weights.safetensors", "notes.part", ".hidden"}
-
-
-def test_a_temporary_folder_outlasts_no_process_that_used_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "normlab-of-another-kind").mkdir()
-    code = (
-        "import os\n"
-        "from normlab.support.files import scratch_folder\n"
-        "with scratch_folder() as folder:\n"
-        "    (folder / 'images').touch()\n"
-        "    if os.path.isdir('/dev/shm'):\n"
-        "        open(f'/dev/shm/sem.loky-{os.getpid()}-0', 'w').close()  # as joblib does\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    env = os.environ | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env)
-    process.wait()
-    (killed,) = (path for path in tmp_path.glob("normlab-*") if (path / "images").exists())
-    with scratch_folder() as first, scratch_folder() as second:
-        assert not killed.exists()
-        assert first.is_dir()  # in use: the second does not remove it
-        assert second.is_dir()
-    assert [path.name for path in tmp_path.iterdir()] == ["normlab-of-another-kind"]
-    assert list(Path("/dev/shm").glob(f"sem.loky-{process.pid}-*")) == []
 
 
 # --- the home folder --------------------------------------------------------------------------
@@ -286,7 +235,6 @@ def test_a_tilde_is_the_home_folder_everywhere(
     assert all(run.directory.is_relative_to(home / "kept") for run in taken)
     assert written["figure"] == home / "a" / "figure.png"
     assert main(["run", "mnist-l1", "--dataset", "digits", "--data-root", "~/none"]) == 2
-    assert main(["report", "~/page.md", "--results", "~/results"]) == 2
 
 
 def test_a_home_that_is_not_there_is_told():

@@ -1,0 +1,125 @@
+"""Folders that one process at a time may use; the system takes a lock from a process that ends."""
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from normlab.support.files import make_folder
+
+LOCK = ".lock"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+
+_holders: dict[Path, int] = {}  # the folders that this process has locked, and by which thread
+
+
+class InUse(RuntimeError):
+    """Another process or thread has locked a folder."""
+
+
+@contextmanager
+def locked(*folders: Path, wait: bool = True) -> Iterator[None]:
+    """Locks the folders while the block lasts.
+
+    Another process is waited for, which is said, unless `wait` is False. A thread may lock again
+    what it has locked. A folder that was made for this, and is still empty, is gone afterwards.
+
+    Raises `InUse` if another thread of this process has a folder, or without `wait` another
+    process.
+    """
+    with ExitStack() as stack:
+        for place in sorted({Path(os.path.realpath(folder)) for folder in folders}):
+            stack.enter_context(_locked(place, wait))  # in one order, so that no two wait crosswise
+        yield
+
+
+@contextmanager
+def _locked(place: Path, wait: bool) -> Iterator[None]:
+    me = threading.get_ident()
+    if _holders.get(place) == me:
+        yield
+        return
+    lock, new = FileLock(place / LOCK), not place.is_dir()
+    if _holders.setdefault(place, me) != me:
+        raise InUse(f"{place} is in use by another training here: choose another directory")
+    try:
+        _acquire(lock, place, wait)
+        yield
+    finally:
+        with suppress(OSError):  # Windows does so itself, afterwards
+            if lock.is_locked:
+                (place / LOCK).unlink()  # who waits for this very file will see that it is gone
+        lock.release()
+        if new:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+        del _holders[place]
+
+
+def _acquire(lock: FileLock, place: Path, wait: bool) -> None:
+    """Gets the lock; where the file system has none it goes on without, with a warning."""
+    patience = 0
+    while not lock.is_locked:
+        try:
+            make_folder(place)
+            lock.acquire(timeout=patience)
+        except FileNotFoundError:
+            continue  # whoever had the folder has removed it
+        except Timeout:
+            if not wait:
+                other = "wait for its end, or choose another directory"
+                raise InUse(f"{place} is in use by another process: {other}") from None
+            _print(f"{place} is in use by another process; waiting")
+            patience = -1
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise type(error)(f"cannot write {place}: {error.strerror or error}") from error
+            _print(f"{place} cannot be locked: let no other process write there at the same time")
+            return
+
+
+def _print(message: str) -> None:
+    """To the terminal, since in a process beside others warnings are silent."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder while the block lasts; removes those of processes that were killed.
+
+    A lock beside it says whether it is in use. The process id in its name would not: it may be
+    that of another container, or given anew.
+    """
+    temporary = Path(tempfile.gettempdir())
+    for lock in temporary.glob("normlab-*.lock"):
+        with suppress(OSError, Timeout):  # another user's, or in use
+            _remove_scratch(lock, timeout=0)
+    lock = temporary / f"normlab-{os.getpid()}-{secrets.token_hex(8)}.lock"
+    try:
+        with FileLock(lock):
+            lock.with_suffix("").mkdir(mode=0o700)
+            yield lock.with_suffix("")
+    finally:
+        _remove_scratch(lock)
+
+
+def _remove_scratch(lock: Path, *, timeout: float = -1) -> None:
+    if lock.is_symlink():
+        return
+    with FileLock(lock, timeout=timeout):
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        # joblib's semaphores stay in memory when a process is killed with all its children. If
+        # its id has been given anew, they stay.
+        process = lock.name.split("-")[1]
+        if not Path("/proc", process).exists():
+            for file in Path("/dev/shm").glob(f"sem.loky-{process}-*"):
+                file.unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)
