@@ -16,7 +16,7 @@ from normlab.engines.choice import ENGINES, make_engine
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine
 from normlab.history import Run
-from normlab.recipes import DTYPES, Recipe
+from normlab.recipes import DTYPES, Recipe, training_batches
 from normlab.runs.folder import RunFolder
 from normlab.runs.identity import provenance, trained_identity
 from normlab.runs.jobs import Job
@@ -189,11 +189,10 @@ class _Training:
 
     def _ingredients(self) -> tuple[nn.Module, Recipe, BatchLoader, BatchLoader]:
         """What an engine is made of: network, recipe, and the batches to train and test on."""
-        recipe = self.recipe
-        where = {"device": self.device, "dtype": DTYPES[recipe.dtype]}
-        order = {"augment": recipe.augment, "seed": recipe.seed}
-        train = self.data.loader(batch_size=recipe.batch_size, **order, **where)
-        return self.network, recipe, train, self.data.loader(False, TEST_BATCH, **where)
+        dtype = DTYPES[self.recipe.dtype]
+        train = training_batches(self.data, self.recipe, self.device)
+        test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=dtype)
+        return self.network, self.recipe, train, test
 
     @contextmanager
     def _open(self) -> Iterator[None]:

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from normlab.data import Dataset
-from normlab.engines.plain import PlainEngine
-from normlab.recipes import DTYPES
+from normlab.recipes import make_optimizer, step_options, training_batches
 from normlab.runs.folder import RunFolder, remove_run
 from normlab.runs.jobs import Job, Outcomes, predicts_what_is_kept
 from normlab.runs.probe import are_apart
 from normlab.support.checks import warn
 from normlab.support.module_state import copied
+from normlab.support.seeding import seeded
 from normlab.training import evaluating, train_epoch
 
 MOST_BYTES = 50_000_000  # of a job: a network whose class refers to all images has more
@@ -132,16 +132,15 @@ def _first_steps(job: Job, data: Dataset) -> list[list[float]]:
     A copy of the network takes them at the full rate: the second loss tells of the optimiser. Of
     steps that diverge what is no number is 0.
     """
-    network, recipe = copied(job.build()), job.recipe.replace(schedule="constant")
-    options = {"augment": recipe.augment, "seed": recipe.seed, "dtype": DTYPES[recipe.dtype]}
-    batches = data.loader(batch_size=TRIAL_IMAGES, **options)
-    engine = PlainEngine(network, recipe, batches, batches)
-    options = engine.step_options | {"autocast": None}  # bfloat16 rounds too differently
-    with engine.random_state():
+    network, recipe = copied(job.build()), job.recipe.replace(batch_size=TRIAL_IMAGES)
+    batches = training_batches(data, recipe, torch.device("cpu"))
+    options = step_options(recipe) | {"autocast": None}  # bfloat16 rounds too differently
+    with seeded(recipe.seed, "trial"):
         images, _ = next(iter(batches))
         with torch.no_grad(), evaluating(network):
             logits = network(images).flatten().double()
-        steps = train_epoch(network, itertools.islice(batches, 2), engine.optimizer, **options)
+        optimizer = make_optimizer(network, recipe)
+        steps = train_epoch(network, itertools.islice(batches, 2), optimizer, **options)
     numbers = [logits, torch.tensor([steps.loss]), torch.tensor([steps.penalty])]
     return [torch.nan_to_num(each, 0, 0, 0).tolist() for each in numbers]
 
