@@ -14,7 +14,7 @@ import numpy as np
 
 from normlab.history import QUANTITIES, Run
 from normlab.support.checks import one_of, warn
-from normlab.support.colours import legible, looks_of
+from normlab.support.colours import curve_styles, legible
 from normlab.support.figures import (
     drawn,
     fitted,
@@ -157,15 +157,15 @@ def _draw(axes: Iterable[Axes], panels: Sequence[Panel]) -> None:
 def _draw_curves(ax: Axes, groups: dict[str, list[Run]], quantity: str) -> list[Line2D]:
     """The mean over runs at each epoch for each label, and the bands; returns the lines."""
     scale = 100 if quantity.endswith("accuracy") else 1
-    looks, lines = looks_of(groups), []
+    styles, lines = curve_styles(groups), []
     for label, some in groups.items():
         length = min(len(run.history) for run in some)
         values = np.array([[row[quantity] for row in run.history[:length]] for run in some]) * scale
-        epochs, mean, look = np.arange(1, length + 1), values.mean(0), looks[label]
-        lines += ax.plot(epochs, mean, **look, markersize=3.5, linewidth=1.6, label=label)
+        epochs, mean, style = np.arange(1, length + 1), values.mean(0), styles[label]
+        lines += ax.plot(epochs, mean, **style, markersize=3.5, linewidth=1.6, label=label)
         if len(some) > 1:
             low, high = mean - values.std(0, ddof=1), mean + values.std(0, ddof=1)
-            ax.fill_between(epochs, low, high, color=look["color"], alpha=0.18, linewidth=0)
+            ax.fill_between(epochs, low, high, color=style["color"], alpha=0.18, linewidth=0)
     return lines
 
 

@@ -11,13 +11,23 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import normlab as nl
-from normlab import assignments, augment, norms, optimizers, recipes
+from normlab import assignments, augment, norms, optimizers, plots, recipes
 from normlab.cli import main
 from normlab.datasets import downloads, loading
 from normlab.engines import choice
 from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
+from normlab.support.colours import curve_styles
+from normlab.support.figures import (
+    drawn,
+    label_axes,
+    legend_height,
+    new_axes,
+    place_legend,
+    shortened,
+)
+from tests.test_plots import run_with
 
 # --- a data set of torchvision's --------------------------------------------------------------
 
@@ -287,3 +297,33 @@ def test_an_augmentation_is_an_entry_in_a_table(tiny, tiny_network, monkeypatch)
         nl.Recipe(augment=("darken:13",))
     assert nl.plot_samples(tiny, augment=("darken",)).axes
     pyplot.close("all")
+
+
+# --- a plot -----------------------------------------------------------------------------------
+
+
+@drawn
+def plot_gap(runs, *, ax=None, title="Test loss less training loss"):
+    ax = ax if ax is not None else new_axes(5, 3 + legend_height(len(runs)))
+    lines = []
+    for (label, run), look in zip(runs.items(), curve_styles(runs).values(), strict=True):
+        gap = run.frame()["test_loss"] - run.frame()["train_loss"]
+        lines += ax.plot(gap, label=label, **look)
+    label_axes(ax, title, "epoch", "difference (nats per image)")
+    place_legend(ax, "best", [shortened(label) for label in runs], handles=lines)
+    return ax.figure
+
+
+def test_a_plot_is_a_function_that_looks_like_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "plot_gap", plot_gap, raising=False)
+    monkeypatch.setitem(nl._HOME, "plot_gap", "plots")
+    runs = {label: run_with(test_loss=[2.0, 1.0]) for label in ("BN", "$mine$", "_hidden")}
+    with pyplot.style.context("dark_background"), pyplot.rc_context({"axes.titlesize": 40}):
+        figure = nl.plot_gap(runs)
+    (ax,) = figure.axes
+    assert ax.lines[0].get_color() == nl.plot_curves(runs).axes[0].lines[0].get_color()
+    assert ax.title.get_fontsize() == nl.plot_curves(runs).axes[0].title.get_fontsize()
+    assert [text.get_text() for text in ax.get_legend().get_texts()][1:] == [r"\$mine\$", "_hidden"]
+    assert nl.save_figure(figure, tmp_path / "gap.png").is_file()
+    with pytest.raises(ValueError, match="ending of a figure's name"):
+        nl.save_figure(nl.plot_gap(runs), tmp_path / "gap.jpg")

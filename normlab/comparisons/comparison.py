@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from normlab.comparisons.intervals import Family, Interval, Sample
 from normlab.experiment import Results
 from normlab.support.checks import check_instance, one_of
-from normlab.support.colours import ink, paper
+from normlab.support.colours import background, text_colour
 from normlab.support.figures import drawn, label_axes, literal, new_axes
 
 if TYPE_CHECKING:
@@ -266,14 +266,14 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
     ax = ax if ax is not None else new_axes(6.4, 1.4 + 0.38 * len(differences))
     for row, each in enumerate(differences):
         colour = "#0072B2" if each.interval.excludes_zero else "#767676"
-        fill = colour if each.interval.excludes_zero else paper()
+        fill = colour if each.interval.excludes_zero else background()
         mean, margin = (100 * value for value in (each.interval.mean, each.interval.margin))
         ax.errorbar(mean, row, xerr=margin, fmt="o", color=colour, markerfacecolor=fill, capsize=3)
     counts = sorted({str(each.seeds) for each in differences}, key=int)
     sources = sorted({each.source for each in differences} - {""})
     title = ", ".join([f"Differences over {' or '.join(counts)} seeds", *sources])
     label_axes(ax, title, "difference of test accuracy (points), with 95 % intervals", "")
-    ax.axvline(0, color=ink(), linewidth=0.8)
+    ax.axvline(0, color=text_colour(), linewidth=0.8)
     ax.set_yticks(range(len(differences)), [literal(each.pair) for each in differences])
     ax.set_ylim(len(differences) - 0.4, -0.6)
     ax.grid(False, axis="y")

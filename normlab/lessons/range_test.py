@@ -19,7 +19,7 @@ from normlab.data import Dataset
 from normlab.fitting import check_trainable, move
 from normlab.recipes import AUTOCAST, DTYPES, Recipe, make_optimizer
 from normlab.support.checks import check_instance, check_weights, number, warn, whole_number
-from normlab.support.colours import looks_of
+from normlab.support.colours import curve_styles
 from normlab.support.devices import exact_float32, pick_device
 from normlab.support.figures import (
     drawn,
@@ -191,8 +191,8 @@ def plot_rates(
     ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(results)))
     found = {label: result.suggestion for label, result in results.items()}
     names = [f"{label}: {'none' if rate is None else f'{rate:g}'}" for label, rate in found.items()]
-    curves = zip(results.values(), names, looks_of(results).values(), strict=True)
-    lines = [_draw(ax, result, look | {"label": name}) for result, name, look in curves]
+    curves = zip(results.values(), names, curve_styles(results).values(), strict=True)
+    lines = [_draw(ax, result, style | {"label": name}) for result, name, style in curves]
     top = max(result.smoothed[0] for result in results.values())
     ax.set_ylim(0, 1.6 * top)  # what diverges leaves the frame
     ax.set_xscale("log")
@@ -203,9 +203,9 @@ def plot_rates(
     return ax.figure
 
 
-def _draw(ax: Axes, result: RateTest, look: dict) -> Line2D:
+def _draw(ax: Axes, result: RateTest, style: dict) -> Line2D:
     rate = result.suggestion
     marked = [] if rate is None else [int(np.argmin(np.abs(np.log(result.rates) - math.log(rate))))]
-    ax.plot(result.rates, result.losses, color=look["color"], alpha=0.2, linewidth=0.8)
-    look |= {"markersize": 8, "markevery": marked} if marked else {"marker": None}
-    return ax.plot(result.rates, result.smoothed, **look)[0]
+    ax.plot(result.rates, result.losses, color=style["color"], alpha=0.2, linewidth=0.8)
+    style |= {"markersize": 8, "markevery": marked} if marked else {"marker": None}
+    return ax.plot(result.rates, result.smoothed, **style)[0]

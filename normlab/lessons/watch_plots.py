@@ -9,7 +9,7 @@ import numpy as np
 
 from normlab.lessons.watching import CONVOLUTION, KINDS, NORM, PERCENTILES, QUANTITIES, Watch
 from normlab.support.checks import one_of, whole_number
-from normlab.support.colours import COLOURS, ink, is_dark
+from normlab.support.colours import COLOURS, is_dark, text_colour
 from normlab.support.figures import drawn, fitted
 
 if TYPE_CHECKING:
@@ -205,4 +205,4 @@ def _compress(axes: np.ndarray) -> None:
         axes[0].set_yscale("symlog", linthresh=edge)  # of all panels of the row
         for ax in axes:
             for height in (-edge, edge):
-                ax.axhline(height, color=ink(), linestyle=":", linewidth=0.6, alpha=0.5)
+                ax.axhline(height, color=text_colour(), linestyle=":", linewidth=0.6, alpha=0.5)

@@ -14,44 +14,44 @@ NORMS = ("BN", "GN", "LN", "IN", "none")  # have the first colours, in this orde
 LEGIBLE = 4.5  # the least contrast of small text, by WCAG 2
 
 
-def looks_of(labels: Iterable[str]) -> dict[str, dict]:
+def curve_styles(labels: Iterable[str]) -> dict[str, dict]:
     """Colour, line and marker of each label; a norm has the same ones in every figure.
 
-    "BN + skip" is drawn as a relative of "BN", with its colour and marker, but another line.
-    Without relatives each label has a line of its own, which tells them apart in grey print.
+    "BN + skip" has the colour and the marker of "BN", but another line. Where no two labels share a
+    colour, each has a line of its own, which tells them apart in grey print.
     """
     labels, families = list(labels), {}
     for label in labels:
         heads = [head for head in (*NORMS, *labels) if f"{label} ".startswith(f"{head} ")]
         families.setdefault(min(heads, key=len), []).append(label)
     free = count(len(NORMS) if any(head in NORMS for head in families) else 0)
-    alone, looks = len(families) == len(labels), {}
+    alone, styles = len(families) == len(labels), {}
     for head, family in families.items():
         place = NORMS.index(head) if head in NORMS else next(free)
         for member, label in enumerate(family):
-            looks[label] = _look(place, place if alone else member, hollow=member > 0)
-    return {label: looks[label] for label in labels}
+            styles[label] = _style(place, place if alone else member, hollow=member > 0)
+    return {label: styles[label] for label in labels}
 
 
-def _look(place: int, line: int, *, hollow: bool) -> dict:
+def _style(place: int, line: int, *, hollow: bool) -> dict:
     """How a curve looks: an eighth has the first one's colour, but not its line and marker."""
     turn, colour = divmod(place, len(COLOURS))
     return {
         "color": COLOURS[colour],
         "linestyle": LINES[(line + turn) % len(LINES)],
         "marker": MARKERS[(colour + turn) % len(MARKERS)],
-        "markerfacecolor": paper() if hollow or turn else COLOURS[colour],
+        "markerfacecolor": background() if hollow or turn else COLOURS[colour],
     }
 
 
-def ink() -> str:
+def text_colour() -> str:
     """The colour of text in the current style."""
     from matplotlib import rcParams
 
     return rcParams["text.color"]
 
 
-def paper() -> str:
+def background() -> str:
     """The colour behind what is drawn in the current style."""
     from matplotlib import rcParams
 
@@ -60,7 +60,7 @@ def paper() -> str:
 
 def is_dark() -> bool:
     """Whether the current style writes in light colours, so on a dark background."""
-    return luminance(ink()) > 0.4
+    return luminance(text_colour()) > 0.4
 
 
 def luminance(colour: object) -> float:
@@ -81,5 +81,5 @@ def legible(colour: str, background: object) -> np.ndarray:
     """The colour, mixed with as much of the text's as small letters need on this background."""
     from matplotlib.colors import to_rgb
 
-    mixes = np.linspace(to_rgb(colour), to_rgb(ink()), 11)
+    mixes = np.linspace(to_rgb(colour), to_rgb(text_colour()), 11)
     return next((mixed for mixed in mixes if contrast(mixed, background) >= LEGIBLE), mixes[-1])

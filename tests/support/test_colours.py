@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from matplotlib import rc_context
 
-from normlab.support.colours import COLOURS, LINES, contrast, legible, looks_of, luminance
+from normlab.support.colours import COLOURS, LINES, contrast, curve_styles, legible, luminance
 
 
 def test_looks_differ_in_grey_too():
-    looks = list(looks_of([f"run {n}" for n in range(len(COLOURS))]).values())
+    looks = list(curve_styles([f"run {n}" for n in range(len(COLOURS))]).values())
     assert [look["linestyle"] for look in looks] == list(LINES)
     assert len({look["marker"] for look in looks}) == len(COLOURS)
     for one, other in itertools.combinations(looks, 2):
@@ -21,7 +21,9 @@ def test_looks_differ_in_grey_too():
 
 @pytest.mark.parametrize("head", ["", "BN "])
 def test_many_variants_stay_distinguishable(head):
-    looks = looks_of([f"{head}number {n}" if head else f"number {n}" for n in range(30)]).values()
+    looks = curve_styles(
+        [f"{head}number {n}" if head else f"number {n}" for n in range(30)]
+    ).values()
     kinds = ("color", "marker", "linestyle")
     found = {tuple(look[kind] for kind in kinds) for look in looks}
     assert len(found) == (len(LINES) if head else 30)  # relatives differ in their lines alone
@@ -29,7 +31,7 @@ def test_many_variants_stay_distinguishable(head):
 
 def test_relatives_share_a_colour_and_not_a_line():
     labels = ["BN", "GN", "BN + skip", "LN element-wise", "mine", "GN + skip", "mine too"]
-    looks = looks_of(labels)
+    looks = curve_styles(labels)
     assert list(looks) == labels
     families = [["BN", "BN + skip"], ["GN", "GN + skip"], ["LN element-wise"], ["mine", "mine too"]]
     assert len({looks[label]["color"] for label in labels}) == len(families)
@@ -41,11 +43,14 @@ def test_relatives_share_a_colour_and_not_a_line():
 
 
 def test_a_norm_looks_the_same_in_every_figure():
-    few = looks_of(["none, He", "BN", "GN"])
-    more = looks_of(["none", "none, He", "LN", "GN", "BN", "IN"])
+    few = curve_styles(["none, He", "BN", "GN"])
+    more = curve_styles(["none", "none, He", "LN", "GN", "BN", "IN"])
     assert few == {label: more[label] for label in few}
-    assert looks_of(["BN + L1"]) == {"BN + L1": few["BN"]}
-    assert list(looks_of(["mine", "yours"]).values()) == [more["BN"], more["GN"]]  # the first two
+    assert curve_styles(["BN + L1"]) == {"BN + L1": few["BN"]}
+    assert list(curve_styles(["mine", "yours"]).values()) == [
+        more["BN"],
+        more["GN"],
+    ]  # the first two
 
 
 @pytest.mark.parametrize("paper", ["white", "black", "0.75", "#E5E5E5"])
