@@ -18,6 +18,7 @@ import joblib
 import torch
 from joblib.externals.loky import ProcessPoolExecutor, as_completed
 from joblib.externals.loky.process_executor import BrokenProcessPool
+from tqdm import tqdm
 
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
@@ -90,7 +91,7 @@ def _in_pool(
     Returns those under way when a process was killed, which ends all: they are begun in their
     order, so that these are the first of those that are left.
     """
-    options = {"initializer": _end_with_parent, "initargs": (os.getpid(),)}
+    options = {"initializer": _begin, "initargs": (os.getpid(),)}
     pool = ProcessPoolExecutor(workers, env={"OMP_NUM_THREADS": "1"}, **options)
     try:
         futures = {pool.submit(attempt, task, left[job]): job for job in jobs}
@@ -115,8 +116,9 @@ def _killed(label: str) -> RuntimeError:
 # --- in the processes -------------------------------------------------------------------------
 
 
-def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent is killed: whoever resumes the run must be alone in it."""
+def _begin(parent: int) -> None:
+    """Has this process end when its parent is killed: who resumes the run must be alone in it."""
+    tqdm.set_lock(threading.RLock())  # its own one would be left behind by a kill
 
     def watch() -> None:
         while os.getppid() == parent:
