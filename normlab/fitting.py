@@ -18,7 +18,7 @@ from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine
 from normlab.history import Run
 from normlab.penalties import l1_penalty
-from normlab.recipes import DTYPES, Recipe, trained_parameters
+from normlab.recipes import DTYPES, Recipe, trained_parameters, training_batches
 from normlab.runs.folder import RunFolder
 from normlab.runs.identity import earlier_computations, identity, provenance, trained_identity
 from normlab.support.checks import check_instance, one_of, warn
@@ -265,16 +265,10 @@ class _Training:
 
     def _ingredients(self) -> tuple[nn.Module, Recipe, BatchLoader, BatchLoader]:
         """What an engine is made of: network, recipe, and the batches to train and test on."""
-        recipe, dtype = self.recipe, DTYPES[self.recipe.dtype]
-        train = self.data.loader(
-            batch_size=recipe.batch_size,
-            augment=recipe.augment,
-            seed=recipe.seed,
-            device=self.device,
-            dtype=dtype,
-        )
+        dtype = DTYPES[self.recipe.dtype]
+        train = training_batches(self.data, self.recipe, self.device)
         test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=dtype)
-        return self.network, recipe, train, test
+        return self.network, self.recipe, train, test
 
     @contextmanager
     def _open(self) -> Iterator[None]:

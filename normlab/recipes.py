@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
+from normlab.data import BatchLoader, Dataset
 from normlab.optimizers import BY_FILTER, OPTIMIZERS, centralize_gradients, filters
 from normlab.support.checks import check_weights, number, one_of, whole_number
 
@@ -87,6 +89,10 @@ class Recipe:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of step 0, 1, … of so many."""
+        return self.lr * SCHEDULES[self.schedule](step, steps)
+
     def replace(self, **changes: object) -> "Recipe":
         """The same recipe with some fields changed."""
         for name in changes:
@@ -142,19 +148,26 @@ def make_optimizer(
     return optimizer
 
 
+def step_options(recipe: Recipe) -> dict:
+    """What `train_step` is told by the recipe."""
+    loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    return {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
+
+
+def training_batches(data: Dataset, recipe: Recipe, device: torch.device) -> BatchLoader:
+    """The training images as the recipe takes them."""
+    options = {"augment": recipe.augment, "seed": recipe.seed, "dtype": DTYPES[recipe.dtype]}
+    return data.loader(batch_size=recipe.batch_size, device=device, **options)
+
+
 def make_scheduler(
     optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, *, done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A scheduler to step after every batch, for `steps` batches of which some are `done`."""
     for group in optimizer.param_groups:
         group["initial_lr"] = recipe.lr
-    factor = schedule_factor(recipe.schedule, steps)
+    factor = functools.partial(SCHEDULES[recipe.schedule], steps=steps)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)
-
-
-def schedule_factor(schedule: str, steps: int) -> Callable[[int], float]:
-    """The learning rate of step 0, 1, … as a share of the recipe's."""
-    return functools.partial(SCHEDULES[schedule], steps=steps)
 
 
 def _one_cycle(step: int, steps: int) -> float:

@@ -39,8 +39,8 @@ def batch_sums(
     """
     highest, guess = logits.max(1)  # as a maximum NaN would be the first class
     right = ((guess == labels) & ~highest.isnan()).sum()
-    count = len(labels)
-    return F.cross_entropy(logits, labels, reduction="sum"), right, penalty * count, count
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return loss, right, penalty * len(labels), len(labels)
 
 
 def epoch_result(sums: Sequence[Iterable], started: float) -> EpochResult:
@@ -96,13 +96,6 @@ def gradients() -> Iterator[None]:
     """Gradients are computed inside the block, even where the caller has switched them off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, once each is known to be images and labels, on a device."""
-    for batch in batches:
-        images, labels = images_and_labels(batch)
-        yield images.to(device), labels.to(device)
 
 
 def train_step(
@@ -166,9 +159,10 @@ def train_epoch(
     their mode and their running statistics.
     Raises `ValueError` for an `l1` below 0, and for batches and logits of other shapes.
     """
-    started, sums = time.perf_counter(), []
+    device, started, sums = device_of(network), time.perf_counter(), []
     set_training(network)
-    for images, labels in on_device(batches, device_of(network)):
+    for batch in batches:
+        images, labels = (part.to(device) for part in images_and_labels(batch))
         logits, penalty = train_step(
             network, images, labels, optimizer, loss=loss, l1=l1, autocast=autocast
         )
@@ -186,9 +180,10 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
     `track_running_stats=False` has no other statistics than those of a batch: then the result
     depends on the batches.
     """
-    started, sums = time.perf_counter(), []
+    device, started, sums = device_of(network), time.perf_counter(), []
     with evaluating(network):
-        for images, labels in on_device(batches, device_of(network)):
+        for batch in batches:
+            images, labels = (part.to(device) for part in images_and_labels(batch))
             logits = network(images)
             check_logits(network, images, logits)
             sums.append(batch_sums(logits, labels))

@@ -90,6 +90,23 @@ def test_a_step_gives_logits_of_before_it_and_its_penalty():
     torch.testing.assert_close(network[4].weight, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_in_mixed_precision_weights_logits_and_losses_are_in_float32():
+    network = make_network().float()
+    batch, seen = (IMAGES.float(), LABELS), []
+    network[4].register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.2)
+
+    def loss(logits, labels):
+        seen.append(logits.dtype)
+        return F.cross_entropy(logits, labels)
+
+    logits, _ = train_step(network, *batch, optimizer, loss=loss, autocast=torch.bfloat16)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert {weight.dtype for weight in (logits, *network.parameters())} == {torch.float32}
+    train_epoch(network, [batch], optimizer, autocast=torch.bfloat16)
+    assert seen[2] == torch.bfloat16
+
+
 def test_scheduler_moves_after_every_batch():
     network, reference = make_network(), make_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.4)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normlab import training
 from normlab.data import BatchLoader
 from normlab.engines.plain import Counted, PlainEngine
-from normlab.recipes import Recipe, make_optimizer, schedule_factor
+from normlab.recipes import Recipe, make_optimizer
 from normlab.support.module_state import Attributes
 from normlab.training import EpochResult, batch_sums, epoch_result, evaluating, set_training
 
@@ -38,17 +38,14 @@ class GraphEngine(PlainEngine):
         self, network: nn.Module, recipe: Recipe, train: BatchLoader, test: BatchLoader
     ) -> None:
         super().__init__(network, recipe, train, test)
-        factor = schedule_factor(recipe.schedule, self.all_steps)
-        rates = [recipe.lr * factor(step) for step in range(self.all_steps)]
+        rates = [recipe.rate_at(step, self.all_steps) for step in range(self.all_steps)]
         self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
         self.step_number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.row = torch.zeros((), dtype=torch.int64, device=self.device)
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
         self.order, self.draws = train.draw_epoch()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._train_replays: list[Callable[[], None]] = []
-        self._test_replays: list[Callable[[], None]] = []
-        self._started = 0.0
+        self._replays: tuple[list[Callable[[], None]], ...] = ([], [])  # to train, to test
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """With a learning rate that is a tensor: a number would be baked into the graph."""
@@ -86,7 +83,7 @@ class GraphEngine(PlainEngine):
                 mine.copy_(drawn)
             self.step_number.fill_(epoch * self.steps)
             self.sums.zero_()
-            for replays in (self._train_replays, self._test_replays):
+            for replays in self._replays:
                 self.row.zero_()
                 for replay in replays:
                     replay()
@@ -120,10 +117,8 @@ class GraphEngine(PlainEngine):
 
     def _capture_all(self) -> None:
         """One graph for each size of batch, in the order in which an epoch replays them."""
-        for step, batches, replays in (
-            (self._train_step, self.batches, self._train_replays),
-            (self._test_step, self.tests, self._test_replays),
-        ):
+        steps = ((self._train_step, self.batches), (self._test_step, self.tests))
+        for (step, batches), replays in zip(steps, self._replays, strict=True):
             whole, rest = divmod(len(batches.images), batches.batch_size)
             for count, size in ((whole, batches.batch_size), (1, rest)):
                 if count and size:

@@ -1,15 +1,13 @@
 """The plain way through an epoch: the loops of `training.py`, as a student would call them."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from normlab.data import BatchLoader
-from normlab.recipes import AUTOCAST, Recipe, make_optimizer, make_scheduler, schedule_factor
+from normlab.recipes import Recipe, make_optimizer, make_scheduler, step_options
 from normlab.support.seeding import seeded
 from normlab.training import EpochResult, test_epoch, train_epoch
 
@@ -33,8 +31,7 @@ class PlainEngine:
         self.steps = len(train)
         self.all_steps = recipe.epochs * self.steps
         self.optimizer = self.make_optimizer()
-        loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-        self.step_options = {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
+        self.step_options = step_options(recipe)
         self.epoch = 0
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -63,8 +60,7 @@ class PlainEngine:
 
     def last_rate(self, epoch: int) -> float:
         """The learning rate of the last step of an epoch."""
-        factor = schedule_factor(self.recipe.schedule, self.all_steps)
-        return self.recipe.lr * factor((epoch + 1) * self.steps - 1)
+        return self.recipe.rate_at((epoch + 1) * self.steps - 1, self.all_steps)
 
     def random_state(self) -> AbstractContextManager[None]:
         """The state from which this epoch's dropout is drawn."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from normlab import training
 from normlab.data import Dataset
 from normlab.fitting import check_trainable, move
-from normlab.recipes import AUTOCAST, DTYPES, Recipe, make_optimizer
+from normlab.recipes import Recipe, make_optimizer, step_options, training_batches
 from normlab.support.checks import check_instance, check_weights, number, warn, whole_number
 from normlab.support.colours import curve_styles
 from normlab.support.devices import exact_float32, pick_device
@@ -86,15 +84,13 @@ def find_rate(
 
     Args:
         network: maps images (B, C, H, W) to logits (B, classes); it is left as it is.
-        data: what to train on; its training images are used, augmented as the recipe says.
-        recipe: how; its optimiser, batch size, penalties and seed count, its rate and schedule
-            do not. Without it, `Recipe()`.
+        data: its training images are used, augmented as the recipe says.
+        recipe: how to train, but for its rate and schedule. Without it, `Recipe()`.
         lowest, highest: the first and the last rate; those between grow by the same factor.
-        steps: how many rates, at least 20.
+        steps: how many rates, at least 20; the test ends earlier where the loss diverges.
         device: as for `fit`.
 
-    It stops where the loss diverges. Source: Smith, "Cyclical Learning Rates for Training Neural
-    Networks", 2017, section 3.3.
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3.
     Raises `ValueError` if the network cannot be trained on the data, for rates that do not grow,
     and for a loss that is no number before the first step.
     """
@@ -102,7 +98,13 @@ def find_rate(
     check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     recipe = recipe if recipe is not None else Recipe()
     check_instance(recipe, Recipe, "a recipe", "nl.Recipe(…) makes one")
-    rates = _growing(lowest, highest, steps)
+    lowest = number(lowest, "lowest", positive=True)
+    highest = number(highest, "highest", positive=True)
+    if lowest >= highest:
+        raise ValueError(
+            f"lowest must be below highest, so that the rates grow: not {lowest:g} and {highest:g}"
+        )
+    rates = np.geomspace(lowest, highest, whole_number(steps, "steps", least=20)).tolist()
     check_weights(network)
     twin, device = copied(network), pick_device(device)
     move(twin, device, recipe)
@@ -112,37 +114,23 @@ def find_rate(
     return _judged(recipe, rates, losses)
 
 
-def _growing(lowest: float, highest: float, steps: int) -> list[float]:
-    """The rate of each step."""
-    lowest = number(lowest, "lowest", positive=True)
-    highest = number(highest, "highest", positive=True)
-    if lowest >= highest:
-        raise ValueError(
-            f"lowest must be below highest, so that the rates grow: not {lowest:g} and {highest:g}"
-        )
-    return np.geomspace(lowest, highest, whole_number(steps, "steps", least=20)).tolist()
-
-
 def _losses(
     network: nn.Module, data: Dataset, recipe: Recipe, rates: list[float], device: torch.device
 ) -> Iterator[float]:
     """Trains, and gives the loss of each batch before its step, until it has diverged."""
-    options = {"augment": recipe.augment, "seed": recipe.seed, "device": device}
-    loader = data.loader(True, recipe.batch_size, dtype=DTYPES[recipe.dtype], **options)
+    loader = training_batches(data, recipe, device)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     size = min(recipe.batch_size, len(data.train_images))
     whole = (batch for batch in batches if len(batch[1]) == size)  # short ones are noisier
-    loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-    options = {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
-    optimizer, seen = make_optimizer(network, recipe), []
+    optimizer, options, losses = make_optimizer(network, recipe), step_options(recipe), []
     training.set_training(network)
     for rate, (images, labels) in zip(rates, whole, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate
         logits, _ = training.train_step(network, images, labels, optimizer, **options)
-        seen.append(float(training.batch_sums(logits, labels)[0]) / size)
-        yield seen[-1]
-        if _has_diverged(seen):
+        losses.append(float(training.batch_sums(logits, labels)[0]) / size)
+        yield losses[-1]
+        if _has_diverged(losses):
             return
 
 

@@ -65,6 +65,7 @@ def test_the_path_is_recorded_and_can_be_chosen(few_digits, tmp_path):
 
 @pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
 @pytest.mark.parametrize("owner", ["a layer", "all layers"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_a_network_with_hooks_is_not_put_into_a_cuda_graph(owner, register, tiny, tiny_network):
     network, train = tiny_network(), tiny.loader(batch_size=32)
     if owner == "a layer":

@@ -7,12 +7,17 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import normlab as nl
 from normlab import optimizers
+from normlab.data import BatchLoader
 from normlab.engines import choice, cuda_graph
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
+from normlab.recipes import make_optimizer
 
 
 def test_a_network_that_cannot_be_captured_takes_the_plain_path(
@@ -181,3 +186,79 @@ def test_an_optimiser_whose_rate_is_a_number_is_no_part_of_a_graph(
     monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", plain_sgd)
     network = own_network(lambda *_: None)
     sent_down_the_plain_path(network, "takes no learning rate from the device")
+
+
+# --- on a GPU that is not there --------------------------------------------------------------
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Fails where a step waits for the device or has tensors elsewhere."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))  # to read a number of a pretended tensor raises
+        everything = tree_leaves((args, kwargs, output))
+        assert {x.device.type for x in everything if isinstance(x, torch.Tensor)} <= {"cuda"}
+        return output
+
+
+@pytest.fixture
+def pretended(monkeypatch, tiny_network):
+    """`pretended(recipe, norm)`: an engine on CUDA tensors without a driver, shapes without values.
+
+    Missing are the way back through the network, and what torch cannot do without values: fused
+    SGD, and the checks of its arguments.
+    """
+
+    def make_with_a_number(network, recipe, rate):
+        optimizer = make_optimizer(network, recipe)
+        for group in optimizer.param_groups:
+            group |= {"lr": rate} if recipe.optimizer == "muon" else {"lr": rate, "fused": True}
+        return optimizer
+
+    def backward(loss):
+        for weight in network.parameters():
+            weight.grad = torch.empty_like(weight)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(cuda_graph, "make_optimizer", make_with_a_number)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network = tiny_network(dropout=0.2)
+            images, labels = torch.zeros(50, 1, 12, 12, dtype=torch.uint8), torch.arange(50)
+
+        def make(recipe, norm):
+            network.norm = norm
+            options = {"mean": (0.5,), "std": (0.5,), "batch_size": recipe.batch_size}
+            train = BatchLoader(images, labels, augment=recipe.augment, shuffle=True, **options)
+            return GraphEngine(network, recipe, train, BatchLoader(images, labels, **options))
+
+        yield make
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("norm", ["bn", "gn", "ln-elementwise"])
+def test_a_step_on_a_gpu_waits_for_nothing(norm, optimizer, dtype, pretended):
+    recipe = nl.Recipe(
+        batch_size=20,
+        optimizer=optimizer,
+        centred=True,
+        l1=1e-4,
+        augment=("shift:1", "rotate", "flip"),
+        dtype=dtype,
+    )
+    with torch.device("cuda"):
+        layer = nl.make_norm(norm, 8, groups=2, size=(12, 12))
+    layer.register_forward_hook(lambda layer, images, output: kinds.add(output.dtype))
+    engine, kinds = pretended(recipe, layer), set()
+    with OnTheDevice():
+        engine._train_step(20)
+        # As `Recipe` says of mixed precision.
+        half = dtype == "bfloat16" and norm == "bn"
+        assert kinds == {torch.bfloat16 if half else torch.float32}
+        engine._train_step(10)
+        engine._test_step(20)

@@ -32,6 +32,7 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
         pytest.fail("that is no folder")
 
 
+@pytest.mark.process
 def test_a_temporary_folder_outlasts_no_process_that_used_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "normlab-of-another-kind").mkdir()

@@ -156,6 +156,7 @@ with Progress("BN", 4, 5) as one, Progress("GN", 2, 5) as other:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cell", [CELL, TWO])
 def test_a_stored_notebook_keeps_one_line_of_the_last_state(executed, cell):
     notebook = executed(cell)
