@@ -20,30 +20,18 @@ ORDERS = ("confident", "first")
 
 @dataclass(frozen=True)
 class Mistakes:
-    """Test images that a network gets wrong.
+    """Test images that a network gets wrong."""
 
-    Args:
-        images: uint8 (K, C, H, W), as they are in the data set.
-        true, predicted: class indices, int64 (K,).
-        probability: softmax probability of the predicted class, float (K,).
-        index: place of each image in the test set, int64 (K,).
-        classes: names of the classes.
-        total: how many mistakes there are in all; K may be fewer.
-        tested: how many images were tested.
-        source: what the images are, for titles.
-        part: "test", or "validation" where that took its place.
-    """
-
-    images: Tensor = field(repr=False)
-    true: Tensor
-    predicted: Tensor
-    probability: Tensor
-    index: Tensor
-    classes: tuple[str, ...] = field(repr=False)
-    total: int
-    tested: int
-    source: str
-    part: str = "test"
+    images: Tensor = field(repr=False)  # uint8 (K, C, H, W), as they are in the data set
+    true: Tensor  # class indices, int64 (K,)
+    predicted: Tensor  # class indices, int64 (K,)
+    probability: Tensor  # of the predicted class, by softmax: float (K,)
+    index: Tensor  # place of each image in the test set, int64 (K,)
+    classes: tuple[str, ...] = field(repr=False)  # their names
+    total: int  # how many mistakes there are in all; K may be fewer
+    tested: int  # how many images were tested
+    source: str  # what the images are, for titles
+    part: str = "test"  # or "validation" where that took its place
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,9 +57,8 @@ def predict(
             )
             break
     example = next(network.parameters(), torch.zeros(()))
-    batches = data.loader(
-        train, batch_size, shuffle=False, device=example.device, dtype=example.dtype
-    )
+    place = {"device": example.device, "dtype": example.dtype}
+    batches = data.loader(train, batch_size, shuffle=False, **place)
     with evaluating(network):
         return torch.cat([network(images) for images, _ in batches]).cpu()
 
@@ -140,7 +127,7 @@ def find_common_mistakes(
 ) -> Mistakes:
     """Up to `count` test images that all the networks or runs get wrong.
 
-    The predicted class and its probability are those of the first of them; so is the order.
+    The predicted class and its probability are those of the first network, and so is the order.
     """
     whole_number(count, "count")
     one_of(order, ORDERS, "order of mistakes")

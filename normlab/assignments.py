@@ -21,23 +21,14 @@ def folder_name(label: str) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """One network of a comparison, and all that sets it apart from the others.
+    """One network of a comparison, and all that sets it apart from the others."""
 
-    Args:
-        label: how tables and figures call it.
-        norm: as for `make_norm`.
-        groups: of "gn"; None takes the network's own.
-        skip: whether skip connections are there, where the network has some.
-        changes: fields of the recipe that this variant declares to differ, such as its L1.
-        reported: test accuracy that the student's submission reports, as a fraction.
-    """
-
-    label: str
-    norm: str
-    groups: int | None = None
-    skip: bool = True
-    changes: dict = field(default_factory=dict)
-    reported: float | None = None
+    label: str  # how tables and figures call it
+    norm: str  # as for `make_norm`
+    groups: int | None = None  # of "gn"; None takes the network's own
+    skip: bool = True  # whether skip connections are there, where the network has some
+    changes: dict = field(default_factory=dict)  # fields of the recipe that it declares to differ
+    reported: float | None = None  # test accuracy of the student's submission, a fraction
 
     @property
     def folder(self) -> str:
@@ -47,29 +38,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A comparison of variants of one network.
+    """A comparison of variants of one network; a norm's name stands for a variant that has it."""
 
-    Args:
-        name: short name; one of one's own is free.
-        title: what it is called in reports.
-        dataset: name of its data set.
-        variants: what is compared; a norm's name stands for the variant that has just that norm.
-        recipe: how every variant is trained, but for what it declares to change.
-        network: name of a network of `build_network`; or
-        build: a function that returns one's own network for a norm's name.
-        dropout: for `build_network`; None takes the network's own.
-        parameter_limit, epoch_limit: what the assignment allows at most, if anything.
-    """
-
-    name: str
-    title: str
-    dataset: str
-    variants: tuple[Variant, ...]
-    recipe: Recipe = field(default_factory=Recipe)
-    network: str | None = None
-    build: Callable[[str], nn.Module] | None = None
-    dropout: float | None = None
-    parameter_limit: int | None = None
+    name: str  # a short one; any for an assignment of one's own
+    title: str  # what reports call it
+    dataset: str  # name of its data set
+    variants: tuple[Variant, ...]  # what is compared
+    recipe: Recipe = field(default_factory=Recipe)  # how all are trained, but for their changes
+    network: str | None = None  # name of a network of `build_network`; or
+    build: Callable[[str], nn.Module] | None = None  # a function from a norm to one's own network
+    dropout: float | None = None  # for `build_network`; None takes the network's own
+    parameter_limit: int | None = None  # what the assignment allows at most, if anything
     epoch_limit: int | None = None
 
     def __post_init__(self) -> None:

@@ -41,19 +41,14 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     The interpolation is bilinear, and what comes in at the corners is black. Returns float images,
     unrounded.
     """
-    if not images.is_floating_point():
-        images = images.float()
+    images = images if images.is_floating_point() else images.float()
     height, width = images.shape[-2:]
     angle = (degrees * (math.pi / 180)).to(images.dtype)
     cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     # The grid is in units of half a side, so a picture that is not square needs its ratio.
-    turn = torch.stack(
-        [
-            torch.stack([cosine, -sine * (height / width), zero], dim=1),
-            torch.stack([sine * (width / height), cosine, zero], dim=1),
-        ],
-        dim=1,
-    )  # (B, 2, 3)
+    first = torch.stack([cosine, -sine * (height / width), zero], dim=1)
+    second = torch.stack([sine * (width / height), cosine, zero], dim=1)
+    turn = torch.stack([first, second], dim=1)  # (B, 2, 3)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -71,22 +66,18 @@ class Kind:
 AUGMENTATIONS = {
     "shift": Kind(
         (4, 1, 64),
-        draw=lambda count, amount, generator: torch.randint(
-            -int(amount), int(amount) + 1, (count, 2), generator=generator
-        ),
+        draw=lambda n, most, rng: torch.randint(-int(most), int(most) + 1, (n, 2), generator=rng),
         apply=lambda images, drawn, amount: shift(images, drawn, int(amount)),
         whole=True,
     ),
     "flip": Kind(
         (0.5, 0, 1),
-        draw=lambda count, amount, generator: torch.rand(count, generator=generator) < amount,
+        draw=lambda count, amount, rng: torch.rand(count, generator=rng) < amount,
         apply=lambda images, drawn, amount: flip(images, drawn),
     ),
     "rotate": Kind(
         (7, 0, 180),
-        draw=lambda count, amount, generator: (
-            (2 * torch.rand(count, generator=generator) - 1) * amount
-        ),
+        draw=lambda count, amount, rng: (2 * torch.rand(count, generator=rng) - 1) * amount,
         apply=lambda images, drawn, amount: rotate(images, drawn),
     ),
 }

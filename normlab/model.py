@@ -18,8 +18,6 @@ from normlab.support.seeding import seeded
 NormMaker = Callable[[int, tuple[int, int]], nn.Module]
 """Makes the normalization for (channels, (H, W))."""
 
-DropoutMaker = Callable[[], nn.Module] | None
-
 
 class Residual(nn.Module):
     """body(x) + shortcut(x): He et al., "Deep Residual Learning", 2016."""
@@ -33,14 +31,17 @@ class Residual(nn.Module):
         return self.body(x) + self.shortcut(x)
 
 
+@dataclass
 class LayerBuilder:
     """Makes layers one after another and keeps track of the shape (C, H, W) that they leave."""
 
-    def __init__(
-        self, network: str, shape: tuple[int, int, int], norm: NormMaker, dropout: DropoutMaker
-    ) -> None:
-        self.network, self.shape, self.norm, self.dropout = network, shape, norm, dropout
-        self._input_shape = shape
+    network: str
+    input_shape: tuple[int, int, int]
+    norm: NormMaker
+    dropout: Callable[[], nn.Module] | None
+
+    def __post_init__(self) -> None:
+        self.shape = self.input_shape
 
     def conv(
         self, channels: int, then: str = "", *, kernel: int = 3, valid: bool = False
@@ -77,8 +78,8 @@ class LayerBuilder:
     def _move_to(self, channels: int, height: int, width: int) -> None:
         if min(height, width) < 1:
             raise ValueError(
-                f"input_shape={self._input_shape} is too small for {self.network}: "
-                f"its layers leave no pixel"
+                f"input_shape={self.input_shape} is too small for {self.network}: its layers leave "
+                "no pixel"
             )
         self.shape = (channels, height, width)
 
@@ -180,17 +181,15 @@ class Design:
     input_shape: tuple[int, int, int]
     groups: int
     dropout: float
-    channel_dropout: bool = False  # drop whole channels rather than single elements
+    drop: type[nn.Module] = nn.Dropout  # of single elements; or `nn.Dropout2d`, of whole channels
 
 
 NETWORKS = {
     "mnist-l1": Design(_mnist_l1, (1, 28, 28), groups=5, dropout=0.05),
-    "mnist-eva6": Design(_mnist_eva6, (1, 28, 28), groups=2, dropout=0.02, channel_dropout=True),
+    "mnist-eva6": Design(_mnist_eva6, (1, 28, 28), groups=2, dropout=0.02, drop=nn.Dropout2d),
     "cifar10-norms": Design(_cifar10_norms, (3, 32, 32), groups=4, dropout=0.05),
     "cifar10-add": Design(_cifar10_add, (3, 32, 32), groups=2, dropout=0.0),
-    "cifar10-skip": Design(
-        _cifar10_skip, (3, 32, 32), groups=4, dropout=0.05, channel_dropout=True
-    ),
+    "cifar10-skip": Design(_cifar10_skip, (3, 32, 32), groups=4, dropout=0.05, drop=nn.Dropout2d),
 }
 
 
@@ -251,8 +250,8 @@ def build_network(
     def by_name(channels: int, size: tuple[int, int]) -> nn.Module:
         return make_norm(norm, channels, groups=arguments["groups"], size=size)
 
-    drop, share = nn.Dropout2d if design.channel_dropout else nn.Dropout, arguments["dropout"]
-    dropped = functools.partial(drop, share) if share else None
+    share = arguments["dropout"]
+    dropped = functools.partial(design.drop, share) if share else None
     maker = by_name if isinstance(norm, str) else norm
     part = LayerBuilder(name, arguments["input_shape"], maker, dropped)
     seed = int(torch.randint(2**62, ())) if seed is None else whole_number(seed, "seed", least=0)

@@ -15,8 +15,7 @@ def l1_penalty(network: nn.Module, layers: tuple[type[nn.Module], ...] = WEIGHT_
     """The sum of |w| over the weights of convolution and linear layers: a scalar, differentiable.
 
     A sum, not a mean for each tensor: its strength does not depend on how weights are split into
-    layers. The scales of the normalizations are left out, since shrinking them is another thing
-    than sparsity; `layers=(nn.Module,)` includes every layer's `weight`.
+    layers. The scales of norms are left out; `layers=(nn.Module,)` includes every layer's `weight`.
 
     Source: Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     Raises `ValueError` if the network has no such weight.
@@ -57,12 +56,8 @@ def small_share(weight: Tensor, *, below: float = SMALL) -> Tensor:
 def penalty_share(network: nn.Module, loss: float, *, l1: float) -> float:
     """The share of the penalty in what was minimised: l1 · Σ|w| / (loss + l1 · Σ|w|), in [0, 1].
 
-    Args:
-        network: the sum is over its present weights.
-        loss: mean cross-entropy in nats without the penalty, as `train_epoch` and `fit` report it.
-        l1: the factor of `l1_penalty`, λ.
-
-    Raises `ValueError` for a negative loss or factor, and where there is nothing to share.
+    `loss` is the mean cross-entropy in nats without the penalty, as `train_epoch` and `fit` report
+    it. Raises `ValueError` for a negative loss or factor, and where there is nothing to share.
     """
     loss, l1 = number(loss, "loss"), number(l1, "l1")
     penalty = l1 * float(l1_penalty(network).detach())
