@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as arrays_to_bytes
 from torch import Tensor
 
 from normlab.augment import parse_augmentation
 from normlab.support.checks import number, whole_number
-from normlab.support.files import atomic_write
+from normlab.support.files import write_bytes
 from normlab.support.seeding import generator
 
 
@@ -142,11 +142,7 @@ class Dataset:
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         about = [self.name, self.classes, self.source, self.test_name, self._seal(key)]
-        with atomic_write(path) as aside:
-            try:
-                save_file(arrays, aside, {"about": json.dumps(about)})
-            except SafetensorError as error:  # a full disk, for instance
-                raise OSError(None, str(error)) from error
+        write_bytes(path, arrays_to_bytes(arrays, {"about": json.dumps(about)}))
 
     @classmethod
     def open(cls, path: Path, *, key: str = "") -> "Dataset":
@@ -317,10 +313,10 @@ class BatchLoader:
         if self.shuffle:
             order = torch.randperm(count, generator=generator(self.seed, "order", self.epoch))
         draws = [
-            augmentation.draw(count, generator(self.seed, augmentation.name, self.epoch))
-            for augmentation in self.augmentations
+            each.draw(count, generator(self.seed, each.name, self.epoch)).to(device)
+            for each in self.augmentations
         ]
-        return order.to(device), [drawn.to(device) for drawn in draws]
+        return order.to(device), draws
 
     def batch(self, picked: Tensor, draws: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """One batch: the images `picked` (B,), augmented as drawn, then normalised."""
