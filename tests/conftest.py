@@ -1,6 +1,7 @@
 """What the tests share: small data sets, a small network, and nothing of the machine's own."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,18 @@ def real_data_root() -> Path:
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip("the folder in NORMLAB_DATA holds no MNIST/raw/train-images-idx3-ubyte")
     return root.absolute()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any attempt to reach another machine fails the test."""
+
+    def refuse(*_):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture
