@@ -17,18 +17,17 @@ from normlab.assignments import Assignment, find_assignment
 from normlab.data import Dataset
 from normlab.datasets.loading import load_dataset
 from normlab.engines.choice import ENGINES
-from normlab.fitting import fit_each, fit_job, warn_if_at_chance
+from normlab.fitting import fit_each, fit_job
 from normlab.history import Run
 from normlab.model import NETWORKS
-from normlab.runs.folder import RunFolder, remove_runs
+from normlab.runs.folder import remove_runs
 from normlab.runs.jobs import (
     Job,
     Outcomes,
     check_jobs,
+    find_runs,
     finish,
-    left_to_do,
     make_jobs,
-    say_what_is_left,
     seed_numbers,
     with_kept,
 )
@@ -160,20 +159,25 @@ def run_assignment(
         jobs = make_jobs(assignment, data, numbers, epochs, place)
         check_jobs(jobs, data, device)
         if fresh:
-            remove_runs(job.directory for job in jobs)
+            remove_runs(*(job.directory for job in jobs))
         elif kept is not None:
             jobs = with_kept(jobs, place, user_path(kept), data, device)
-        left = left_to_do(jobs, data, device)
-        if progress and len(left) < len(jobs):
-            say_what_is_left(len(left), len(jobs))
+        runs = {job.directory: run for job, run in find_runs(jobs, data, device).items()}
+        left = [job for job in jobs if job.directory not in runs]
+        if progress and runs:
+            print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
         outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
-        finish(outcomes, len(left), partial(_judge, data), keep_going=directory is not None)
-        runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
-        for job in jobs:
-            run = job.load(data, device)
-            run.directory = run.directory if directory else None
-            runs[job.variant.label].append(run)
-    return Results(assignment, data, runs)
+
+        def take(job: Job, run: Run) -> None:
+            runs[job.directory] = run
+
+        finish(outcomes, len(left), take, keep_going=directory is not None)
+    results: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
+    for job in jobs:
+        run = runs[job.directory]
+        run.directory = run.directory if directory else None
+        results[job.variant.label].append(run)
+    return Results(assignment, data, results)
 
 
 def train(
@@ -189,12 +193,5 @@ def train(
     here = partial(fit_each, data=data, device=device, progress=progress, engine=engine)
     if device.type != "cpu" or engine != "auto" or not left or not are_worthwhile(jobs, data):
         return here(left)
-    apart = partial(in_processes, partial(fit_job, device="cpu"), data, progress=progress)
-    return outcomes_of(left, data, apart, here)
-
-
-def _judge(data: Dataset, job: Job, run: Run | None) -> None:
-    """Says here what a process that trains beside others keeps to itself."""
-    if run is None:
-        history = RunFolder(job.directory).history_so_far()
-        warn_if_at_chance(job.label, history, job.recipe, data)
+    alone = partial(fit_job, device="cpu", progress=False)
+    return outcomes_of(left, data, partial(in_processes, alone, data, progress=progress), here)

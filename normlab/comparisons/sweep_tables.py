@@ -15,7 +15,7 @@ from normlab.assignments import Variant
 from normlab.comparisons.report import csv_text, escaped, percent
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.jobs import Job, left_to_do, say_what_is_left
+from normlab.runs.jobs import Job, find_runs
 from normlab.support.files import remove_leftovers, user_path, write_text
 from normlab.support.locks import locked
 from normlab.support.summaries import count_parameters
@@ -82,7 +82,7 @@ class SweepTable:
         trained; then nothing is removed.
         """
         # The rows first: one whose run is gone would pass for done.
-        remove_runs((job.directory for job in self.jobs), first=self._write)
+        remove_runs(*(job.directory for job in self.jobs), first=self._write)
 
     def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Job]:
         """Takes the rows of finished runs, of those that diverged, and of `kept`.
@@ -96,7 +96,7 @@ class SweepTable:
         for job in self.jobs:
             digest = self.digests[job.directory]
             row = there.get(digest)
-            if not left_to_do([job], self.data, device):
+            if find_runs([job], self.data, device):
                 self._fill(job, _last(job))
             elif digest in here and self._has_diverged(job, here[digest]):
                 self._fill(job, dict.fromkeys(MEASURED, math.nan))
@@ -105,7 +105,8 @@ class SweepTable:
             else:
                 left.append(job)
         if self.rows and self.show:
-            say_what_is_left(len(left), len(self.jobs))
+            done = f"{len(self.rows)} of {len(self.jobs)} runs are loaded"
+            print(f"{done}, {len(left)} trained")
         self._write()
         return left
 

@@ -100,7 +100,7 @@ def run_sweep(
             outcomes = train(left, jobs, data, device=device, progress=False)
         else:
             here = partial(fit_each, data=data, device=device, progress=False)
-            apart = partial(cluster.train, partial(fit_job, device=wanted))
+            apart = partial(cluster.train, partial(fit_job, device=wanted, progress=False))
             outcomes = outcomes_of(left, data, apart, here)
         # A loss that diverges is a result of a sweep like any other.
         finish(outcomes, len(left), table.add, results=FloatingPointError)

@@ -21,11 +21,11 @@ import cloudpickle
 import normlab
 from normlab.data import Dataset
 from normlab.datasets.cache import cache_folder
-from normlab.runs.folder import RunFolder, remove_run
+from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
-from normlab.runs.jobs import Job, Outcomes
-from normlab.runs.processes import Train, quiet
-from normlab.runs.transfer import Sent, attempt, unpack
+from normlab.runs.jobs import Job
+from normlab.runs.processes import Ended, Train, quiet
+from normlab.runs.transfer import attempt, unpack
 from normlab.support.checks import warn
 from normlab.support.locks import InUse, locked
 
@@ -78,7 +78,7 @@ class Cluster:
         """
         self.client.run(_forget, list(digests), on_error="ignore")  # a worker may just be dying
 
-    def train(self, train: Train, sent: dict[Job, Sent]) -> Outcomes:
+    def train(self, train: Train, sent: dict[Job, bytes]) -> Ended:
         """Calls `train(job, load())` on the workers.
 
         A job whose worker dies is given to another one, which goes on from the last finished epoch
@@ -178,8 +178,8 @@ def _check_workers(client: Client) -> None:
         )
 
 
-def _outcome(future: Future, job: Job) -> object:
-    """What a training returned, its files then being here, or its error."""
+def _outcome(future: Future, job: Job) -> Exception | None:
+    """The error that ended a training; without one, the run's files are here afterwards."""
     from distributed import KilledWorker
 
     try:
@@ -195,9 +195,8 @@ def _outcome(future: Future, job: Job) -> object:
         raise RuntimeError(f"the cluster cannot do a run: {error}") from error
     if isinstance(outcome, Exception):
         return outcome
-    result, files = outcome
-    RunFolder(job.directory).receive(files)
-    return result
+    RunFolder(job.directory).receive(outcome)
+    return None
 
 
 def _gone() -> ConnectionError:
@@ -213,9 +212,9 @@ _loading = threading.Lock()  # of what changes them
 
 
 def _train_away(
-    train: Train, load: Callable[[], Dataset], fingerprint: str, version: str, sent: Sent
-) -> tuple[object, dict[str, bytes]]:
-    """Trains on a worker; returns what `train` does, and the files of the finished run.
+    train: Train, load: Callable[[], Dataset], fingerprint: str, version: str, sent: bytes
+) -> dict[str, bytes]:
+    """Trains on a worker; returns the files of the finished run.
 
     They stay there until the client has all: what could not be delivered is not trained again.
     """
@@ -234,8 +233,8 @@ def _train_away(
         job = unpack(sent, data)
         place = _place(digest_of(job.identity))
         with locked(place):  # which another process may train in that Dask took for dead
-            result = train(replace(job, directory=place), data)
-            return result, RunFolder(place).pack()
+            train(replace(job, directory=place), data)
+            return RunFolder(place).pack()
 
 
 def _place(digest: str) -> Path:
@@ -250,7 +249,7 @@ def _forget(digests: Sequence[str]) -> None:
     """Removes runs from a worker's machine, but for one that is just being trained there."""
     for digest in digests:
         with suppress(InUse):
-            remove_run(_place(digest))
+            remove_runs(_place(digest))
 
 
 async def _load_there(load: Callable[[], Dataset], fingerprint: str) -> None:

@@ -21,7 +21,7 @@ from normlab import experiment
 from normlab.comparisons.sweep_tables import COLUMNS, MEASURED, _read_rows
 from normlab.runs import cluster
 from normlab.runs import processes as parallel
-from normlab.runs.folder import RunFolder, remove_run
+from normlab.runs.folder import RunFolder, remove_runs
 from normlab.support.locks import InUse
 from normlab.support.seeding import seeded
 
@@ -102,7 +102,7 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     options = {"norms": ["gn", "ln"], "epochs": 1, "directory": tmp_path}
     table = sweep(tiny_assignment, tiny, **options)
     assert (tmp_path / "sweep.csv").read_text().count("\n") == 3
-    remove_run(folder_of(tmp_path, "ln"))
+    remove_runs(folder_of(tmp_path, "ln"))
     head, gn, _ = (tmp_path / "sweep.csv").read_text().splitlines()
     (tmp_path / "sweep.csv").write_text(f"{head}\n{gn}\n")
     again = sweep(tiny_assignment, tiny, progress=True, **options)
@@ -379,7 +379,7 @@ def test_a_single_run_that_is_left_has_as_many_threads_as_before(
 
     monkeypatch.setattr(experiment, "in_processes", instead)
     sweep(tiny_assignment, tiny, **options)
-    remove_run(folder_of(tmp_path, "ln"))
+    remove_runs(folder_of(tmp_path, "ln"))
     (tmp_path / "sweep.csv").unlink()
     sweep(tiny_assignment, tiny, **options)
     assert left == [["GN, seed 0", "LN, seed 0"], ["LN, seed 0"]]
@@ -488,7 +488,7 @@ def test_a_row_that_says_diverged_is_not_believed_of_a_finished_run(swept, tmp_p
 def test_a_row_of_a_run_that_is_lost_is_trained_again(swept, tmp_path):
     table = swept()
     (weights,) = tmp_path.glob("runs/*/*/weights.safetensors")
-    remove_run(weights.parent)
+    remove_runs(weights.parent)
     trained = []
     assert measured(swept(after_each=trained.append)).equals(measured(table))
     assert len(trained) == 1
