@@ -107,7 +107,7 @@ def _check_sweep(options: argparse.Namespace) -> tuple:
 def _check_training(options: argparse.Namespace, assignment, dataset: str) -> tuple:
     """A function that loads the images, and the output folder, if all options are in order."""
     from normlab.datasets.loading import DATASETS, check_dataset_name
-    from normlab.runs.plans import seed_numbers
+    from normlab.runs.jobs import seed_numbers
     from normlab.support.checks import whole_number
     from normlab.support.devices import pick_device
 

@@ -17,22 +17,23 @@ from normlab.assignments import Assignment, find_assignment
 from normlab.data import Dataset
 from normlab.datasets.loading import load_dataset
 from normlab.engines.choice import ENGINES
-from normlab.fitting import Job, fit_together, warn_if_at_chance
+from normlab.fitting import fit_each, fit_job, warn_if_at_chance
 from normlab.history import Run
 from normlab.model import NETWORKS
 from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.plans import (
-    Plan,
-    are_worth_processes,
-    check_plans,
-    in_flight,
+from normlab.runs.jobs import (
+    Job,
+    Outcomes,
+    check_jobs,
+    finish,
     left_to_do,
-    plan_runs,
+    make_jobs,
     say_what_is_left,
     seed_numbers,
     with_kept,
 )
-from normlab.runs.processes import side_by_side, warn_others_go_on
+from normlab.runs.processes import are_worthwhile, in_processes
+from normlab.runs.transfer import outcomes_of
 from normlab.support.checks import check_instance, one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
@@ -156,63 +157,44 @@ def run_assignment(
     check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
-        plans = plan_runs(assignment, numbers, epochs, place)
-        check_plans(plans, data, device)
+        jobs = make_jobs(assignment, data, numbers, epochs, place)
+        check_jobs(jobs, data, device)
         if fresh:
-            remove_runs(plan.directory for plan in plans)
+            remove_runs(job.directory for job in jobs)
         elif kept is not None:
-            plans = with_kept(plans, place, user_path(kept), data, device)
-        left = left_to_do(plans, data, device)
-        if progress and len(left) < len(plans):
-            say_what_is_left(len(left), len(plans))
-        if device.type == "cpu" and engine == "auto":
-            # Afterwards `_trained` finds them done.
-            _train_side_by_side(plans, left, data, progress, keep_going=directory is not None)
+            jobs = with_kept(jobs, place, user_path(kept), data, device)
+        left = left_to_do(jobs, data, device)
+        if progress and len(left) < len(jobs):
+            say_what_is_left(len(left), len(jobs))
+        outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
+        finish(outcomes, len(left), partial(_judge, data), keep_going=directory is not None)
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
-        options = {"device": device, "progress": progress, "engine": engine}
-        for plan, run in _trained(plans, data, keep_going=directory is not None, **options):
+        for job in jobs:
+            run = job.load(data, device)
             run.directory = run.directory if directory else None
-            runs[plan.variant.label].append(run)
+            runs[job.variant.label].append(run)
     return Results(assignment, data, runs)
 
 
-def _trained(
-    plans: list[Plan], data: Dataset, *, device: torch.device, keep_going: bool, **options: object
-) -> list[tuple[Plan, Run]]:
-    """All plans with their runs, trained or found done here, a few at once."""
-    trained, diverged = [], []
-    for group in in_flight(plans, device):
-        jobs = [plan.job(data) for plan in group]
-        try:
-            runs = fit_together(jobs, data, device=device, **options)
-            trained += zip(group, runs, strict=True)
-        except FloatingPointError as error:  # other errors may well be those of all
-            if not keep_going:
-                raise
-            diverged.append(error)
-            warn_others_go_on(error, group[-1] is not plans[-1])
-    if diverged:
-        raise diverged[0]
-    return trained
+def train(
+    left: list[Job],
+    jobs: list[Job],
+    data: Dataset,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    engine: str = "auto",
+) -> Outcomes:
+    """Does the jobs that are left, in processes side by side if all jobs together are worth it."""
+    here = partial(fit_each, data=data, device=device, progress=progress, engine=engine)
+    if device.type != "cpu" or engine != "auto" or not left or not are_worthwhile(jobs, data):
+        return here(left)
+    apart = partial(in_processes, partial(fit_job, device="cpu"), data, progress=progress)
+    return outcomes_of(left, data, apart, here)
 
 
-def _train_side_by_side(
-    plans: list[Plan], left: list[Plan], data: Dataset, progress: bool, *, keep_going: bool
-) -> None:
-    """Trains what is left in processes beside this one, if all plans together are worth it."""
-    if left and are_worth_processes(plans, data):
-        judge, options = partial(_judge, data), {"progress": progress, "keep_going": keep_going}
-        side_by_side(_train, left, data, after_each=judge, train_here=_later, **options)
-
-
-def _judge(data: Dataset, plan: Plan, _: object) -> None:
+def _judge(data: Dataset, job: Job, run: Run | None) -> None:
     """Says here what a process that trains beside others keeps to itself."""
-    warn_if_at_chance(plan.label, RunFolder(plan.directory).history_so_far(), plan.recipe, data)
-
-
-def _later(_: Job, __: Dataset) -> None:
-    """What other processes cannot train is trained afterwards, like everything on a GPU."""
-
-
-def _train(job: Job, data: Dataset) -> None:
-    fit_together([job], data, device="cpu", progress=False)
+    if run is None:
+        history = RunFolder(job.directory).history_so_far()
+        warn_if_at_chance(job.label, history, job.recipe, data)

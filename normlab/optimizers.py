@@ -27,6 +27,7 @@ def filters(network: nn.Module) -> list[Tensor]:
     are (in, out, …). Raises `ValueError` for a layer whose weight is computed from others, as by
     `weight_norm`: no optimiser holds it.
     """
+    # By the kind of layer, since scales of an element-wise LayerNorm have as many axes as filters.
     layers = [(name, m) for name, m in network.named_modules() if isinstance(m, WEIGHT_LAYERS)]
     transposed = nn.modules.conv._ConvTransposeNd
     weights = [_parameter(*each) for each in layers[:-1] if not isinstance(each[1], transposed)]

@@ -1,8 +1,10 @@
 """What the tests share: small data sets, a small network, and nothing of the machine's own."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +24,8 @@ matplotlib.use("Agg")
 # temporary cache folder.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
+# Importing torch's optimisers makes this folder, which is none of ours, in the temporary one.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "torchinductor")))
 
 
 # For `tests.benchmarks`; at the end, so that the installed package goes before the folder.
@@ -64,6 +68,18 @@ def real_data_root() -> Path:
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip("the folder in NORMLAB_DATA holds no MNIST/raw/train-images-idx3-ubyte")
     return root.absolute()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any attempt to reach another machine fails the test."""
+
+    def refuse(*_):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture

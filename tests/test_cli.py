@@ -76,6 +76,12 @@ def again(trained, tmp_path):
     return ["run", "mnist-l1", *options[:2], "--out", str(copy), "--device", "cpu"], copy
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the figures, where they are not what is tested: they take the longest."""
+    monkeypatch.setattr("normlab.comparisons.report.save_if_drawn", lambda *_: True)
+
+
 def histories(out: Path) -> dict[str, list[str]]:
     """The lines of every `history.csv`; their seconds tell one training from another."""
     return {
@@ -129,6 +135,7 @@ def test_results_on_a_folder_are_named_after_it(folder, tmp_path, monkeypatch, c
     assert "are in runs/mnist-eva6-shades\n" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_seeds_make_more_runs(again, capsys):
     command, out = again
     assert main([*command, "--epochs", "1", "--seeds", "2"]) == 0
@@ -174,6 +181,7 @@ def test_sweep_writes_a_table_and_a_figure(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("4 of 4 runs are loaded, 0 trained")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_command_loads_what_is_finished(again):
     command, out = again
     before = histories(out)
@@ -181,6 +189,7 @@ def test_the_same_command_loads_what_is_finished(again):
     assert histories(out) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("content", [None, b""])
 def test_a_run_that_lost_its_config_is_named_and_trained_anew_with_fresh(again, capsys, content):
     command, out = again
@@ -199,6 +208,7 @@ def test_a_run_that_lost_its_config_is_named_and_trained_anew_with_fresh(again, 
     assert file.is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_fresh_trains_anew(again, capsys):
     command, out = again
     before = histories(out)
@@ -449,6 +459,7 @@ def test_what_a_code_page_lacks_is_a_question_mark(encoding, monkeypatch):
     assert f"images 1{times}28{times}28" in written.getvalue().decode(encoding)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_code_page_ends_a_training(again, monkeypatch):
     command, out = again
     written = {name: io.BytesIO() for name in ("stdout", "stderr")}
@@ -467,6 +478,7 @@ def closed_pipe() -> io.TextIOWrapper:
     return open(writer, "w", encoding="utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("make", [closed_pipe, lambda: None], ids=["reader gone", "closed"])
 def test_a_training_goes_on_without_anybody_to_tell(make, again, monkeypatch):
     command, out = again
@@ -520,6 +532,7 @@ def goes_on(arguments: list[str], out: Path, before: dict[str, list[str]]) -> No
     assert (out / "report.md").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_after_ctrl_c_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     save, saved = RunFolder.save_epoch, []
 

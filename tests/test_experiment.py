@@ -14,7 +14,7 @@ import torch
 import normlab as nl
 from normlab.experiment import load_assignment_data
 from normlab.runs.folder import RunFolder
-from normlab.runs.plans import in_flight, seed_numbers
+from normlab.runs.jobs import seed_numbers
 
 FOLDERS = ["bn-l1", "gn", "ln"]
 
@@ -336,8 +336,8 @@ def test_a_named_network_is_run_on_other_images(tiny, tmp_path):
     data = replace(tiny, train_images=padded[0], test_images=padded[1])
     results = run(small, data, tmp_path, epochs=1)
     (one,) = results["LN element-wise"]
-    assert one.config["is"]["network"]["input_shape"] == [1, 20, 20]
-    assert one.config["is"]["network"]["classes"] == 4
+    assert one.identity["network"]["input_shape"] == [1, 20, 20]
+    assert one.identity["network"]["classes"] == 4
     assert nl.predict(one.network, data).shape == (40, 4)
 
 
@@ -346,12 +346,6 @@ def test_results_are_a_mapping(finished):
     assert list(results) == list(results.keys()) == ["BN + L1", "GN", "LN"]
     assert len(results) == 3
     assert len(nl.plot_curves(results, "test_loss").axes[0].lines) == 3
-
-
-def test_only_a_gpu_has_several_in_flight_and_not_all_of_many():
-    plans = list(range(20))
-    assert in_flight(plans, torch.device("cpu")) == [[plan] for plan in plans]
-    assert list(map(len, in_flight(plans, torch.device("cuda")))) == [8, 8, 4]
 
 
 def test_a_folder_with_another_run_is_refused_before_a_word(

@@ -25,8 +25,9 @@ from normlab.engines import choice as engines
 from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
-from normlab.fitting import Job, fit_together, is_done, warn_if_at_chance
+from normlab.fitting import fit_each, warn_if_at_chance
 from normlab.runs.folder import RunFolder
+from normlab.runs.jobs import Job, check_jobs
 from normlab.support.locks import InUse, locked
 
 AUGMENT = ("shift:1", "flip")
@@ -446,17 +447,36 @@ def test_a_loss_that_is_no_number_is_explained_and_finished_epochs_are_kept(
 # --- several at once -------------------------------------------------------------------------
 
 
+def job_of(network, recipe=RECIPE, directory=None, label=""):
+    return Job(lambda: network, recipe, directory, label)
+
+
 def three_jobs(tiny_network, folder=None, **changes):
     """Three networks to train at once; `changes` are the recipe of the second one."""
     recipes = (RECIPE, RECIPE.replace(**changes), RECIPE)
     return [
-        Job(tiny_network("gn", seed), recipe, folder and folder / str(seed), f"number {seed}")
+        job_of(tiny_network("gn", seed), recipe, folder and folder / str(seed), f"number {seed}")
         for seed, recipe in enumerate(recipes)
     ]
 
 
+def fit_together(jobs, data):
+    """The runs of jobs that are done at once, in their order; raises the error of one that failed.
+
+    They are told by their labels.
+    """
+    outcomes = {
+        job.label: outcome
+        for job, outcome in fit_each(jobs, data, device="cpu", progress=False, at_once=len(jobs))
+    }
+    for outcome in outcomes.values():
+        if isinstance(outcome, Exception):
+            raise outcome
+    return [outcomes[job.label] for job in jobs]
+
+
 def test_several_at_once_give_what_each_gives_alone(tiny, tiny_network):
-    runs = fit_together(three_jobs(tiny_network), tiny, device="cpu", progress=False)
+    runs = fit_together(three_jobs(tiny_network), tiny)
     for seed, run in enumerate(runs):
         assert_same_run(run, fit(tiny_network("gn", seed), tiny))
 
@@ -465,7 +485,7 @@ def test_one_that_diverges_does_not_keep_the_others_from_their_end(tiny, tiny_ne
     for _ in range(2):  # the same call again finds the others done, and says the same
         jobs = three_jobs(tiny_network, tmp_path, lr=1e30)
         with pytest.raises(FloatingPointError, match=r"^number 1: the training loss became"):
-            fit_together(jobs, tiny, device="cpu", progress=False)
+            fit_together(jobs, tiny)
         finished = [RunFolder(job.directory).is_finished() for job in jobs]
         assert finished == [True, False, True]
     kept = fit(tiny_network("gn", 2), tiny, directory=tmp_path / "2")
@@ -479,13 +499,13 @@ def test_an_interrupt_of_several_loses_no_finished_epoch_of_any(tiny, tiny_netwo
         if number == 6 + 3:
             raise KeyboardInterrupt
 
-    stop = on_training_batch(jobs[1].network, interrupt)
+    stop = on_training_batch(jobs[1].build(), interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fit_together(jobs, tiny, device="cpu", progress=False)
+        fit_together(jobs, tiny)
     stop()
     kept = [len(RunFolder(job.directory).history_so_far()) for job in jobs]
     assert kept == [2, 1, 1]
-    for seed, run in enumerate(fit_together(jobs, tiny, device="cpu", progress=False)):
+    for seed, run in enumerate(fit_together(jobs, tiny)):
         assert_same_run(run, fit(tiny_network("gn", seed), tiny))
 
 
@@ -523,7 +543,7 @@ def test_where_memory_is_short_fewer_are_trained_at_once(
 ):
     expected = [fit(tiny_network("gn", seed), tiny) for seed in range(3)]
     memory = SmallMemory(monkeypatch, room, method, error)
-    runs = fit_together(three_jobs(tiny_network), tiny, device="cpu", progress=False)
+    runs = fit_together(three_jobs(tiny_network), tiny)
     for run, alone in zip(runs, expected, strict=True):
         assert_same_run(run, alone)
     assert memory.opened[0] == 1
@@ -534,13 +554,13 @@ def test_one_that_is_too_large_by_itself_is_named(tiny, tiny_network, tmp_path, 
     jobs = three_jobs(tiny_network, tmp_path)
 
     def prepare(engine):
-        if engine.network is jobs[1].network:
+        if engine.network is jobs[1].build():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return ""
 
     monkeypatch.setattr(CpuEngine, "prepare", prepare)
     with pytest.raises(RuntimeError, match=r"too small for number 1 in batches of 16: use a small"):
-        fit_together(jobs, tiny, device="cpu", progress=False)
+        fit_together(jobs, tiny)
     finished = [RunFolder(job.directory).is_finished() for job in jobs]
     assert finished == [True, False, True]
 
@@ -549,8 +569,8 @@ def test_networks_that_draw_random_numbers_get_ready_one_after_another(
     tiny, tiny_network, monkeypatch
 ):
     memory = SmallMemory(monkeypatch, room=3)
-    jobs = [Job(tiny_network(dropout=0.3), RECIPE.replace(epochs=1)) for _ in range(3)]
-    fit_together(jobs, tiny, device="cpu", progress=False)
+    jobs = [job_of(tiny_network(dropout=0.3), RECIPE.replace(epochs=1)) for _ in range(3)]
+    fit_together(jobs, tiny)
     assert memory.opened == [1, 1, 1]
 
 
@@ -692,14 +712,14 @@ def test_a_network_of_inference_mode_cannot_be_trained(tiny, tiny_network):
 
 def test_to_ask_whether_a_run_is_done_changes_nothing(tiny, tiny_network, tmp_path):
     recipe = RECIPE.replace(epochs=1, dtype="float64")
-    network, elsewhere = tiny_network(), torch.device("meta")
-    assert not is_done(Job(network, recipe, tmp_path), tiny, elsewhere)
+    network = tiny_network()
+    assert not job_of(network, recipe, tmp_path).is_done(tiny)
     fit(tiny_network(), tiny, recipe, tmp_path)
-    assert is_done(Job(network, recipe, tmp_path), tiny, elsewhere)
+    assert job_of(network, recipe, tmp_path).is_done(tiny)
     assert network.training
     assert {(w.device.type, w.dtype) for w in network.parameters()} == {("cpu", torch.float32)}
     with pytest.raises(ValueError, match="'float64' is not available on device 'mps'"):
-        is_done(Job(network, recipe), tiny, torch.device("mps"))
+        check_jobs([job_of(network, recipe)], tiny, torch.device("mps"))
 
 
 def test_a_norm_without_running_statistics_is_worth_a_warning(tiny, tiny_network):
@@ -820,9 +840,9 @@ def test_fresh_does_not_touch_a_folder_in_use(tiny, tiny_assignment, tmp_path):
 
 
 def test_two_trainings_of_one_process_in_one_folder_are_refused(tiny, tiny_network, tmp_path):
-    jobs = [Job(tiny_network(seed=seed), RECIPE, tmp_path / "run") for seed in (0, 1)]
+    jobs = [job_of(tiny_network(seed=seed), RECIPE, tmp_path / "run") for seed in (0, 1)]
     with pytest.raises(ValueError, match=r"two networks would be kept in .*run: give each its"):
-        fit_together(jobs, tiny, device="cpu", progress=False)
+        fit_together(jobs, tiny)
     errors = []
 
     def in_a_thread():

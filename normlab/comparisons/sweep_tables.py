@@ -14,9 +14,8 @@ import torch
 from normlab.assignments import Variant
 from normlab.comparisons.report import csv_text, escaped, percent
 from normlab.data import Dataset
-from normlab.fitting import identified
 from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.plans import Plan, left_to_do, say_what_is_left
+from normlab.runs.jobs import Job, left_to_do, say_what_is_left
 from normlab.support.files import remove_leftovers, user_path, write_text
 from normlab.support.locks import locked
 from normlab.support.summaries import count_parameters
@@ -55,11 +54,11 @@ class Cell:
 
 
 class SweepTable:
-    """The rows of the runs that are done, in the order of the plans, and the file that has them."""
+    """The rows of the runs that are done, in the order of the jobs, and the file that has them."""
 
     def __init__(
         self,
-        plans: Sequence[Plan],
+        jobs: Sequence[Job],
         cells: Sequence[Cell],
         data: Dataset,
         file: Path | None,
@@ -70,9 +69,9 @@ class SweepTable:
 
         `file` may hold rows of other sweeps, which stay in it.
         """
-        self.plans, self.data, self.file = plans, data, file
+        self.jobs, self.data, self.file = jobs, data, file
         self.cells = {cell.variant.folder: cell for cell in cells}
-        self.digests = {plan.directory: plan.digest(data) for plan in plans}
+        self.digests = {job.directory: job.digest(data) for job in jobs}
         self.rows: dict[str, dict] = {}
         self.show, self.after_each = show, after_each
 
@@ -83,63 +82,66 @@ class SweepTable:
         trained; then nothing is removed.
         """
         # The rows first: one whose run is gone would pass for done.
-        remove_runs((plan.directory for plan in self.plans), first=self._write)
+        remove_runs((job.directory for job in self.jobs), first=self._write)
 
-    def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Plan]:
+    def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Job]:
         """Takes the rows of finished runs, of those that diverged, and of `kept`.
 
-        Returns the plans left. The file's own rows are believed only of runs that diverged, since
+        Returns the jobs left. The file's own rows are believed only of runs that diverged, since
         of these nothing else is kept; the others are what the files of their runs say, once those
         have been found whole.
         """
         there, here = {} if kept is None else _read_rows(user_path(kept)), self._rows_in_file()
         left = []
-        for plan in self.plans:
-            digest = self.digests[plan.directory]
+        for job in self.jobs:
+            digest = self.digests[job.directory]
             row = there.get(digest)
-            if not left_to_do([plan], self.data, device):
-                self._fill(plan, _last(plan))
-            elif digest in here and self._has_diverged(plan, here[digest]):
-                self._fill(plan, dict.fromkeys(MEASURED, math.nan))
+            if not left_to_do([job], self.data, device):
+                self._fill(job, _last(job))
+            elif digest in here and self._has_diverged(job, here[digest]):
+                self._fill(job, dict.fromkeys(MEASURED, math.nan))
             elif row is not None:
-                self._fill(plan, {name: row[name] for name in (*MEASURED, "seconds")})
+                self._fill(job, {name: row[name] for name in (*MEASURED, "seconds")})
             else:
-                left.append(plan)
+                left.append(job)
         if self.rows and self.show:
-            say_what_is_left(len(left), len(self.plans))
+            say_what_is_left(len(left), len(self.jobs))
         self._write()
         return left
 
-    def add(self, plan: Plan, problem: object) -> None:
-        """Takes the row of a run that has just ended, and says so."""
-        self._fill(plan, _last(plan) if problem is None else dict.fromkeys(MEASURED, math.nan))
+    def add(self, job: Job, outcome: object) -> None:
+        """Takes the row of a run that has just ended, or whose loss diverged, and says so."""
+        diverged = isinstance(outcome, FloatingPointError)
+        self._fill(job, dict.fromkeys(MEASURED, math.nan) if diverged else _last(job))
         if self.show:
-            row = self.rows[self.digests[plan.directory]]
-            result = problem or f"{row['test_accuracy']:.2%} in {row['seconds']:.0f} s"
-            print(f"{len(self.rows)} of {len(self.plans)}: {plan.label}: {result}", flush=True)
+            row = self.rows[self.digests[job.directory]]
+            result = f"{row['test_accuracy']:.2%} in {row['seconds']:.0f} s"
+            if diverged:
+                result = str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
+            print(f"{len(self.rows)} of {len(self.jobs)}: {job.label}: {result}", flush=True)
         self._write()
         if self.after_each is not None:
             self.after_each(self.frame())
 
-    def _has_diverged(self, plan: Plan, row: dict) -> bool:
-        """Whether a row of the file says so, and is that of this plan."""
-        what = identified(plan.job(self.data), self.data).what
+    def _has_diverged(self, job: Job, row: dict) -> bool:
+        """Whether a row of the file says so, and is that of this job."""
+        what = job.prepared(self.data, torch.device("cpu")).identity
         return (
             math.isnan(row["test_accuracy"])
-            and all(row[name] == getattr(plan.recipe, name) for name in OF_RECIPE)
-            and (row["norm"], row["parameters"]) == (plan.variant.norm, what["parameters"])
-            and RunFolder(plan.directory).holds_no_other(what)
+            and all(row[name] == getattr(job.recipe, name) for name in OF_RECIPE)
+            and (row["norm"], row["parameters"]) == (job.variant.norm, what["parameters"])
+            and RunFolder(job.directory).holds_no_other(what)
         )
 
-    def _fill(self, plan: Plan, measured: dict) -> None:
-        recipe, cell = plan.recipe, self.cells[plan.variant.folder]
-        digest = self.digests[plan.directory]
+    def _fill(self, job: Job, measured: dict) -> None:
+        recipe, cell = job.recipe, self.cells[job.variant.folder]
+        digest = self.digests[job.directory]
         values = {
             "run": digest,
             "variant": cell.label,
-            "norm": plan.variant.norm,
+            "norm": job.variant.norm,
             "base_lr": cell.base_lr,
-            "parameters": count_parameters(plan.job(self.data).network),
+            "parameters": count_parameters(job.build()),
             **{name: getattr(recipe, name) for name in OF_RECIPE},
             "seconds": math.nan,
             **measured,
@@ -147,13 +149,13 @@ class SweepTable:
         self.rows[digest] = {name: values[name] for name in COLUMNS}
 
     def frame(self) -> DataFrame:
-        """The rows so far, in the order of the plans; its `attrs` say what the images are."""
+        """The rows so far, in the order of the jobs; its `attrs` say what the images are."""
         frame = _frame(self._own_rows())
         frame.attrs["source"] = self.data.source
         return frame
 
     def _own_rows(self) -> list[dict]:
-        digests = (self.digests[plan.directory] for plan in self.plans)
+        digests = (self.digests[job.directory] for job in self.jobs)
         return [self.rows[digest] for digest in digests if digest in self.rows]
 
     def _write(self) -> None:
@@ -179,9 +181,9 @@ def _frame(rows: Sequence[dict]) -> DataFrame:
     return pandas.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _last(plan: Plan) -> dict:
+def _last(job: Job) -> dict:
     """What a finished run has measured in its last epoch, and its seconds in all."""
-    history = RunFolder(plan.directory).finished_history()
+    history = RunFolder(job.directory).finished_history()
     last = {name: history[-1][name] for name in MEASURED}
     return last | {"seconds": sum(row["seconds"] for row in history)}
 

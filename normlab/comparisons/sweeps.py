@@ -15,18 +15,11 @@ import torch
 from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.comparisons.sweep_tables import TABLE, Cell, SweepTable
 from normlab.data import Dataset
-from normlab.experiment import load_assignment_data
-from normlab.fitting import Job, fit_together, is_done
+from normlab.experiment import load_assignment_data, train
+from normlab.fitting import fit_each, fit_job
 from normlab.runs.folder import RunFolder
-from normlab.runs.plans import (
-    Plan,
-    are_worth_processes,
-    check_plans,
-    in_flight,
-    plan_runs,
-    seed_numbers,
-)
-from normlab.runs.processes import AfterEach, side_by_side
+from normlab.runs.jobs import Job, check_jobs, finish, make_jobs, seed_numbers
+from normlab.runs.transfer import outcomes_of
 from normlab.support.checks import as_list, check_instance, number, one_of, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
@@ -91,44 +84,46 @@ def run_sweep(
     load, data = _images(data, assignment, for_workers=dask is not None)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
-        cluster = stack.enter_context(_cluster(dask)) if dask else None  # before files change
+        # Before files change.
+        cluster = stack.enter_context(_cluster(dask, load, data)) if dask else None
         sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
-        plans = plan_runs(sweep, seed_numbers(seeds), epochs, place / "runs")
-        check_plans(plans, data, device)
-        plans = [_in_own_folder(plan, data, device) for plan in plans]
+        jobs = make_jobs(sweep, data, seed_numbers(seeds), epochs, place / "runs")
+        check_jobs(jobs, data, device)
+        jobs = [_in_own_folder(job, data) for job in jobs]
         file = place / TABLE if directory else None
-        table = SweepTable(plans, cells, data, file, progress, after_each)
-        if cluster is not None:
-            cluster.check_size(load)
+        table = SweepTable(jobs, cells, data, file, progress, after_each)
         if fresh:
-            _start_anew(table, cluster, load)
+            _start_anew(table, cluster)
         left = table.take_what_is_done(device, None if fresh else kept)
-        left.sort(key=lambda plan: plan.recipe.batch_size)  # small ones take longest
-        if cluster is not None and left:
-            cluster.train(partial(_attempt, device=wanted), left, load, data, table.add)
-        elif left:
-            _train_each(plans, left, data, device, table.add)
+        left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest
+        if cluster is None:
+            outcomes = train(left, jobs, data, device=device, progress=False)
+        else:
+            here = partial(fit_each, data=data, device=device, progress=False)
+            apart = partial(cluster.train, partial(fit_job, device=wanted))
+            outcomes = outcomes_of(left, data, apart, here)
+        # A loss that diverges is a result of a sweep like any other.
+        finish(outcomes, len(left), table.add, results=FloatingPointError)
         if cluster is not None:
             with suppress(OSError):  # the sweep is complete, even if its scheduler has gone
                 cluster.forget(table.digests.values())  # and what came home before this call
         return table.frame()
 
 
-def _in_own_folder(plan: Plan, data: Dataset, device: torch.device) -> Plan:
-    """The plan with a folder that no other run has, whatever they differ in: sweeps may share.
+def _in_own_folder(job: Job, data: Dataset) -> Job:
+    """The job with a folder that no other run has, whatever they differ in: sweeps may share.
 
     One that is named by the seed alone, as they once were, is taken if it holds this very run.
     """
     with suppress(ValueError):  # it holds another one
-        is_here = is_done(plan.job(data), data, device)
-        if is_here or RunFolder(plan.directory).history_so_far():
-            return plan
-    name = f"{plan.directory.name}-{plan.digest(data)}"
-    own = plan.directory.with_name(name)
+        if job.is_done(data) or RunFolder(job.directory).history_so_far():
+            return job
+    name = f"{job.directory.name}-{job.digest(data)}"
+    own = job.directory.with_name(name)
     if not own.is_dir():  # another sweep may have given the same run another label
-        elsewhere = plan.directory.parents[1].glob(f"*/{name}")
+        elsewhere = job.directory.parents[1].glob(f"*/{name}")
         own = next((place for place in elsewhere if RunFolder(place).is_finished()), own)
-    return replace(plan, directory=own)
+    return replace(job, directory=own)
 
 
 def _images(
@@ -147,18 +142,16 @@ def _images(
     return load, data
 
 
-def _cluster(address: str) -> Cluster:
+def _cluster(address: str, load: Callable[[], Dataset], data: Dataset) -> Cluster:
     from normlab.runs.cluster import Cluster
 
-    return Cluster(address)
+    return Cluster(address, load, data)
 
 
-def _start_anew(
-    table: SweepTable, cluster: Cluster | None, load: Callable[[], Dataset] | None
-) -> None:
+def _start_anew(table: SweepTable, cluster: Cluster | None) -> None:
     """Removes the sweep's runs here and at the workers, once it is known that these can train."""
     if cluster is not None:
-        cluster.check_images(load, table.data)
+        cluster.check_images()
         cluster.forget(table.digests.values())
     table.start_anew()
 
@@ -219,44 +212,3 @@ def _bases(assignment: Assignment, norms: Sequence[str] | None) -> list[Variant]
         made = assignment.variant_of(norm)
         found += [each for each in assignment.variants if each.norm == made.norm] or [made]
     return found
-
-
-def _train_each(
-    plans: list[Plan],
-    left: Sequence[Plan],
-    data: Dataset,
-    device: torch.device,
-    after_each: AfterEach,
-) -> None:
-    """Those that are left, side by side in processes or a few at once here.
-
-    All plans decide which, so that a sweep that goes on has as many threads as before.
-    """
-    if device.type == "cpu" and are_worth_processes(plans, data):
-        attempt = partial(_attempt, device="cpu")
-        side_by_side(attempt, left, data, progress=False, after_each=after_each)
-        return
-    for group in in_flight(left, device):
-        _train_here(group, data, device, after_each)
-
-
-def _attempt(job: Job, data: Dataset, device: str | torch.device | None) -> str | None:
-    """Trains; a loss that diverges is a result of a sweep like any other, and is returned."""
-    try:
-        fit_together([job], data, device=device, progress=False)
-    except FloatingPointError as error:
-        return str(error).partition(": try")[0].removeprefix(f"{job.label}: ")
-    return None
-
-
-def _train_here(
-    plans: Sequence[Plan], data: Dataset, device: torch.device, after_each: AfterEach
-) -> None:
-    """Trains several at once; where one diverges, the others go on by themselves."""
-    problems: list[str | None] = [None] * len(plans)
-    try:
-        fit_together([plan.job(data) for plan in plans], data, device=device, progress=False)
-    except FloatingPointError:
-        problems = [_attempt(plan.job(data), data, device) for plan in plans]
-    for plan, problem in zip(plans, problems, strict=True):
-        after_each(plan, problem)

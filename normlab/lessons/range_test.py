@@ -14,8 +14,8 @@ from torch import nn
 
 from normlab import training
 from normlab.data import Dataset
-from normlab.fitting import check_trainable, move
 from normlab.recipes import Recipe, make_optimizer, step_options, training_batches
+from normlab.runs.jobs import check_trainable, move
 from normlab.support.checks import check_instance, check_weights, number, warn, whole_number
 from normlab.support.colours import curve_styles
 from normlab.support.devices import exact_float32, pick_device

@@ -14,50 +14,43 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-import joblib
+import cloudpickle
 
 import normlab
 from normlab.data import Dataset
 from normlab.datasets.cache import cache_folder
 from normlab.runs.folder import RunFolder, remove_run
 from normlab.runs.identity import digest_of
-from normlab.runs.plans import Plan
-from normlab.runs.processes import (
-    AfterEach,
-    Outcomes,
-    Train,
-    WorkersLost,
-    quiet,
-    run_tasks,
-    train_all,
-)
-from normlab.runs.transfer import Parcel, unpack
+from normlab.runs.jobs import Job, Outcomes
+from normlab.runs.processes import Train, quiet
+from normlab.runs.transfer import Sent, attempt, unpack
 from normlab.support.checks import warn
 from normlab.support.locks import InUse, locked
 
 if TYPE_CHECKING:
-    from distributed import Client, Worker
+    from distributed import Client, Future
 
 SECONDS_TO_ANSWER = 10
-MOST_BYTES = 100_000  # of the function that loads the images, which goes with each run
-
-# The threads of one worker would share torch's random states: they train one after another.
-_one_at_a_time = threading.Lock()
-_images: dict[str, Dataset] = {}  # in a worker: its images by their fingerprint
-_loading = threading.Lock()  # of what changes them
+MOST_BYTES = 100_000  # of the function that loads the images, which goes with each job
 
 
 class Cluster:
     """The Dask cluster at an address, checked: its workers can train what is sent to them.
 
+    Args:
+        address: of the scheduler.
+        load: returns the images, on a worker; a partial of `load_dataset`, say.
+        data: the images here; those of a worker must be the same.
+
     Raises `ConnectionError` or `RuntimeError` of one sentence if it does not answer, has no
-    workers, or has some that cannot.
+    workers, or has some that cannot; `ValueError` if `load`, sent with each job, is large.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, load: Callable[[], Dataset], data: Dataset) -> None:
+        self.load, self.fingerprint = load, data.fingerprint
+        check_size(load)
         self.client = _connect(address)
         try:
             _check_workers(self.client)
@@ -71,20 +64,12 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.client.close()
 
-    def check_size(self, load: Callable[[], Dataset]) -> None:
-        """Raises `ValueError` if `load`, sent with each run, holds the images."""
-        from distributed.protocol import pickle
-
-        size = len(pickle.dumps(load))
-        if size > MOST_BYTES:
-            raise ValueError(
-                f"each run would be sent with {size:,} bytes: data must be a function that loads "
-                "the images, not one that holds them"
-            )
-
-    def check_images(self, load: Callable[[], Dataset], data: Dataset) -> None:
+    def check_images(self) -> None:
         """Raises `RuntimeError` that names a worker whose `load()` does not give these images."""
-        self.client.run(_load_there, load, data.fingerprint)
+        found = self.client.run(_load_there, self.load, self.fingerprint, on_error="return")
+        for address, error in found.items():
+            if isinstance(error, Exception):
+                raise RuntimeError(f"worker {address}: {error}") from error
 
     def forget(self, digests: Iterable[str]) -> None:
         """Removes what the workers' machines have of the runs with these digests.
@@ -93,39 +78,55 @@ class Cluster:
         """
         self.client.run(_forget, list(digests), on_error="ignore")  # a worker may just be dying
 
-    def train(
-        self,
-        train: Train,
-        plans: Sequence[Plan],
-        load: Callable[[], Dataset],
-        data: Dataset,
-        after_each: AfterEach,
-    ) -> None:
-        """Calls `train(job, load())` on the workers, as `train_all` does.
+    def train(self, train: Train, sent: dict[Job, Sent]) -> Outcomes:
+        """Calls `train(job, load())` on the workers.
 
-        A plan whose worker dies is given to another one, which goes on from the last finished
-        epoch if it is on the same machine.
-
-        Args:
-            load: returns the images, on the worker; a partial of `load_dataset`, say.
-            data: the images here; those of a worker must be the same.
-
+        A job whose worker dies is given to another one, which goes on from the last finished epoch
+        if it is on the same machine.
         Raises `ConnectionError` or `RuntimeError` if the cluster fails.
         """
-        task = partial(_train_away, train, load, data.fingerprint, normlab.__version__)
-        train_all(partial(self._by_workers, task), train, plans, data, after_each)
+        task = partial(_train_away, train, self.load, self.fingerprint, normlab.__version__)
+        submit = partial(self.client.submit, attempt, task, pure=False)
+        left = {submit(each): job for job, each in sent.items()}
+        while left:
+            for future in self._next_done(left):
+                job = left[future]
+                outcome = _outcome(future, job)
+                del left[future]
+                yield job, outcome
 
-    def _by_workers(self, task: Callable, parcels: Sequence[Parcel]) -> Outcomes:
-        results: SimpleQueue = SimpleQueue()
-        arguments = (self.client, task, parcels, results)
-        threading.Thread(target=_run_tasks, args=arguments, daemon=True).start()
-        while (result := _next(results, self.client)) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            yield result
+    def _next_done(self, futures: Iterable[Future]) -> set[Future]:
+        """Those that are done, once there are some; warns if no worker is left to do them."""
+        from distributed import wait
+
+        said = False
+        while True:
+            try:
+                with self.client.as_current():
+                    return wait(list(futures), timeout=1, return_when="FIRST_COMPLETED").done
+            except TimeoutError:
+                address = self.client.scheduler.address
+                if not said and not self.client.scheduler_info()["workers"]:
+                    said = True
+                    warn(
+                        "no workers are left, this waits for one: start it with `dask worker "
+                        f"{address} --nthreads 1`"
+                    )
+            except CancelledError as error:
+                raise _gone() from error
 
 
 # --- the client -------------------------------------------------------------------------------
+
+
+def check_size(load: Callable[[], Dataset]) -> None:
+    """Raises `ValueError` if `load`, sent with each job, holds the images."""
+    size = len(cloudpickle.dumps(load))
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"each run would be sent with {size:,} bytes: data must be a function that loads "
+            "the images, not one that holds them"
+        )
 
 
 def _connect(address: str) -> Client:
@@ -154,9 +155,16 @@ def _check_workers(client: Client) -> None:
             f"the cluster at {address} has no workers: start some with `dask worker {address} "
             "--nworkers 2 --nthreads 1`"
         ) from error
-    versions = client.run(_version_asker())
+
+    def version() -> str | None:  # goes as code: a worker without normlab would not find its name
+        with suppress(ImportError):
+            from normlab import __version__
+
+            return __version__
+
+    versions = client.run(version)
     idle = sum(client.nthreads().values()) - len(versions)
-    versions["the scheduler"] = client.run_on_scheduler(_version_asker())  # it reads the tasks too
+    versions["the scheduler"] = client.run_on_scheduler(version)  # it reads the tasks too
     other = {worker: has for worker, has in versions.items() if has != normlab.__version__}
     if other:
         names = ", ".join(f"{worker} has {has or 'none'}" for worker, has in other.items())
@@ -170,83 +178,26 @@ def _check_workers(client: Client) -> None:
         )
 
 
-def _version_asker() -> Callable[[], str | None]:
-    """A function that says which normlab is installed where it is called.
-
-    It is sent as code rather than by its name, which a worker without normlab would not find.
-    """
-
-    def version() -> str | None:
-        try:
-            from normlab import __version__
-        except ImportError:
-            return None
-        return __version__
-
-    return version
-
-
-def _run_tasks(
-    client: Client, task: Callable, parcels: Sequence[Parcel], results: SimpleQueue
-) -> None:
-    """Puts what the workers return into `results`, at last None or the error that ended it.
-
-    In a thread of its own, because joblib waits forever for a task whose workers all died.
-    """
-    try:
-        with joblib.parallel_config(backend="dask", client=client) as config:
-            threads = config["backend"].effective_n_jobs
-            # With a single thread joblib would not use the cluster at all, but train here.
-            config["backend"].effective_n_jobs = lambda n_jobs: max(threads(n_jobs), 2)
-            # All at once, so that workers that join later find something to do.
-            for result in run_tasks(task, parcels, n_jobs=-1, pre_dispatch="all"):
-                results.put(result)
-        results.put(None)
-    except CancelledError:
-        results.put(_gone())
-    except Exception as error:
-        results.put(error)
-
-
-def _next(results: SimpleQueue, client: Client) -> tuple | BaseException | None:
-    """The next result; or the reason why there will be none. Warns if no worker is left."""
-    patience, said = SECONDS_TO_ANSWER, False
-    while patience:
-        try:
-            return results.get(timeout=1)
-        except Empty:
-            states = list(client.futures.values())
-            failed = [state for state in states if state.status == "error"]
-            if failed:
-                return _why_it_failed(failed[0].exception)
-            # joblib soon forgets a task that failed so; then there is nothing left to wait for.
-            expected = any(state.status in ("pending", "lost") for state in states)
-            alive = client.status == "running" and expected
-            patience = SECONDS_TO_ANSWER if alive else patience - 1
-            if alive and not said and not client.scheduler_info()["workers"]:
-                said = True
-                address = client.scheduler.address
-                warn(
-                    "no workers are left, this waits for one: start it with `dask worker "
-                    f"{address} --nthreads 1`"
-                )
-    return _lost() if client.status == "running" else _gone()
-
-
-def _why_it_failed(error: Exception) -> Exception:
-    """What ended a task from outside; what it raises itself comes home as its result."""
+def _outcome(future: Future, job: Job) -> object:
+    """What a training returned, its files then being here, or its error."""
     from distributed import KilledWorker
 
-    if isinstance(error, KilledWorker):
-        return _lost()
-    return RuntimeError(f"the cluster cannot do a run: {error}")
-
-
-def _lost() -> WorkersLost:
-    return WorkersLost(
-        "a run ended the process of every worker that tried it, for want of memory perhaps; "
-        "what was finished is kept"
-    )
+    try:
+        outcome = future.result()
+    except KilledWorker:
+        return RuntimeError(
+            f"{job.label} ended the process of every worker that tried it, for want of memory "
+            "perhaps; what was finished is kept"
+        )
+    except CancelledError as error:
+        raise _gone() from error
+    except Exception as error:  # what a task raises itself comes home as its result
+        raise RuntimeError(f"the cluster cannot do a run: {error}") from error
+    if isinstance(outcome, Exception):
+        return outcome
+    result, files = outcome
+    RunFolder(job.directory).receive(files)
+    return result
 
 
 def _gone() -> ConnectionError:
@@ -255,27 +206,33 @@ def _gone() -> ConnectionError:
 
 # --- the workers ------------------------------------------------------------------------------
 
+# The threads of one worker would share torch's random states: they train one after another.
+_one_at_a_time = threading.Lock()
+_images: dict[str, Dataset] = {}  # in a worker: its images by their fingerprint
+_loading = threading.Lock()  # of what changes them
+
 
 def _train_away(
-    train: Train,
-    load: Callable[[], Dataset],
-    fingerprint: str,
-    version: str,
-    sent: tuple,
+    train: Train, load: Callable[[], Dataset], fingerprint: str, version: str, sent: Sent
 ) -> tuple[object, dict[str, bytes]]:
     """Trains on a worker; returns what `train` does, and the files of the finished run.
 
     They stay there until the client has all: what could not be delivered is not trained again.
     """
-    if version != normlab.__version__:  # a worker that joined after the check
-        raise RuntimeError(
-            f"worker {_own_address()} has normlab {normlab.__version__}, the client {version}: "
-            "install the same version there"
-        )
     with _one_at_a_time, quiet():
-        data = _images_here(load, fingerprint, _own_address)
+        try:
+            if version != normlab.__version__:  # a worker that joined after the check
+                raise ValueError(
+                    f"it has normlab {normlab.__version__}, the client {version}: install the "
+                    "same version there"
+                )
+            data = _images_here(load, fingerprint)
+        except (OSError, ValueError) as error:
+            from distributed import get_worker
+
+            raise RuntimeError(f"worker {get_worker().address}: {error}") from error
         job = unpack(sent, data)
-        place = _place(digest_of(job.what))
+        place = _place(digest_of(job.identity))
         with locked(place):  # which another process may train in that Dask took for dead
             result = train(replace(job, directory=place), data)
             return result, RunFolder(place).pack()
@@ -296,31 +253,18 @@ def _forget(digests: Sequence[str]) -> None:
             remove_run(_place(digest))
 
 
-async def _load_there(load: Callable[[], Dataset], fingerprint: str, dask_worker: Worker) -> None:
+async def _load_there(load: Callable[[], Dataset], fingerprint: str) -> None:
     """In a thread: the worker must go on telling the scheduler that it lives."""
-    await asyncio.to_thread(_images_here, load, fingerprint, lambda: dask_worker.address)
+    await asyncio.to_thread(_images_here, load, fingerprint)
 
 
-def _images_here(
-    load: Callable[[], Dataset], fingerprint: str, address: Callable[[], str]
-) -> Dataset:
-    """This worker's images, loaded once; an error names the worker by its address."""
+def _images_here(load: Callable[[], Dataset], fingerprint: str) -> Dataset:
+    """This worker's images, loaded once."""
     with _loading:
         if fingerprint not in _images:
-            try:
-                data = load()
-            except (OSError, ValueError) as error:
-                raise RuntimeError(f"worker {address()}: {error}") from error
+            data = load()
             if data.fingerprint != fingerprint:
-                raise RuntimeError(
-                    f"worker {address()} has other images of {data.name} than the client"
-                )
+                raise ValueError(f"it has other images of {data.name} than the client")
             _images.clear()
             _images[fingerprint] = data
         return _images[fingerprint]
-
-
-def _own_address() -> str:
-    from distributed import get_worker
-
-    return get_worker().address

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normlab.history import COLUMNS, Run
 from normlab.recipes import Recipe
-from normlab.runs.identity import differences, recipe_in, weights_digest
+from normlab.runs.identity import differences, earlier_computations, recipe_in, weights_digest
 from normlab.support.files import read_json, remove_leftovers, write_bytes, write_json, write_text
 from normlab.support.locks import LOCK, InUse, locked
 
@@ -29,7 +29,7 @@ class RunFolder:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self._what: dict = {}
+        self._identity: dict = {}
         self._config = self.directory / "config.json"
         self._checkpoint = self.directory / "checkpoint.safetensors"
         self._history = self.directory / "history.csv"
@@ -52,10 +52,7 @@ class RunFolder:
         differing = differences(here, what)
         finished = "final_weights" in config
         if differing and (finished or self._checkpoint.is_file()):
-            raise ValueError(
-                f"{self.directory} holds a run that is something else ({'; '.join(differing)}): "
-                "choose another directory, or delete this one (--fresh on the command line)"
-            )
+            raise another_run(self.directory, "; ".join(differing))
         return finished
 
     def _read_config(self) -> dict:
@@ -82,8 +79,8 @@ class RunFolder:
         """Whether nothing lies here but, perhaps, the beginning of a run that is `what`."""
         return self.is_empty() or not differences(self._read_config()["is"], what)
 
-    def origin(self) -> dict:
-        """Where the run that lies here came from so far; empty if there is none."""
+    def provenance(self) -> dict:
+        """The provenance of the run so far; empty if there is none."""
         return self._read_config().get("from", {}) if self._config.is_file() else {}
 
     def is_finished(self) -> bool:
@@ -131,11 +128,18 @@ class RunFolder:
                     self._checkpoint.unlink(missing_ok=True)
                     remove_leftovers(self.directory)
 
-    def start(self, what: dict, origin: dict) -> None:
-        """Writes down what the run is before its first epoch; removes what no run can use."""
+    def start(self, identity: dict, provenance: dict, epochs: int) -> None:
+        """Writes down what the run is before its next epoch; removes what no run can use.
+
+        Args:
+            provenance: of what goes on with the run; how the epochs so far were computed is added.
+            epochs: how many are finished.
+        """
+        if before := earlier_computations(self.provenance(), provenance, epochs):
+            provenance["before"] = before
         remove_leftovers(self.directory)
-        self._what = what
-        self._write_config({"is": what, "from": origin})
+        self._identity = identity
+        self._write_config({"is": identity, "from": provenance})
 
     def clear(self) -> None:
         """Removes a run, if there is one: its files, and nothing else that lies here."""
@@ -150,7 +154,7 @@ class RunFolder:
         tensors = _prefixed("network", network.state_dict())
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= _prefixed(f"optimizer.{index}", state)
-        about = {"history": json.dumps(history), "is": json.dumps(self._what)}
+        about = {"history": json.dumps(history), "is": json.dumps(self._identity)}
         about["digest"] = _json_digest(about | {"tensors": weights_digest(tensors)})
         write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
         self._write_history(history)
@@ -260,6 +264,14 @@ class RunFolder:
             f"{path} is {how}: delete the folder {self.directory} and run again (--fresh on the "
             "command line)"
         )
+
+
+def another_run(directory: Path, differences: str) -> ValueError:
+    """The error for a directory with a run that differs from the one that is asked for."""
+    return ValueError(
+        f"{directory} holds a run that is something else ({differences}): choose another "
+        "directory, or delete this one (--fresh on the command line)"
+    )
 
 
 def _is_config(value: object) -> bool:

@@ -45,7 +45,7 @@ def probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dic
     }
 
 
-def are_apart(one: object, other: object) -> bool:
+def are_apart(one: object, other: object, limit: float = LOGITS_APART) -> bool:
     """Whether two lists of logits are of networks that compute something else."""
     try:
         one, other = (torch.tensor(values, dtype=torch.float64) for values in (one, other))
@@ -53,7 +53,7 @@ def are_apart(one: object, other: object) -> bool:
         return True
     if one.shape != other.shape:
         return True
-    return not (one - other).abs().max() <= LOGITS_APART * other.abs().max()  # as NaN is not
+    return not (one - other).abs().max() <= limit * other.abs().max()  # as NaN is not
 
 
 def _in_both_modes(network: nn.Module, images: Tensor, seed: int) -> dict[str, list[float]]:

@@ -1,96 +1,104 @@
-"""Trainings on their way to other processes, with the networks that were built here.
+"""Jobs on their way to other processes, with the networks that were built here.
 
 What the session defined or changed goes by value, as it is in this process and with the globals
 that it uses: a process that looked for it by its name might find something else, or nothing.
 """
 
-import copy
 import io
+import itertools
+import pickle
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import cloudpickle
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normlab.data import Dataset
-from normlab.fitting import Job, agrees, identified, move
-from normlab.recipes import DTYPES
+from normlab.recipes import make_optimizer, step_options, training_batches
 from normlab.runs.folder import RunFolder, remove_run
+from normlab.runs.jobs import Job, Outcomes, predicts_what_is_kept
+from normlab.runs.probe import are_apart
+from normlab.support.checks import warn
+from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
+from normlab.training import evaluating, train_epoch
 
-MOST_BYTES = 50_000_000  # of a parcel: a network whose class refers to all images has more
+MOST_BYTES = 50_000_000  # of a job: a network whose class refers to all images has more
 TRIAL_IMAGES = 8
 
-# How far apart the same logits may be in two processes, relative to the largest one: they may have
-# other numbers of threads or, in a cluster, other processors.
-TRIAL_APART = 1e-4
+# How far apart logits, loss and penalty of the same steps may be in two processes, relative to the
+# largest number: they may have other numbers of threads or, in a cluster, other processors.
+TRIAL_APART = (1e-4, 1e-3, 1e-3)
+
+Sent = tuple[bytes, list]
+"""A job that other processes can do, and what its first steps give here."""
 
 
-class Planned(Protocol):
-    """A run to be done."""
-
-    label: str
-    directory: Path
-    epochs: int
-
-    def job(self, data: Dataset) -> Job:
-        """What is trained, its network built anew."""
+class NotSendable(Exception):
+    """Why a job is done in this process."""
 
 
-class StaysHere(Exception):
-    """Why a run is left to this process."""
-
-
-@dataclass(frozen=True, eq=False)
-class Parcel:
-    """A run that other processes can do.
+def outcomes_of(
+    jobs: Sequence[Job],
+    data: Dataset,
+    apart: Callable[[dict[Job, Sent]], Outcomes],
+    here: Callable[[list[Job]], Outcomes],
+) -> Outcomes:
+    """Has other processes do the jobs that can be sent to them, and afterwards the rest done here.
 
     Args:
-        plan: what it is, for this process.
-        sent: its `Job` as bytes, and what its network gives here for a few images.
+        apart: has other processes do jobs.
+        here: does jobs in this process.
     """
+    sent, left = pack_all(jobs, data)
+    for job, outcome in apart(sent) if sent else ():
+        reason = outcome if isinstance(outcome, NotSendable) else mismatch(job, data)
+        if reason is None:
+            yield job, outcome
+        else:
+            left[job] = reason
+    if not left:
+        return
+    stay = [job for job in jobs if job in left]
+    more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
+    reason = left[stay[0]]
+    warn(f"{stay[0].label}{more}: trained in this process, not beside it: {reason}")
+    yield from here(stay)
 
-    plan: Planned
-    sent: tuple[bytes, list] = field(repr=False)
 
-
-def pack_all(
-    plans: Sequence[Planned], data: Dataset
-) -> tuple[list[Parcel], list[tuple[Planned, StaysHere]]]:
-    """Parcels of those that can be sent, and the others with the reason."""
-    parcels, here = [], []
+def pack_all(jobs: Sequence[Job], data: Dataset) -> tuple[dict[Job, Sent], dict[Job, NotSendable]]:
+    """The jobs that can be sent, as they are sent, and the others with the reason."""
+    sent, left = {}, {}
     with _session_by_value():
-        for plan in plans:
+        for job in jobs:
             try:
-                parcels.append(Parcel(plan, _pack(plan.job(data), data)))
-            except StaysHere as reason:
-                here.append((plan, reason))
-    return parcels, here
+                sent[job] = _pack(job, data)
+            except NotSendable as reason:
+                left[job] = reason
+    return sent, left
 
 
-def _pack(job: Job, data: Dataset) -> tuple[bytes, list]:
-    """What `unpack` makes the same job of in another process."""
-    job = identified(job, data)
+def _pack(job: Job, data: Dataset) -> Sent:
+    job = job.prepared(data, torch.device("cpu"))
     if type(data) is not Dataset:  # another has only what a file keeps of it
-        raise StaysHere(f"its images are in a {type(data).__name__}, not a plain Dataset")
-    if name := _hooked(job.network):
-        raise StaysHere(f"a hook of its weight {name!r} cannot be sent to another")
+        raise NotSendable(f"its images are in a {type(data).__name__}, not a plain Dataset")
+    if name := _hooked(job.build()):
+        raise NotSendable(f"a hook of its weight {name!r} cannot be sent to another")
     content = io.BytesIO()
     try:
         torch.save(job, content, pickle_module=cloudpickle, pickle_protocol=5)
-        logits = _trial(job, data).tolist()
+        steps = _first_steps(job, data)
     except Exception as error:  # pickling calls a student's code, which may raise anything
-        raise StaysHere(f"its network cannot be sent to another ({error})") from error
+        raise NotSendable(f"its network cannot be sent to another ({error})") from error
     if len(content.getvalue()) > MOST_BYTES:
-        raise StaysHere(f"its network would be sent with {len(content.getvalue()):,} bytes")
-    return content.getvalue(), logits
+        raise NotSendable(f"its network would be sent with {len(content.getvalue()):,} bytes")
+    return content.getvalue(), steps
 
 
 def _hooked(network: nn.Module) -> str:
@@ -100,51 +108,76 @@ def _hooked(network: nn.Module) -> str:
     return next((name for name, w in each if any(getattr(w, hook, None) for hook in hooks)), "")
 
 
-def unpack(sent: tuple[bytes, list], data: Dataset) -> Job:
+def unpack(sent: Sent, data: Dataset) -> Job:
     """The job, in the process that is to do it.
 
-    Raises `StaysHere` if the network computes something else than where it comes from: because
-    the session changed an installed package, say. Never to be called there, since loading a class
-    by value would change the one that it comes from.
+    Raises `NotSendable` if its training begins otherwise than where it comes from: because the
+    session changed an installed package, say. Never to be called there, since loading
+    a class by value would change the one that it comes from.
     """
-    content, logits = sent
+    content, wanted = sent
     try:
         job = torch.load(io.BytesIO(content), weights_only=False)
-        found, wanted = _trial(job, data), torch.tensor(logits, dtype=torch.float64)
-        apart = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        found = _first_steps(job, data)
     except Exception as error:  # as above
-        raise StaysHere(f"another cannot compute with its network ({error})") from error
-    if not apart <= TRIAL_APART:  # as NaN is not
-        raise StaysHere("another computes something else with its network")
+        raise NotSendable(f"another cannot compute with its network ({error})") from error
+    if any(map(are_apart, found, wanted, TRIAL_APART)):
+        raise NotSendable("another computes something else with its network")
     return job
 
 
-def _trial(job: Job, data: Dataset) -> Tensor:
-    """Logits for a few training images, in training and in evaluation mode: float64 (2, B, C)."""
-    network = copy.deepcopy(job.network)
-    loader = data.loader(batch_size=TRIAL_IMAGES, shuffle=False, dtype=DTYPES[job.recipe.dtype])
-    images, _ = next(iter(loader))
-    with torch.no_grad(), seeded(job.recipe.seed, "trial"):
-        return torch.stack([network.train(mode)(images).double() for mode in (True, False)])
+def _first_steps(job: Job, data: Dataset) -> list[list[float]]:
+    """Logits for a few images in evaluation mode; loss and penalty of two training steps.
+
+    A copy of the network takes them at the full rate: the second loss tells of the optimiser. Of
+    steps that diverge what is no number is 0.
+    """
+    network, recipe = copied(job.build()), job.recipe.replace(batch_size=TRIAL_IMAGES)
+    batches = training_batches(data, recipe, torch.device("cpu"))
+    options = step_options(recipe) | {"autocast": None}  # bfloat16 rounds too differently
+    with seeded(recipe.seed, "trial"):
+        images, _ = next(iter(batches))
+        with torch.no_grad(), evaluating(network):
+            logits = network(images).flatten().double()
+        optimizer = make_optimizer(network, recipe)
+        steps = train_epoch(network, itertools.islice(batches, 2), optimizer, **options)
+    numbers = [logits, torch.tensor([steps.loss]), torch.tensor([steps.penalty])]
+    return [torch.nan_to_num(each, 0, 0, 0).tolist() for each in numbers]
 
 
-def mismatch(plan: Planned, data: Dataset) -> StaysHere | None:
+def attempt(task: Callable, sent: Sent) -> object:
+    """What the task returns for what was sent, in a worker; or the error that it raises.
+
+    One of a class that this process alone has, or that needs arguments of its own, is replaced.
+    """
+    try:
+        return task(sent)
+    except Exception as error:
+        trace, outcome = "".join(traceback.format_exception(error)), error
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            outcome = RuntimeError(f"{type(error).__name__}: {error}")
+        outcome.add_note(f"in a worker:\n{trace}")
+        return outcome
+
+
+def mismatch(job: Job, data: Dataset) -> NotSendable | None:
     """Why a run that came home is not this process's, if so; its files are then removed.
 
-    The plan's network, with the weights that came, must predict what was stored beside them. A run
-    that diverged has no weights.
+    The network, with the weights that came, must predict what was stored beside them. A run that
+    diverged has no weights.
     """
-    if not RunFolder(plan.directory).is_finished():
+    if not RunFolder(job.directory).is_finished():
         return None
-    job = plan.job(data)
-    move(job.network, torch.device("cpu"), job.recipe)
+    network = job.prepared(data, torch.device("cpu")).build()
     try:
-        if agrees(RunFolder(plan.directory).load(job.network), data):
+        if predicts_what_is_kept(RunFolder(job.directory).load(network), data):
             return None
     except RuntimeError:  # the weights do not fit
         pass
-    remove_run(plan.directory)
-    return StaysHere("its network predicts otherwise here, with the weights that another found")
+    remove_run(job.directory)
+    return NotSendable("its network predicts otherwise here, with the weights that another found")
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What every other module may use: checks, files, seeds, devices, figures, progress."""
+"""What every other module may use: checks, files, locks, seeds, devices, figures, output."""

@@ -63,8 +63,9 @@ def exact_float32() -> Iterator[None]:
     put back afterwards.
     """
     b = torch.backends
-    owners = (b.cuda, b.cudnn, b.cudnn, b.mkldnn, b.mkldnn)
-    parts = map(getattr, owners, ("matmul", "conv", "rnn", "matmul", "conv"), [None] * 5)
+    parts = [b.cuda.matmul]
+    parts += [getattr(b.cudnn, name, None) for name in ("conv", "rnn")]
+    parts += [getattr(b.mkldnn, name, None) for name in ("conv", "matmul")]
     found = [(b.cudnn, "allow_tf32", False)]
     found += [(part, "fp32_precision", "ieee") for part in parts if hasattr(part, "fp32_precision")]
     before, precision = [], None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-DEEPEST = 50  # nesting of JSON: functions that call themselves for each level end somewhere
+DEEPEST = 50  # levels of nesting in JSON, far below Python's limit of recursion
 
 
 def user_path(path: str | Path) -> Path:

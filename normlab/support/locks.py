@@ -1,4 +1,4 @@
-"""Folders that one process at a time may use; the system takes a lock from a process that ends."""
+"""Folders that one process at a time may use: their locks end with the process that has them."""
 
 import errno
 import os

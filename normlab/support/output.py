@@ -1,4 +1,4 @@
-"""Output that cannot end the work, whoever reads it."""
+"""Output whose reader may leave without stopping the program."""
 
 import errno
 import os
@@ -10,10 +10,10 @@ from typing import TextIO
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """While it lasts, whoever reads the output cannot end the work.
+    """Inside the block the program goes on if nobody reads its output.
 
-    A code page without × gets a question mark, and what a reader that has left, as in `| head -1`,
-    or a closed stream does not take is dropped.
+    What is written to a closed stream, or to a reader that has left, as in `| head -1`, is
+    dropped. A character that the encoding lacks, such as × in ASCII, becomes a question mark.
     """
     for number in range(3):
         try:
@@ -31,9 +31,9 @@ def lasting_output() -> Iterator[None]:
 
 
 class _Lasting:
-    """A stream that takes no more after an error, and does not fail again.
+    """A stream that drops what is written to it after an error.
 
-    The error of a reader that has left, or of a terminal that was closed, is not even told.
+    The error is raised once, unless it says that the reader has left or the terminal was closed.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -19,21 +19,26 @@ class Progress:
     def __init__(self, label: str, epochs: int, steps: int, *, show: bool = True) -> None:
         self.label, self.epochs, self.steps = label, epochs, steps
         self.done = 0  # batches
-        notebook, terminal = _in_notebook(), sys.stderr is not None and sys.stderr.isatty()
-        self._as_lines = show and not (notebook or terminal)
+        in_notebook = _in_notebook()
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._as_lines = show and not (in_notebook or on_terminal)
+        # tqdm's hidden bar would start a thread all the same.
+        self._bar = self._make_bar(in_notebook) if show and not self._as_lines else None
+
+    def _make_bar(self, in_notebook: bool) -> tqdm:
         look = {"bar_format": "{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}"}
-        if show and notebook:
+        if in_notebook:
             look = {"bar_format": "{desc} {bar:20}{postfix}", "ascii": "░█", "position": 0}
             look |= {"file": _NotebookLine(), "mininterval": 0.5}
-        hidden = not show or self._as_lines
-        total = epochs * steps
-        self._bar = tqdm(total=total, desc=label, disable=hidden, dynamic_ncols=True, **look)
+        total = self.epochs * self.steps
+        return tqdm(total=total, desc=self.label, dynamic_ncols=True, **look)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def start_at(self, epochs: int) -> None:
         """Some epochs were done before."""
@@ -42,7 +47,8 @@ class Progress:
     def step(self, batches: int = 1) -> None:
         """So many batches more are done."""
         self.done += batches
-        self._bar.update(batches)
+        if self._bar is not None:
+            self._bar.update(batches)
 
     def counted(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Hands on the batches and counts them."""
@@ -57,7 +63,8 @@ class Progress:
             f"loss {row[f'{part}_loss']:.4f}, accuracy {row[f'{part}_accuracy']:.2%}"
             for part in ("train", "test")
         )
-        self._bar.set_postfix_str(f"{epoch}, test {test}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{epoch}, test {test}")
         if self._as_lines:
             numbers = f"training {training}, test {test}, {row['seconds']:.1f} s"
             print(f"{self.label}: {epoch}, {numbers}", flush=True)

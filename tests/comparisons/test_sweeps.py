@@ -17,12 +17,11 @@ from filelock import FileLock
 from matplotlib import pyplot
 
 import normlab as nl
-from normlab.comparisons import sweeps
+from normlab import experiment
 from normlab.comparisons.sweep_tables import COLUMNS, MEASURED, _read_rows
 from normlab.runs import cluster
 from normlab.runs import processes as parallel
 from normlab.runs.folder import RunFolder, remove_run
-from normlab.runs.plans import plan_runs
 from normlab.support.locks import InUse
 from normlab.support.seeding import seeded
 
@@ -111,7 +110,9 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     assert first == "1 of 2 runs are loaded, 1 trained"
     assert second.startswith("2 of 2: LN, seed 0: ")
     assert again.drop(columns="seconds").equals(table.drop(columns="seconds"))
-    monkeypatch.setattr(sweeps, "fit_together", None)  # nothing is left to train
+    monkeypatch.setattr(
+        experiment, "fit_each", lambda jobs, **_: (job for job in jobs)
+    )  # nothing is left to train
     assert sweep(tiny_assignment, tiny, **options).equals(again)
 
 
@@ -345,13 +346,13 @@ def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
     data = nl.load_dataset("digits").subset(train=64, test=16)
     assignment = replace(nl.ASSIGNMENTS["mnist-l1"], recipe=nl.Recipe(epochs=1, batch_size=32))
     options = {"norms": ["gn", "ln"], "lrs": [0.05, 1e30]}
-    seen, portions, in_processes = [], [], sweeps.side_by_side
+    seen, portions, in_processes = [], [], experiment.in_processes
 
-    def noted(train, plans, *others, **more):
-        portions.append(len(plans))
-        in_processes(train, plans, *others, **more)
+    def noted(train, data, sent, **options):
+        portions.append(len(sent))
+        return in_processes(train, data, sent, **options)
 
-    monkeypatch.setattr(sweeps, "side_by_side", noted)
+    monkeypatch.setattr(experiment, "in_processes", noted)
     apart = sweep(assignment, data, directory=tmp_path, after_each=seen.append, **options)
     assert [len(table) for table in seen] == [1, 2, 3, 4]
     assert apart["test_accuracy"].isna().tolist() == [False, True, False, True]
@@ -371,12 +372,12 @@ def test_a_single_run_that_is_left_has_as_many_threads_as_before(
     options = {"norms": ["gn", "ln"], "epochs": 1, "directory": tmp_path}
     left = []
 
-    def instead(train, plans, *_, after_each, **__):
-        left.append([plan.label for plan in plans])
-        for plan in plans:
-            after_each(plan, train(plan.job(tiny), tiny))
+    def instead(train, data, sent, **_):
+        left.append([job.label for job in sent])
+        for job in sent:
+            yield job, train(job, data)
 
-    monkeypatch.setattr(sweeps, "side_by_side", instead)
+    monkeypatch.setattr(experiment, "in_processes", instead)
     sweep(tiny_assignment, tiny, **options)
     remove_run(folder_of(tmp_path, "ln"))
     (tmp_path / "sweep.csv").unlink()
@@ -451,28 +452,6 @@ def test_the_title_names_the_data(tiny, tiny_assignment):
     title = "Test accuracy, made-up patterns, last epoch, one seed"
     assert nl.plot_sweep(table).axes[0].get_title() == title
     assert nl.plot_sweep(table, title="Mine").axes[0].get_title() == "Mine"
-
-
-@pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 1e30)])
-def test_where_one_of_several_at_once_diverges_the_others_go_on(
-    rates, tiny_assignment, tiny, tmp_path
-):
-    assignment = replace(
-        tiny_assignment,
-        variants=tuple(
-            nl.Variant(f"GN {place}", "gn", changes={"lr": rate})
-            for place, rate in enumerate(rates)
-        ),
-    )
-    found = []
-    sweeps._train_here(
-        plan_runs(assignment, [0], 1, tmp_path),
-        tiny,
-        torch.device("cpu"),
-        lambda plan, problem: found.append((RunFolder(plan.directory).is_finished(), problem)),
-    )
-    assert [done for done, _ in found] == [rate < 1 for rate in rates]
-    assert [problem is None for _, problem in found] == [rate < 1 for rate in rates]
 
 
 # --- what is believed of the files -------------------------------------------------------------

@@ -20,10 +20,10 @@ from PIL import Image
 
 import normlab as nl
 from normlab.cli import main
-from normlab.comparisons.sweeps import _attempt
+from normlab.fitting import fit_job
 from normlab.runs import cluster
 from normlab.runs.folder import RunFolder
-from normlab.runs.plans import plan_runs
+from normlab.runs.jobs import make_jobs
 from normlab.runs.transfer import pack_all
 from normlab.support.files import read_json
 from tests.runs.test_folder import FILES
@@ -198,10 +198,10 @@ def threads_put_back():
 @pytest.mark.usefixtures("threads_put_back")
 def test_what_could_not_be_delivered_is_not_trained_again(tmp_path, monkeypatch):
     data = few_digits()
-    plan = plan_runs(ASSIGNMENT, [0], 1, tmp_path)[0]
-    attempt = partial(_attempt, device="cpu")
-    task = partial(cluster._train_away, attempt, few_digits, data.fingerprint)
-    sent = pack_all([plan], data)[0][0].sent
+    job = make_jobs(ASSIGNMENT, data, [0], 1, tmp_path)[0]
+    train = partial(fit_job, device="cpu")
+    task = partial(cluster._train_away, train, few_digits, data.fingerprint)
+    ((sent,), _) = (each.values() for each in pack_all([job], data))
     _, lost = task(nl.__version__, sent)
     _, again = task(nl.__version__, sent)
     assert again == lost  # the seconds of another training would differ
@@ -210,7 +210,7 @@ def test_what_could_not_be_delivered_is_not_trained_again(tmp_path, monkeypatch)
     monkeypatch.setattr(nl, "__version__", "99.0")
     assert task("99.0", sent)[1] != lost  # another version may compute something else
     monkeypatch.setattr(nl, "__version__", version)
-    cluster._forget([plan.digest(data)])
+    cluster._forget([job.digest(data)])
     assert kept_by_workers() == []
 
 
@@ -234,10 +234,10 @@ def test_fresh_and_an_interruption_leave_nothing_at_the_workers(one_worker, tmp_
     assert {file.name for file in kept_by_workers()} > FILES  # fetched, but for whom to say so
     first = sweep(one_worker, tmp_path, seeds=2, after_each=lambda table: pytest.fail("trained"))
     assert kept_by_workers() == []
-    for plan in plan_runs(ASSIGNMENT, [0, 1], None, tmp_path / "runs"):
-        if plan.variant.norm == "gn":  # as if those had been interrupted before they came home
-            digest = plan.digest(few_digits())
-            own = plan.directory.with_name(f"{plan.directory.name}-{digest}")
+    for job in make_jobs(ASSIGNMENT, few_digits(), [0, 1], None, tmp_path / "runs"):
+        if job.variant.norm == "gn":  # as if those had been interrupted before they came home
+            digest = job.digest(few_digits())
+            own = job.directory.with_name(f"{job.directory.name}-{digest}")
             shutil.copytree(own, cluster._place(digest))
     assert kept_by_workers() != []
     again = sweep(one_worker, tmp_path, seeds=2, fresh=True)
@@ -252,7 +252,7 @@ def test_that_no_workers_are_left_is_said(scheduler, workers, tmp_path, monkeypa
 
     def kill_and_train(*arguments):
         processes[0].kill()
-        train(*arguments)
+        return train(*arguments)
 
     def start_another(message):
         said.append(message)
@@ -301,13 +301,13 @@ def test_the_command_has_the_workers_train(one_worker, tmp_path, monkeypatch, ca
 def test_a_data_root_that_only_the_client_has(one_worker, tmp_path, monkeypatch, capsys):
     root = tmp_path / "root"
     root.mkdir()
-    check = cluster.Cluster.check_size
+    check = cluster.check_size
 
     def hidden(*arguments):  # the images here are loaded; the worker finds no such folder
         root.rmdir()
         check(*arguments)
 
-    monkeypatch.setattr(cluster.Cluster, "check_size", hidden)
+    monkeypatch.setattr(cluster, "check_size", hidden)
     options = ["--dataset", "digits", "--data-root", str(root), "--norms", "gn", "--epochs", "1"]
     command = ["sweep", "mnist-l1", *options, "--dask", one_worker, "--out", str(tmp_path / "out")]
     assert main(command) == 1
@@ -318,11 +318,11 @@ def test_a_data_root_that_only_the_client_has(one_worker, tmp_path, monkeypatch,
 def test_a_task_is_small(one_worker, tmp_path, monkeypatch):
     sizes = []
 
-    def measured(task, parcels, **pool):
-        sizes.extend(len(cloudpickle.dumps((task, parcel.sent))) for parcel in parcels)
-        yield from ((parcel, "measured") for parcel in parcels)
+    def measured(self, train, sent):
+        sizes.extend(len(cloudpickle.dumps((train, self.load, each))) for each in sent.values())
+        yield from ((job, FloatingPointError("measured")) for job in sent)
 
-    monkeypatch.setattr(cluster, "run_tasks", measured)
+    monkeypatch.setattr(cluster.Cluster, "train", measured)
     sweep(one_worker, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])
     assert len(sizes) == 40
     assert max(sizes) < 100_000
@@ -376,7 +376,7 @@ def test_images_that_only_the_client_has(one_worker, tmp_path):
     again = sweep(one_worker, tmp_path / "sweep")  # a new training would take other seconds
     assert again.equals(kept)
     data = partial(_images_of_the_client, os.getpid(), "other")
-    with pytest.raises(RuntimeError, match=r"worker tcp://127\S+ has other images of digits"):
+    with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: it has other images of digits"):
         sweep(one_worker, tmp_path / "other", data=data)
 
 

@@ -508,7 +508,7 @@ def test_wrong_types_in_a_config_without_digest_are_named(tiny, tiny_network, ru
         try:
             found = RunFolder(folder)
             assert not found.open(run.config["is"]) or found.load(network).history == run.history
-            assert isinstance(earlier_computations(found.origin(), {}, 3), list)
+            assert isinstance(earlier_computations(found.provenance(), {}, 3), list)
         except ValueError as problem:
             named += str(folder) in str(problem)
         else:

@@ -20,6 +20,7 @@ from torch import nn
 import normlab as nl
 from normlab.runs import processes as parallel
 from normlab.runs.folder import RunFolder
+from normlab.runs.jobs import Job
 from normlab.support.files import read_json, write_json
 from normlab.support.locks import scratch_folder
 from tests.runs.test_folder import FILES
@@ -55,13 +56,17 @@ def rows(run):
     return [{key: row[key] for key in row if key != "seconds"} for row in run.history]
 
 
-def test_small_work_and_single_runs_stay_in_one_process(monkeypatch):
+def test_small_work_and_single_runs_stay_in_one_process(tiny, monkeypatch):
+    job = Job(lambda: small_network("bn"), nl.Recipe(epochs=2))
+    work = 3 * (8 * 9 * 100 + 32 * 4) * 2 * 96  # of a convolution to 10×10 and a linear layer
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
-    assert parallel.is_worthwhile(range(3), parallel.WORTHWHILE)
-    assert not parallel.is_worthwhile(range(3), parallel.WORTHWHILE / 2)
-    assert not parallel.is_worthwhile(range(1), parallel.WORTHWHILE)
+    monkeypatch.setattr(parallel, "WORTHWHILE", 3 * work)
+    assert parallel.are_worthwhile([job] * 3, tiny)
+    assert not parallel.are_worthwhile([job] * 2, tiny)
+    monkeypatch.setattr(parallel, "WORTHWHILE", work)
+    assert not parallel.are_worthwhile([job], tiny)
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 1)
-    assert not parallel.is_worthwhile(range(3), parallel.WORTHWHILE)
+    assert not parallel.are_worthwhile([job] * 3, tiny)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +80,15 @@ def test_small_work_and_single_runs_stay_in_one_process(monkeypatch):
         (18, 16, [(18, 18)]),
     ],
 )
-def test_rounds_leave_no_core_idle(jobs, cores, sizes, monkeypatch):
+def test_portions_leave_no_core_idle(jobs, cores, sizes, monkeypatch):
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: cores)
-    portions = parallel.rounds(range(jobs))
-    assert [(len(some), workers) for some, workers in portions] == sizes
-    assert [job for some, _ in portions for job in some] == list(range(jobs))
+    left, found = list(range(jobs)), []
+    while left:
+        some, workers = parallel.first_portion(left)
+        assert list(some) == left[: len(some)]
+        left = left[len(some) :]
+        found.append((len(some), workers))
+    assert found == sizes
 
 
 def test_processes_give_the_same_as_one_thread_here(tiny, two_cores, tmp_path, monkeypatch):

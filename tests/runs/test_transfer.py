@@ -16,11 +16,9 @@ from torch import nn
 
 import normlab as nl
 from normlab import experiment
-from normlab.fitting import identified
 from normlab.runs import processes as parallel
-from normlab.runs import transfer as parcels
-from normlab.runs.folder import RunFolder
-from normlab.runs.plans import plan_runs
+from normlab.runs import transfer
+from normlab.runs.jobs import make_jobs
 from normlab.support.files import read_json
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)
@@ -60,7 +58,7 @@ def facts(results: nl.Results, data) -> dict:
     """All that a training gives to the last bit, but for the time that it took."""
     return {
         label: (
-            run.config["is"],
+            run.identity,
             run.config["final_weights"],
             run.predicted.tolist(),
             run.probability.tolist(),
@@ -87,13 +85,13 @@ def apart_and_here(tiny, monkeypatch, one_thread):
     """
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
     here = []
-    fit_together = experiment.fit_together
+    fit_each = experiment.fit_each
 
     def noted(jobs, *arguments, **options):
-        here.extend(job.label for job in jobs if not RunFolder(job.directory).is_finished())
-        return fit_together(jobs, *arguments, **options)
+        here.extend(job.label for job in jobs)
+        return fit_each(jobs, *arguments, **options)
 
-    monkeypatch.setattr(experiment, "fit_together", noted)
+    monkeypatch.setattr(experiment, "fit_each", noted)
 
     def train(assignment, *, stay=()):
         found = []
@@ -230,9 +228,9 @@ def test_a_sweep_trains_here_what_cannot_go_along(
 
 
 def packed(assignment, data, folder):
-    """The parcels, and the sentences of what stays here."""
-    found, here = parcels.pack_all(plan_runs(assignment, [0], 1, folder), data)
-    return found, [str(reason) for _, reason in here]
+    """The jobs that can be sent, and the sentences of what stays here."""
+    sent, left = transfer.pack_all(make_jobs(assignment, data, [0], 1, folder), data)
+    return sent, [str(reason) for reason in left.values()]
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -267,7 +265,7 @@ class Mirrored(nl.Dataset):
 def test_images_with_a_loader_of_their_own_stay_here(tiny, tiny_network, tmp_path):
     own = Mirrored(**{field.name: getattr(tiny, field.name) for field in fields(tiny)})
     found, reasons = packed(assignment_of(tiny_network, "bn"), own, tmp_path)
-    assert (found, reasons) == ([], ["its images are in a Mirrored, not a plain Dataset"])
+    assert (found, reasons) == ({}, ["its images are in a Mirrored, not a plain Dataset"])
 
 
 def test_a_class_that_holds_all_images_stays_here(tiny, tmp_path, monkeypatch):
@@ -279,7 +277,7 @@ def test_a_class_that_holds_all_images_stays_here(tiny, tmp_path, monkeypatch):
 
     assignment = assignment_of(lambda _: Holding(4, 4), "bn")
     assert packed(assignment, tiny, tmp_path)[1] == []
-    monkeypatch.setattr(parcels, "MOST_BYTES", 8000)
+    monkeypatch.setattr(transfer, "MOST_BYTES", 8000)
     found, (reason,) = packed(assignment, tiny, tmp_path)
     assert not found
     assert re.search(r"would be sent with \d+,\d+ bytes", reason)
@@ -293,31 +291,31 @@ def test_packing_leaves_the_network_and_the_session_as_they_are(tiny, models, tm
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert models.Net.forward is forward
     assert forward.__globals__["act"] is act
-    assert not parcels.cloudpickle.list_registry_pickle_by_value()
+    assert not transfer.cloudpickle.list_registry_pickle_by_value()
 
 
 def test_the_identity_is_the_one_of_the_process_that_asked(tiny, models, tmp_path):
-    ((parcel,), _) = packed(assignment_of(models.Net, "bn"), tiny, tmp_path)
-    what = identified(parcel.plan.job(tiny), tiny).what
+    ((job, sent),) = packed(assignment_of(models.Net, "bn"), tiny, tmp_path)[0].items()
+    identity = job.prepared(tiny, torch.device("cpu")).identity
     code = (
         "import pickle, sys, torch, normlab as nl\n"
-        "from normlab import experiment\nfrom normlab.runs import transfer\n"
+        "from normlab import fitting\nfrom normlab.runs import transfer\n"
         "sent, data = pickle.load(sys.stdin.buffer)\n"
-        "experiment._train(transfer.unpack(sent, data), data)\n"
+        "fitting.fit_job(transfer.unpack(sent, data), data, 'cpu')\n"
     )
-    content = parcels.cloudpickle.dumps((parcel.sent, tiny))
+    content = transfer.cloudpickle.dumps((sent, tiny))
     subprocess.run([sys.executable, "-c", code], input=content, check=True, cwd=tmp_path)
-    assert read_json(parcel.plan.directory / "config.json")["is"] == what
+    assert read_json(job.directory / "config.json")["is"] == identity
 
 
 def test_weights_that_give_other_predictions_are_not_taken(tiny, tiny_network, tmp_path):
     assignment = assignment_of(tiny_network, "bn")
     nl.run_assignment(assignment, data=tiny, directory=tmp_path, device="cpu", progress=False)
-    (plan,) = plan_runs(assignment, [0], None, tmp_path)
-    assert parcels.mismatch(plan, tiny) is None
+    (job,) = make_jobs(assignment, tiny, [0], None, tmp_path)
+    assert transfer.mismatch(job, tiny) is None
     other = replace(tiny, test_images=tiny.test_images.flip(0))
-    assert "predicts otherwise here" in str(parcels.mismatch(plan, other))
-    assert not plan.directory.exists()
+    assert "predicts otherwise here" in str(transfer.mismatch(job, other))
+    assert not job.directory.exists()
 
 
 def test_weights_that_do_not_fit_are_not_taken(tiny, tiny_network, tmp_path):
@@ -325,15 +323,16 @@ def test_weights_that_do_not_fit_are_not_taken(tiny, tiny_network, tmp_path):
         assignment_of(tiny_network, "bn"), data=tiny, directory=tmp_path, device="cpu",
         progress=False,
     )  # fmt: skip
-    (plan,) = plan_runs(assignment_of(lambda _: nn.Linear(12, 4), "bn"), [0], None, tmp_path)
-    assert "predicts otherwise here" in str(parcels.mismatch(plan, tiny))
+    other = assignment_of(lambda _: nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), "bn")
+    (job,) = make_jobs(other, tiny, [0], None, tmp_path)
+    assert "predicts otherwise here" in str(transfer.mismatch(job, tiny))
 
 
 def test_installed_packages_go_by_their_names_and_a_students_folder_does_not(models):
     for name in ("models_of_mine", __name__.partition(".")[0], "conftest"):
-        assert parcels._may_differ_elsewhere(name)
+        assert transfer._may_differ_elsewhere(name)
     for name in ("normlab", "torch", "joblib", "numpy", "subprocess", "sys", "zipimport"):
-        assert not parcels._may_differ_elsewhere(name)
+        assert not transfer._may_differ_elsewhere(name)
 
 
 def test_an_error_comes_home_without_the_class_that_went_by_value():
@@ -344,10 +343,10 @@ def test_an_error_comes_home_without_the_class_that_went_by_value():
     def fail(error):
         raise error
 
-    number, error = parallel._numbered(3, fail, Own(1, 2))
-    assert (number, type(error), str(error)) == (3, RuntimeError, "Own: 1 and 2")
+    error = transfer.attempt(fail, Own(1, 2))
+    assert (type(error), str(error)) == (RuntimeError, "Own: 1 and 2")
     assert "in fail" in error.__notes__[0]
-    _, error = parallel._numbered(3, fail, ValueError("as it is"))
+    error = transfer.attempt(fail, ValueError("as it is"))
     assert (type(error), str(error)) == (ValueError, "as it is")
 
 

@@ -21,9 +21,7 @@ def test_looks_differ_in_grey_too():
 
 @pytest.mark.parametrize("head", ["", "BN "])
 def test_many_variants_stay_distinguishable(head):
-    looks = curve_styles(
-        [f"{head}number {n}" if head else f"number {n}" for n in range(30)]
-    ).values()
+    looks = curve_styles([f"{head}number {n}" for n in range(30)]).values()
     kinds = ("color", "marker", "linestyle")
     found = {tuple(look[kind] for kind in kinds) for look in looks}
     assert len(found) == (len(LINES) if head else 30)  # relatives differ in their lines alone

@@ -1,0 +1,241 @@
+"""Jobs: what is to be trained, how, and where it is kept; those of an assignment, done or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from normlab.analysis import check_network
+from normlab.assignments import Assignment, Variant, build_variant
+from normlab.data import Dataset
+from normlab.history import Run
+from normlab.penalties import l1_penalty
+from normlab.recipes import DTYPES, Recipe, trained_parameters
+from normlab.runs.folder import RunFolder, another_run
+from normlab.runs.identity import description, digest_of, identity
+from normlab.support.checks import check_instance, plain, warn, whole_number
+from normlab.support.devices import check_dtype
+from normlab.support.seeding import seeded
+from normlab.training import device_of, evaluating
+
+# How far apart the mean probability of the predicted classes may be where the same network with the
+# same weights predicts on another processor, after a training that a GPU may have done.
+PROBABILITIES_APART = 1e-3
+COMPARED_IMAGES = 512
+
+Outcomes = Iterator[tuple["Job", object]]
+"""Jobs as they are finished, each with what its training returned, or with the error it raised."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A training to be done.
+
+    Args:
+        build: returns the untrained network.
+        recipe: how it is trained.
+        directory: where the run is kept, if anywhere.
+        label: what progress and warnings call it.
+        variant: of which variant of an assignment the network is, if of any.
+        identity: the run's `identity`, if it is known already: a process that the network was sent
+            to could not tell from what source it comes.
+        only_read: whether the directory holds the finished run and nothing in it may be changed.
+    """
+
+    build: Callable[[], nn.Module]
+    recipe: Recipe
+    directory: Path | None = None
+    label: str = ""
+    variant: Variant | None = None
+    identity: dict | None = None
+    only_read: bool = False
+
+    def prepared(self, data: Dataset, device: torch.device) -> Job:
+        """The job with its identity and a network that is built, checked and on the device."""
+        network = self.build()
+        check_trainable(network, data, self.recipe)
+        move(network, device, self.recipe)
+        found = self.identity or identity(network, data, self.recipe)
+        return replace(self, build=lambda: network, identity=found)
+
+    def digest(self, data: Dataset) -> str:
+        """The digest of the run's identity."""
+        return digest_of(self.identity or description(self.build(), data, self.recipe))
+
+    def is_done(self, data: Dataset) -> bool:
+        """Whether its directory holds the finished run; raises `ValueError` if it holds another."""
+        if self.directory is None or RunFolder(self.directory).is_empty():
+            return False
+        folder = RunFolder(self.directory)
+        done = folder.open(self.identity or identity(self.build(), data, self.recipe))
+        if done and not self.only_read:
+            folder.tidy()
+        return done
+
+    def load(self, data: Dataset, device: torch.device) -> Run:
+        """The finished run that lies in its directory, in evaluation mode.
+
+        Identities of earlier versions hold no logits. Then a network of one's own must predict
+        what the run keeps: its source does not show the functions and numbers that it refers to.
+        Raises `ValueError` if it does not; then the network has its own weights again.
+        """
+        network = self.build()
+        move(network, device, self.recipe)
+        initial = {name: value.clone() for name, value in network.state_dict().items()}
+        run = RunFolder(self.directory).load(network)
+        told = "name" in run.identity["network"] or "evaluation" in run.identity.get("logits", {})
+        if not told and not predicts_what_is_kept(run, data):
+            network.load_state_dict(initial)
+            raise another_run(self.directory, "its network predicted otherwise, with its weights")
+        network.eval()
+        return run
+
+
+def predicts_what_is_kept(run: Run, data: Dataset) -> bool:
+    """Whether the run's network predicts what the run keeps, but for rounding errors."""
+    device, dtype = device_of(run.network), DTYPES[run.recipe.dtype]
+    images, _ = next(iter(data.loader(False, COMPARED_IMAGES, device=device, dtype=dtype)))
+    random = seeded(run.recipe.seed, "predictions", device=device)
+    with torch.no_grad(), evaluating(run.network), random:
+        given = run.network(images).float().softmax(1).cpu()
+    there = given.gather(1, run.predicted[: len(images), None])[:, 0]
+    apart = (there - run.probability[: len(images)]).abs().mean().item()
+    return apart <= PROBABILITIES_APART  # as NaN is not
+
+
+def check_trainable(network: nn.Module, data: Dataset, recipe: Recipe) -> None:
+    """Raises an error of one sentence if the recipe cannot train the network on the data."""
+    check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
+    trained_parameters(network, recipe)
+    check_network(network, data)
+    if recipe.l1:
+        with evaluating(network):  # where a spectral norm takes no step
+            l1_penalty(network)
+
+
+def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
+    """Moves the network to the device, in the recipe's dtype."""
+    check_dtype(device, recipe.dtype)
+    network.to(device=device, dtype=DTYPES[recipe.dtype])
+
+
+# --- the jobs of an assignment ----------------------------------------------------------------
+
+
+def make_jobs(
+    assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
+) -> list[Job]:
+    """A job for each variant and seed; a first seed of everything before the second of anything."""
+    return [
+        Job(
+            partial(_build, assignment, variant, seed, data),
+            assignment.recipe_for(variant, seed=seed, epochs=epochs),
+            place / variant.folder / f"seed-{seed}",
+            f"{variant.label}, seed {seed}",
+            variant,
+        )
+        for seed in seeds
+        for variant in assignment.variants
+    ]
+
+
+def _build(assignment: Assignment, variant: Variant, seed: int, data: Dataset) -> nn.Module:
+    shape = {"classes": len(data.classes), "input_shape": data.input_shape}
+    network = build_variant(assignment, variant, seed=seed, **shape)
+    check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
+    return network
+
+
+def with_kept(
+    jobs: list[Job], place: Path, kept: Path, data: Dataset, device: torch.device
+) -> list[Job]:
+    """The jobs, those whose finished run lies in `kept` with its folder there for their own.
+
+    Says why runs there are not taken, if there are any.
+    """
+    found, problems = [], []
+    for job in jobs:
+        there = replace(job, directory=kept / job.directory.relative_to(place), only_read=True)
+        try:
+            found.append(there if _is_there(there, data, device) else job)
+        except ValueError as error:
+            found.append(job)
+            problems.append(str(error))
+    if problems:
+        print(f"Not taken from the kept runs: {problems[0].partition(': choose another')[0]}")
+    return found
+
+
+def check_jobs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> None:
+    """Raises an error of one sentence unless every job can be done; touches no file.
+
+    To be called before the first one is done, and before any run is removed.
+    """
+    for job in jobs:
+        check_trainable(job.build(), data, job.recipe)
+        check_dtype(device, job.recipe.dtype)
+
+
+def left_to_do(jobs: Iterable[Job], data: Dataset, device: torch.device) -> list[Job]:
+    """Those that are not done. Raises `ValueError` if a folder holds another run, or a damaged."""
+    return [job for job in jobs if not _is_there(job, data, device)]
+
+
+def _is_there(job: Job, data: Dataset, device: torch.device) -> bool:
+    """Whether it is done; what cannot be loaded is told before others are trained."""
+    done = job.is_done(data)
+    if done:
+        job.load(data, device)
+    return done
+
+
+def say_what_is_left(left: int, jobs: int) -> None:
+    """Says that some runs are there already."""
+    print(f"{jobs - left} of {jobs} runs are loaded, {left} trained")
+
+
+def finish(
+    outcomes: Outcomes,
+    jobs: int,
+    after_each: Callable[[Job, object], None],
+    *,
+    keep_going: bool = True,
+    results: type[Exception] | tuple = (),
+) -> None:
+    """Takes the outcomes of so many jobs; raises the first error when the others are done.
+
+    Args:
+        after_each: called with a job and its outcome, if that is no error.
+        keep_going: without it an error is raised at once.
+        results: errors that count as results.
+    """
+    errors = []
+    with closing(outcomes):
+        for number, (job, outcome) in enumerate(outcomes, 1):
+            if not isinstance(outcome, Exception) or isinstance(outcome, results):
+                after_each(job, outcome)
+                continue
+            if not keep_going:
+                raise outcome
+            errors.append(outcome)
+            if number < jobs:
+                warn(f"{outcome}; the others go on")
+    if errors:
+        raise errors[0]
+
+
+def seed_numbers(seeds: int | Iterable[int]) -> list[int]:
+    """3 is [0, 1, 2]; a list is itself. Raises `ValueError` for none, twice the same or below 0."""
+    seeds = plain(seeds)
+    if isinstance(seeds, Iterable) and not isinstance(seeds, str):
+        numbers = [whole_number(seed, "each of seeds", least=0) for seed in seeds]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"seeds must name at least one seed, each once, not {numbers}")
+        return numbers
+    return list(range(whole_number(seeds, "seeds")))
