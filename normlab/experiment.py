@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +14,12 @@ import torch
 
 from normlab.assignments import Assignment, find_assignment
 from normlab.data import Dataset
-from normlab.datasets.loading import load_dataset
+from normlab.datasets.loading import load_assignment_data
 from normlab.engines.choice import ENGINES
-from normlab.fitting import fit_each, fit_job
 from normlab.history import Run
-from normlab.model import NETWORKS
 from normlab.runs.folder import remove_runs
 from normlab.runs.jobs import (
     Job,
-    Outcomes,
     check_jobs,
     find_runs,
     finish,
@@ -31,8 +27,7 @@ from normlab.runs.jobs import (
     seed_numbers,
     with_kept,
 )
-from normlab.runs.processes import are_worthwhile, in_processes
-from normlab.runs.transfer import outcomes_of
+from normlab.runs.processes import train
 from normlab.support.checks import check_instance, one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
@@ -92,27 +87,6 @@ class Results(Mapping[str, list[Run]]):
             "seconds": float(np.mean([run.seconds for run in runs])),
             "seeds": len(runs),
         }
-
-
-def load_assignment_data(
-    assignment: Assignment,
-    name: str | Path | None = None,
-    root: str | Path | None = None,
-    *,
-    side: int | None = None,
-) -> Dataset:
-    """The assignment's data set, or the one called `name`, from `root` if it lies there.
-
-    The bundled digits take the shape that the assignment's network is made for; `side` resizes
-    the images of any data set, to as many channels as that network has.
-    """
-    name = name or assignment.dataset
-    shape = NETWORKS[assignment.network].input_shape if assignment.network else (1, 28, 28)
-    if side is not None:
-        shape = (shape[0], side, side)
-    elif name != "digits":
-        shape = None
-    return load_dataset(name, root, input_shape=shape)
 
 
 def run_assignment(
@@ -178,20 +152,3 @@ def run_assignment(
         run.directory = run.directory if directory else None
         results[job.variant.label].append(run)
     return Results(assignment, data, results)
-
-
-def train(
-    left: list[Job],
-    jobs: list[Job],
-    data: Dataset,
-    *,
-    device: torch.device,
-    progress: bool = True,
-    engine: str = "auto",
-) -> Outcomes:
-    """Does the jobs that are left, in processes side by side if all jobs together are worth it."""
-    here = partial(fit_each, data=data, device=device, progress=progress, engine=engine)
-    if device.type != "cpu" or engine != "auto" or not left or not are_worthwhile(jobs, data):
-        return here(left)
-    alone = partial(fit_job, device="cpu", progress=False)
-    return outcomes_of(left, data, partial(in_processes, alone, data, progress=progress), here)

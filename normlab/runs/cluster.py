@@ -24,12 +24,14 @@ from normlab.datasets.cache import cache_folder
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
 from normlab.runs.jobs import Job
-from normlab.runs.processes import Ended, Train, quiet
-from normlab.runs.transfer import attempt, unpack
+from normlab.runs.processes import quiet
+from normlab.runs.trainer import fit_job
+from normlab.runs.transfer import Ended, attempt, unpack
 from normlab.support.checks import warn
 from normlab.support.locks import InUse, locked
 
 if TYPE_CHECKING:
+    import torch
     from distributed import Client, Future
 
 SECONDS_TO_ANSWER = 10
@@ -78,14 +80,15 @@ class Cluster:
         """
         self.client.run(_forget, list(digests), on_error="ignore")  # a worker may just be dying
 
-    def train(self, train: Train, sent: dict[Job, bytes]) -> Ended:
-        """Calls `train(job, load())` on the workers.
+    def train(self, device: str | torch.device | None, sent: dict[Job, bytes]) -> Ended:
+        """Has the workers do jobs, each on the device, or the fastest that it has.
 
         A job whose worker dies is given to another one, which goes on from the last finished epoch
         if it is on the same machine.
         Raises `ConnectionError` or `RuntimeError` if the cluster fails.
         """
-        task = partial(_train_away, train, self.load, self.fingerprint, normlab.__version__)
+        known = (self.load, self.fingerprint, normlab.__version__)
+        task = partial(_train_away, device, *known)
         submit = partial(self.client.submit, attempt, task, pure=False)
         left = {submit(each): job for job, each in sent.items()}
         while left:
@@ -212,7 +215,11 @@ _loading = threading.Lock()  # of what changes them
 
 
 def _train_away(
-    train: Train, load: Callable[[], Dataset], fingerprint: str, version: str, sent: bytes
+    device: str | torch.device | None,
+    load: Callable[[], Dataset],
+    fingerprint: str,
+    version: str,
+    sent: bytes,
 ) -> dict[str, bytes]:
     """Trains on a worker; returns the files of the finished run.
 
@@ -233,7 +240,7 @@ def _train_away(
         job = unpack(sent, data)
         place = _place(digest_of(job.identity))
         with locked(place):  # which another process may train in that Dask took for dead
-            train(replace(job, directory=place), data)
+            fit_job(replace(job, directory=place), data, device=device, progress=False)
             return RunFolder(place).pack()
 
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import Job
-from normlab.runs.transfer import attempt, unpack
+from normlab.runs.jobs import Job, Outcomes
+from normlab.runs.trainer import fit_each, fit_job
+from normlab.runs.transfer import Ended, attempt, outcomes_of, unpack
 from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
@@ -33,12 +34,6 @@ from normlab.support.summaries import multiply_adds
 WORTHWHILE = 3e11
 
 SECONDS_BETWEEN_LOOKS = 0.5
-
-Train = Callable[[Job, Dataset], object]
-"""Does a job in the process that calls it, and leaves the run in its directory."""
-
-Ended = Iterator[tuple[Job, Exception | None]]
-"""Jobs that other processes have done, or the errors that ended them."""
 
 
 def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:
@@ -53,10 +48,31 @@ def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:
     return 3 * multiply_adds(jobs[0].build(), data.input_shape) * images >= WORTHWHILE
 
 
-def in_processes(
-    train: Train, data: Dataset, sent: dict[Job, bytes], *, progress: bool = True
-) -> Ended:
-    """Calls `train(job, data)` in processes of one thread each, which end with this one.
+def train(
+    left: Sequence[Job],
+    jobs: Sequence[Job],
+    data: Dataset,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    engine: str = "auto",
+    apart: Callable[[dict[Job, bytes]], Ended] | None = None,
+) -> Outcomes:
+    """Does the jobs that are left, side by side if all jobs together are worth it.
+
+    Args:
+        apart: has other workers than this machine's processes do jobs, whatever they are worth.
+    """
+    here = functools.partial(fit_each, data=data, device=device, progress=progress, engine=engine)
+    if apart is None:
+        if device.type != "cpu" or engine != "auto" or not are_worthwhile(jobs, data):
+            return here(left)
+        apart = functools.partial(in_processes, data, progress=progress)
+    return outcomes_of(left, data, apart, here)
+
+
+def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True) -> Ended:
+    """Does jobs in processes of one thread each, which end with this one.
 
     The images are in one file that all processes map. As many processes as cores, and where the
     jobs do not divide evenly a few more: rather than one having the cores to itself at the end.
@@ -68,7 +84,7 @@ def in_processes(
     with scratch_folder() as folder, _Watch(sent, show=progress) as watch:
         file = folder / "data.safetensors"
         data.save(file)
-        task = functools.partial(_train_alone, train, file)
+        task = functools.partial(_train_alone, file)
         while left:
             workers = min(len(left), cores + len(left) % cores)
             for job in (yield from _in_pool(task, left, list(left), workers, watch)):
@@ -125,10 +141,10 @@ def _begin(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _train_alone(train: Train, file: Path, sent: bytes) -> None:
+def _train_alone(file: Path, sent: bytes) -> None:
     with quiet():
         data = _open(file)
-        train(unpack(sent, data), data)
+        fit_job(unpack(sent, data), data, device="cpu", progress=False)
 
 
 @functools.lru_cache(maxsize=1)

@@ -37,6 +37,10 @@ TRIAL_IMAGES = 8
 TRIAL_APART = (1e-4, 1e-3, 1e-3)
 
 
+Ended = Iterator[tuple[Job, Exception | None]]
+"""Jobs that other processes have done, or the errors that ended them."""
+
+
 class NotSendable(Exception):
     """Why a job is done in this process."""
 
@@ -44,7 +48,7 @@ class NotSendable(Exception):
 def outcomes_of(
     jobs: Sequence[Job],
     data: Dataset,
-    apart: Callable[[dict[Job, bytes]], Iterator[tuple[Job, Exception | None]]],
+    apart: Callable[[dict[Job, bytes]], Ended],
     here: Callable[[list[Job]], Outcomes],
 ) -> Outcomes:
     """Has `apart` do the jobs that can be sent to other processes, then `here` the rest in this."""

@@ -20,7 +20,6 @@ from PIL import Image
 
 import normlab as nl
 from normlab.cli import main
-from normlab.fitting import fit_job
 from normlab.runs import cluster
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import make_jobs
@@ -201,8 +200,7 @@ def threads_put_back():
 def test_what_could_not_be_delivered_is_not_trained_again(tmp_path, monkeypatch):
     data = few_digits()
     job = make_jobs(ASSIGNMENT, data, [0], 1, tmp_path)[0]
-    train = partial(fit_job, device="cpu", progress=False)
-    task = partial(cluster._train_away, train, few_digits, data.fingerprint)
+    task = partial(cluster._train_away, "cpu", few_digits, data.fingerprint)
     ((sent,), _) = (each.values() for each in pack_all([job], data))
     lost, again = (task(nl.__version__, sent) for _ in range(2))
     assert again == lost  # the seconds of another training would differ
@@ -319,8 +317,8 @@ def test_a_data_root_that_only_the_client_has(one_worker, tmp_path, monkeypatch,
 def test_a_task_is_small(one_worker, tmp_path, monkeypatch):
     sizes = []
 
-    def measured(self, train, sent):
-        sizes.extend(len(cloudpickle.dumps((train, self.load, each))) for each in sent.values())
+    def measured(self, device, sent):
+        sizes.extend(len(cloudpickle.dumps((self.load, each))) for each in sent.values())
         yield from ((job, FloatingPointError("measured")) for job in sent)
 
     monkeypatch.setattr(cluster.Cluster, "train", measured)

@@ -85,7 +85,7 @@ def test_no_core_is_idle_at_the_end(jobs, cores, workers, tiny, tmp_path, monkey
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: cores)
     monkeypatch.setattr(parallel, "_in_pool", pool)
     sent = {Job(small_network, nl.Recipe(), tmp_path / str(n)): b"" for n in range(jobs)}
-    assert list(parallel.in_processes(None, tiny, sent, progress=False)) == []
+    assert list(parallel.in_processes(tiny, sent, progress=False)) == []
     assert seen == [(jobs, workers)]
 
 

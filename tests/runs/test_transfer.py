@@ -15,7 +15,6 @@ from nbclient import NotebookClient
 from torch import nn
 
 import normlab as nl
-from normlab import experiment
 from normlab.runs import processes as parallel
 from normlab.runs import transfer
 from normlab.runs.jobs import make_jobs
@@ -85,13 +84,13 @@ def apart_and_here(tiny, monkeypatch, one_thread):
     """
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
     here = []
-    fit_each = experiment.fit_each
+    fit_each = parallel.fit_each
 
     def noted(jobs, *arguments, **options):
         here.extend(job.label for job in jobs)
         return fit_each(jobs, *arguments, **options)
 
-    monkeypatch.setattr(experiment, "fit_each", noted)
+    monkeypatch.setattr(parallel, "fit_each", noted)
 
     def train(assignment, *, stay=()):
         found = []
@@ -332,9 +331,9 @@ def test_the_identity_is_the_one_of_the_process_that_asked(tiny, models, tmp_pat
     identity = job.prepared(tiny, torch.device("cpu")).identity
     code = (
         "import pickle, sys, torch, normlab as nl\n"
-        "from normlab import fitting\nfrom normlab.runs import transfer\n"
+        "from normlab.runs import trainer, transfer\n"
         "sent, data = pickle.load(sys.stdin.buffer)\n"
-        "fitting.fit_job(transfer.unpack(sent, data), data, device='cpu', progress=False)\n"
+        "trainer.fit_job(transfer.unpack(sent, data), data, device='cpu', progress=False)\n"
     )
     content = transfer.cloudpickle.dumps((sent, tiny))
     subprocess.run([sys.executable, "-c", code], input=content, check=True, cwd=tmp_path)
