@@ -24,9 +24,9 @@ from normlab.datasets.cache import cache_folder
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
 from normlab.runs.jobs import Job
-from normlab.runs.processes import quiet
+from normlab.runs.processes import Ended, quiet
 from normlab.runs.trainer import fit_job
-from normlab.runs.transfer import Ended, attempt, unpack
+from normlab.runs.transfer import attempt, unpack
 from normlab.support.checks import warn
 from normlab.support.locks import InUse, locked
 

@@ -164,7 +164,7 @@ def with_kept(
     for job in jobs:
         there = replace(job, directory=kept / job.directory.relative_to(place), only_read=True)
         try:
-            found.append(next(iter(find_runs([there], data, device)), job))
+            found.append(there if find_runs([there], data, device) else job)
         except ValueError as error:
             found.append(job)
             problem = problem or str(error).partition(": choose another")[0]

@@ -24,7 +24,8 @@ from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job, Outcomes
 from normlab.runs.trainer import fit_each, fit_job
-from normlab.runs.transfer import Ended, attempt, outcomes_of, unpack
+from normlab.runs.transfer import NotSendable, attempt, load_home, pack_all, unpack
+from normlab.support.checks import warn
 from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
@@ -34,6 +35,9 @@ from normlab.support.summaries import multiply_adds
 WORTHWHILE = 3e11
 
 SECONDS_BETWEEN_LOOKS = 0.5
+
+Ended = Iterator[tuple[Job, Exception | None]]
+"""Jobs that other processes have done, or the errors that ended them."""
 
 
 def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:
@@ -60,15 +64,27 @@ def train(
 ) -> Outcomes:
     """Does the jobs that are left, side by side if all jobs together are worth it.
 
+    What cannot be sent to other processes is done in this one afterwards.
+
     Args:
-        apart: has other workers than this machine's processes do jobs, whatever they are worth.
+        apart: has workers do jobs, whatever they are worth, instead of processes of this machine.
     """
-    here = functools.partial(fit_each, data=data, device=device, progress=progress, engine=engine)
-    if apart is None:
-        if device.type != "cpu" or engine != "auto" or not are_worthwhile(jobs, data):
-            return here(left)
+    if apart is None and device.type == "cpu" and engine == "auto" and are_worthwhile(jobs, data):
         apart = functools.partial(in_processes, data, progress=progress)
-    return outcomes_of(left, data, apart, here)
+    if apart is not None:
+        sent, stay = pack_all(left, data)
+        for job, error in apart(sent) if sent else ():
+            outcome = error or load_home(job, data)
+            if isinstance(outcome, NotSendable):
+                stay[job] = outcome
+            else:
+                yield job, outcome
+        left = [job for job in left if job in stay]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            reason = stay[left[0]]
+            warn(f"{left[0].label}{more}: trained in this process, not beside it: {reason}")
+    yield from fit_each(left, data, device=device, progress=progress, engine=engine)
 
 
 def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True) -> Ended:
@@ -90,7 +106,12 @@ def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True
             for job in (yield from _in_pool(task, left, list(left), workers, watch)):
                 if (yield from _in_pool(task, left, [job], 1, watch)):
                     del left[job]
-                    yield job, _killed(job.label)
+                    error = RuntimeError(
+                        f"the process that trained {job.label} was killed, and again when no other "
+                        "ran, for want of memory perhaps; the same call goes on from the last "
+                        "finished epoch"
+                    )
+                    yield job, error
 
 
 def _in_pool(
@@ -117,13 +138,6 @@ def _in_pool(
     finally:
         pool.shutdown(kill_workers=bool(futures))
     return []
-
-
-def _killed(label: str) -> RuntimeError:
-    return RuntimeError(
-        f"the process that trained {label} was killed, and again when no other ran, for want of "
-        "memory perhaps; the same call goes on from the last finished epoch"
-    )
 
 
 # --- in the processes -------------------------------------------------------------------------

@@ -21,9 +21,8 @@ from normlab.data import Dataset
 from normlab.history import Run
 from normlab.recipes import make_optimizer, step_options, training_batches
 from normlab.runs.folder import remove_runs
-from normlab.runs.jobs import Job, Outcomes, warn_if_at_chance
+from normlab.runs.jobs import Job, warn_if_at_chance
 from normlab.runs.probe import are_apart
-from normlab.support.checks import warn
 from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
 from normlab.training import evaluating, train_epoch
@@ -37,34 +36,8 @@ TRIAL_IMAGES = 8
 TRIAL_APART = (1e-4, 1e-3, 1e-3)
 
 
-Ended = Iterator[tuple[Job, Exception | None]]
-"""Jobs that other processes have done, or the errors that ended them."""
-
-
 class NotSendable(Exception):
     """Why a job is done in this process."""
-
-
-def outcomes_of(
-    jobs: Sequence[Job],
-    data: Dataset,
-    apart: Callable[[dict[Job, bytes]], Ended],
-    here: Callable[[list[Job]], Outcomes],
-) -> Outcomes:
-    """Has `apart` do the jobs that can be sent to other processes, then `here` the rest in this."""
-    sent, stay = pack_all(jobs, data)
-    for job, error in apart(sent) if sent else ():
-        outcome = error or _load(job, data)
-        if isinstance(outcome, NotSendable):
-            stay[job] = outcome
-        else:
-            yield job, outcome
-    left = [job for job in jobs if job in stay]
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        why = f"trained in this process, not beside it: {stay[left[0]]}"
-        warn(f"{left[0].label}{more}: {why}")
-        yield from here(left)
 
 
 def pack_all(jobs: Sequence[Job], data: Dataset) -> tuple[dict[Job, bytes], dict[Job, NotSendable]]:
@@ -150,8 +123,8 @@ def attempt(task: Callable[[bytes], object], sent: bytes) -> object:
         return outcome
 
 
-def _load(job: Job, data: Dataset) -> Run | NotSendable:
-    """The run that came home, if it is this process's; else its files are removed."""
+def load_home(job: Job, data: Dataset) -> Run | NotSendable:
+    """The run that another process has finished; removes it if it is none of this one's."""
     try:
         run = job.load(data, CPU)
     except (RuntimeError, ValueError):  # its weights do not fit, or predict otherwise

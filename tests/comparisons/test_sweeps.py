@@ -110,7 +110,7 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     assert second.startswith("2 of 2: LN, seed 0: ")
     assert again.drop(columns="seconds").equals(table.drop(columns="seconds"))
     monkeypatch.setattr(
-        parallel, "fit_each", lambda jobs, **_: (job for job in jobs)
+        parallel, "fit_each", lambda jobs, *_, **__: (job for job in jobs)
     )  # nothing is left to train
     assert sweep(tiny_assignment, tiny, **options).equals(again)
 

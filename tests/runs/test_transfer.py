@@ -344,9 +344,9 @@ def test_weights_that_give_other_predictions_are_not_taken(tiny, tiny_network, t
     assignment = assignment_of(tiny_network, "bn")
     nl.run_assignment(assignment, data=tiny, directory=tmp_path, device="cpu", progress=False)
     (job,) = make_jobs(assignment, tiny, [0], None, tmp_path)
-    assert transfer._load(job, tiny).last["epoch"] == 1
+    assert transfer.load_home(job, tiny).last["epoch"] == 1
     other = replace(tiny, test_images=tiny.test_images.flip(0))
-    assert "predicts otherwise here" in str(transfer._load(job, other))
+    assert "predicts otherwise here" in str(transfer.load_home(job, other))
     assert not job.directory.exists()
 
 
@@ -357,7 +357,7 @@ def test_weights_that_do_not_fit_are_not_taken(tiny, tiny_network, tmp_path):
     )  # fmt: skip
     other = assignment_of(lambda _: nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), "bn")
     (job,) = make_jobs(other, tiny, [0], None, tmp_path)
-    assert "predicts otherwise here" in str(transfer._load(job, tiny))
+    assert "predicts otherwise here" in str(transfer.load_home(job, tiny))
 
 
 def test_installed_packages_go_by_their_names_and_a_students_folder_does_not(models):
