@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from normlab.data import Dataset
 from normlab.history import Run
-from normlab.support.checks import check_logits, check_weights, one_of, warn, whole_number
-from normlab.support.seeding import fork_random_state
-from normlab.training import evaluating
+from normlab.support.checks import one_of, whole_number
+from normlab.support.module_state import evaluating
+from normlab.support.network_checks import check_network, warn_of_batch_statistics
 
 Predictor = nn.Module | Run
 """A network, or a run, which remembers what its network predicted for the test images."""
@@ -47,41 +47,13 @@ def predict(
     batch normalization keeps no running statistics: then the logits of an image depend on the
     others of its batch, and so on `batch_size`.
     """
-    check_network(network, data)
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-            warn(
-                f"layer {name!r} ({type(layer).__name__}) keeps no running statistics "
-                "(track_running_stats=False): what the network predicts for an image depends on "
-                "the other images of its batch"
-            )
-            break
+    check_network(network, data.input_shape, len(data.classes))
+    warn_of_batch_statistics(network)
     example = next(network.parameters(), torch.zeros(()))
     place = {"device": example.device, "dtype": example.dtype}
     batches = data.loader(train, batch_size, shuffle=False, **place)
     with evaluating(network):
         return torch.cat([network(images) for images, _ in batches]).cpu()
-
-
-def check_network(network: nn.Module, data: Dataset) -> None:
-    """Tries two images; raises an error of one sentence if the network does not fit the data."""
-    check_weights(network)
-    example = next(network.parameters(), torch.zeros(()))
-    images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
-    before = {name for name, _ in network.named_parameters()}
-    try:
-        with torch.no_grad(), evaluating(network), fork_random_state(example.device):
-            logits = network(images)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{type(network).__name__} cannot take images of shape {data.input_shape}: {error}"
-        ) from error
-    check_logits(network, images, logits, len(data.classes))
-    if made := [name for name, _ in network.named_parameters() if name not in before]:
-        raise ValueError(
-            f"{type(network).__name__} makes {made[0]!r} only when it first sees images: "
-            "make it in __init__, or call the network once on images where it is built"
-        )
 
 
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:

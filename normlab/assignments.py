@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from normlab.model import NETWORKS, build_network
@@ -10,7 +11,6 @@ from normlab.norms import norm_name
 from normlab.recipes import Recipe
 from normlab.support.checks import as_list, check_instance, one_of
 from normlab.support.seeding import seeded
-from normlab.training import gradients
 
 
 def folder_name(label: str) -> str:
@@ -204,7 +204,7 @@ def find_assignment(name: str | Assignment) -> Assignment:
     return ASSIGNMENTS[one_of(name, ASSIGNMENTS, "assignment")]
 
 
-@gradients()  # or what is built in inference mode could not be trained
+@torch.inference_mode(False)  # what is built in inference mode could not be trained
 def build_variant(
     assignment: Assignment,
     variant: Variant,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normlab.support.checks import plain, whole_number
+from normlab.support.checks import check_groups, height_and_width, whole_number
 
 EPSILON = 1e-5  # added to every variance, the same for all, so that no variant has an edge
 
@@ -47,11 +47,6 @@ class NormKind:
     moment: str = "mean"
     learned: tuple[str, ...] = ("scale", "shift")
     learned_axes: tuple[str, ...] = ("C",)
-
-    def heading(self, groups: int = 1) -> str:
-        """The title without what follows the comma, and how many groups there are."""
-        split = f", {groups} group{'s' * (groups > 1)}" if "C/G" in self.averaged else ""
-        return self.title.split(",")[0].capitalize() + split
 
     def own_axes(self, shape: tuple[int, int, int, int], *, groups: int = 1) -> dict[str, int]:
         """The axes along which statistics differ, with their sizes: {"N": 4, "G": 2}, say.
@@ -148,17 +143,6 @@ def _squeezed(name: str) -> str:
     return re.sub("[^a-z0-9]|norm(alization)?|[123]d$", "", name.lower())
 
 
-def norm_layers() -> tuple[type[nn.Module], ...]:
-    """The classes of layers that are normalizations: torch's, and those of the table."""
-    made = {type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged}
-    return (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *made)
-
-
-def divisors(number: int) -> list[int]:
-    """The numbers of groups that `number` channels can be split into."""
-    return [count for count in range(1, number + 1) if number % count == 0]
-
-
 def make_norm(
     kind: str, channels: int, *, groups: int | None = None, size: tuple[int, int] | None = None
 ) -> nn.Module:
@@ -181,25 +165,5 @@ def make_norm(
     if "C/G" in found.averaged:
         check_groups(groups, channels, name)
     if "H" in found.learned_axes:
-        size = _checked_size(size, name)
+        size = height_and_width(size, name)
     return found.make(channels, groups, size)
-
-
-def check_groups(groups: int | None, channels: int, name: str = "gn") -> None:
-    """Raises `ValueError` unless `groups` divides `channels`."""
-    if groups is None:
-        raise ValueError(f"{name} needs groups=…, the number of groups to split the channels into")
-    whole_number(groups, "groups")
-    if channels % groups:
-        allowed = ", ".join(map(str, divisors(channels)))
-        raise ValueError(
-            f"groups={groups} does not divide {channels} channels: it must be one of {allowed}"
-        )
-
-
-def _checked_size(size: tuple[int, int] | None, name: str) -> list[int]:
-    size = plain(size)
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        given = "" if size is None else f", not {size!r}"
-        raise ValueError(f"{name} learns numbers for every pixel, so it needs size=(H, W){given}")
-    return [whole_number(side, "each side of size") for side in size]

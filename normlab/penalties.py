@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normlab.support.checks import check_weights, number
+from normlab.support.checks import number
+from normlab.support.network_checks import check_weights
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 

@@ -1,23 +1,20 @@
 """How a network is trained, as data: a recipe and its schedule."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
-from normlab.data import BatchLoader, Dataset
 from normlab.optimizers import BY_FILTER, OPTIMIZERS, centralize_gradients, filters
-from normlab.support.checks import check_weights, number, one_of, whole_number
+from normlab.support.checks import number, one_of, whole_number
+from normlab.support.network_checks import trained_parameters
 
 # What weights and images are kept in. "bfloat16" is mixed precision: its weights are in float32.
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
-AUTOCAST = {"bfloat16": torch.bfloat16}  # what the forward pass of a step computes in, if another
 
 
 @dataclass(frozen=True)
@@ -115,24 +112,6 @@ def _checked_augment(augment: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(augment)
 
 
-def trained_parameters(network: nn.Module, recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
-    """What the recipe trains, and what of it are filters that are to be changed as such.
-
-    Raises `ValueError` if there is nothing to train, or nothing that can be trained in that way.
-    """
-    check_weights(network)
-    weights = [weight for weight in network.parameters() if weight.requires_grad]
-    if not weights:
-        raise ValueError(f"{type(network).__name__} has no parameters to train")
-    if any(weight.is_inference() for weight in weights):
-        raise ValueError(
-            f"{type(network).__name__} was built under torch.inference_mode(), whose tensors have "
-            "no gradients: build it outside"
-        )
-    by_filter = recipe.centred or recipe.optimizer in BY_FILTER
-    return weights, filters(network) if by_filter else []
-
-
 def make_optimizer(
     network: nn.Module, recipe: Recipe, *, rate: Tensor | None = None
 ) -> torch.optim.Optimizer:
@@ -140,34 +119,13 @@ def make_optimizer(
 
     A `rate` takes the place of the recipe's number: a tensor on the device, as CUDA graphs need.
     """
-    weights, banks = trained_parameters(network, recipe)
+    by_filter = recipe.centred or recipe.optimizer in BY_FILTER
+    weights, banks = trained_parameters(network), filters(network) if by_filter else []
     rate = recipe.lr if rate is None else rate
     optimizer = OPTIMIZERS[recipe.optimizer](weights, banks, rate, recipe)
     if recipe.centred:
         centralize_gradients(optimizer, banks)
     return optimizer
-
-
-def step_options(recipe: Recipe) -> dict:
-    """What `train_step` is told by the recipe."""
-    loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-    return {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
-
-
-def training_batches(data: Dataset, recipe: Recipe, device: torch.device) -> BatchLoader:
-    """The training images as the recipe takes them."""
-    options = {"augment": recipe.augment, "seed": recipe.seed, "dtype": DTYPES[recipe.dtype]}
-    return data.loader(batch_size=recipe.batch_size, device=device, **options)
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, *, done: int = 0
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler to step after every batch, for `steps` batches of which some are `done`."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = recipe.lr
-    factor = functools.partial(SCHEDULES[recipe.schedule], steps=steps)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)
 
 
 def _one_cycle(step: int, steps: int) -> float:

@@ -40,6 +40,7 @@ ORDER = (
     "support.colours",
     "support.figures",
     "support.seeding",
+    "support.network_checks",
     "support.devices",
     "support.progress",
     "support.signals",

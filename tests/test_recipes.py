@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from normlab import Recipe
-from normlab.recipes import make_optimizer, make_scheduler
+from normlab.engines.plain import make_scheduler
+from normlab.recipes import make_optimizer
 
 BAD = {
     "epochs": [0, -1, 2.0, "20", True, None, math.nan],

@@ -20,14 +20,15 @@ import torch
 from torch import nn
 
 from normlab.data import Dataset
-from normlab.recipes import make_optimizer, step_options, training_batches
+from normlab.engines.plain import step_options, training_batches
+from normlab.recipes import make_optimizer
 from normlab.runs.folder import RunFolder, remove_run
 from normlab.runs.jobs import Job, Outcomes, predicts_what_is_kept
 from normlab.runs.probe import are_apart
 from normlab.support.checks import warn
-from normlab.support.module_state import copied
+from normlab.support.module_state import copied, evaluating
 from normlab.support.seeding import seeded
-from normlab.training import evaluating, train_epoch
+from normlab.training import train_epoch
 
 MOST_BYTES = 50_000_000  # of a job: a network whose class refers to all images has more
 TRIAL_IMAGES = 8
