@@ -7,6 +7,34 @@
     run = nl.fit(network, data, nl.Recipe(epochs=5))
     nl.plot_curves({"GN": run}, "test_accuracy")
 
+The files of this folder, in the order in which one reads them:
+
+    norms         make_norm, and the table of the kinds of normalization
+    model         the networks of the assignments, with a norm to choose
+    training      the optimisation step, and the loops that train and test for an epoch
+    penalties     the L1 penalty
+    data          Dataset: images as tensors, and batches of them
+    augment       shift, flip, rotate: whole batches at once
+    recipes       Recipe: how a network is trained
+    optimizers    Muon, gradient centralization
+    history       Run: what a training was, and what it gave
+    analysis      predictions, misclassified images, confusion
+    plots         curves and matrices, from plain data
+    images        grids of images
+    assignments   the five assignments
+    fitting       fit: a network, images and a recipe become a Run
+    experiment    run_assignment: all variants and seeds
+    cli           the command `normlab`
+
+Behind six doors lies the machinery, which can be left alone:
+
+    support       checks of arguments, files, seeds, devices, figures, progress
+    datasets      where images come from: bundled, downloaded, folders of pictures
+    engines       ways through an epoch that take the step of `training` faster
+    runs          runs on disk, resumed, side by side in processes, on a cluster
+    comparisons   intervals, fairness, sweeps, reports
+    lessons       what single notebooks show
+
 Names are imported when they are first used (PEP 562), so that the command can answer `--help`
 without waiting for torch.
 """

@@ -133,7 +133,7 @@ def _check_root(root: Path | None) -> None:
 
 def _load(assignment, dataset: str | Path, root: Path | None, side: int | None):
     """Here, and on each worker of a cluster, whose data root may be missing."""
-    from normlab.experiment import load_assignment_data
+    from normlab.datasets.loading import load_assignment_data
 
     _check_root(root)
     return load_assignment_data(assignment, dataset, root, side=side)

@@ -15,15 +15,11 @@ import torch
 
 from normlab.assignments import Assignment, find_assignment
 from normlab.data import Dataset
-from normlab.datasets.loading import load_dataset
+from normlab.datasets.loading import load_assignment_data
 from normlab.engines.choice import ENGINES
-from normlab.fitting import fit_each, fit_job, warn_if_at_chance
 from normlab.history import Run
-from normlab.model import NETWORKS
-from normlab.runs.folder import RunFolder, remove_runs
+from normlab.runs.folder import remove_runs
 from normlab.runs.jobs import (
-    Job,
-    Outcomes,
     check_jobs,
     finish,
     left_to_do,
@@ -32,8 +28,7 @@ from normlab.runs.jobs import (
     seed_numbers,
     with_kept,
 )
-from normlab.runs.processes import are_worthwhile, in_processes
-from normlab.runs.transfer import outcomes_of
+from normlab.runs.processes import train, warn_after
 from normlab.support.checks import check_instance, one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
@@ -95,27 +90,6 @@ class Results(Mapping[str, list[Run]]):
         }
 
 
-def load_assignment_data(
-    assignment: Assignment,
-    name: str | Path | None = None,
-    root: str | Path | None = None,
-    *,
-    side: int | None = None,
-) -> Dataset:
-    """The assignment's data set, or the one called `name`, from `root` if it lies there.
-
-    The bundled digits take the shape that the assignment's network is made for; `side` resizes
-    the images of any data set, to as many channels as that network has.
-    """
-    name = name or assignment.dataset
-    shape = NETWORKS[assignment.network].input_shape if assignment.network else (1, 28, 28)
-    if side is not None:
-        shape = (shape[0], side, side)
-    elif name != "digits":
-        shape = None
-    return load_dataset(name, root, input_shape=shape)
-
-
 def run_assignment(
     name: str | Assignment,
     *,
@@ -167,34 +141,10 @@ def run_assignment(
         if progress and len(left) < len(jobs):
             say_what_is_left(len(left), len(jobs))
         outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
-        finish(outcomes, len(left), partial(_judge, data), keep_going=directory is not None)
+        finish(outcomes, len(left), partial(warn_after, data), keep_going=directory is not None)
         runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
         for job in jobs:
             run = job.load(data, device)
             run.directory = run.directory if directory else None
             runs[job.variant.label].append(run)
     return Results(assignment, data, runs)
-
-
-def train(
-    left: list[Job],
-    jobs: list[Job],
-    data: Dataset,
-    *,
-    device: torch.device,
-    progress: bool = True,
-    engine: str = "auto",
-) -> Outcomes:
-    """Does the jobs that are left, in processes side by side if all jobs together are worth it."""
-    here = partial(fit_each, data=data, device=device, progress=progress, engine=engine)
-    if device.type != "cpu" or engine != "auto" or not left or not are_worthwhile(jobs, data):
-        return here(left)
-    apart = partial(in_processes, partial(fit_job, device="cpu"), data, progress=progress)
-    return outcomes_of(left, data, apart, here)
-
-
-def _judge(data: Dataset, job: Job, run: Run | None) -> None:
-    """Says here what a process that trains beside others keeps to itself."""
-    if run is None:
-        history = RunFolder(job.directory).history_so_far()
-        warn_if_at_chance(job.label, history, job.recipe, data)

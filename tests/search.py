@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import normlab as nl
-from normlab.experiment import load_assignment_data
+from normlab.datasets.loading import load_assignment_data
 from normlab.support.files import atomic_write
 
 EPOCHS, VALIDATION = 3, 0.1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import normlab as nl
-from normlab.experiment import load_assignment_data
+from normlab.datasets.loading import load_assignment_data
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import seed_numbers
 
@@ -313,7 +313,7 @@ def test_the_data_set_of_the_assignment_is_loaded(tiny, tiny_assignment, monkeyp
         asked.append((name, root))
         return tiny
 
-    monkeypatch.setattr("normlab.experiment.load_dataset", load)
+    monkeypatch.setattr("normlab.datasets.loading.load_dataset", load)
     results = nl.run_assignment(tiny_assignment, epochs=1, device="cpu", progress=False)
     assert asked == [("tiny", None)]
     assert results.data is tiny

@@ -25,9 +25,9 @@ from normlab.engines import choice as engines
 from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
-from normlab.fitting import fit_each, warn_if_at_chance
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job, check_jobs
+from normlab.runs.trainer import fit_each, warn_if_at_chance
 from normlab.support.locks import InUse, locked
 
 AUGMENT = ("shift:1", "flip")

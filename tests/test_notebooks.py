@@ -441,7 +441,7 @@ def loaded(request, place, real_data_root):
         patch.setattr(RunFolder, "load", load)
         patch.setattr(nl, "run_sweep", sweep)
         patch.setattr(nl, "fit", lambda *_, **__: looked_at)
-        patch.setattr("normlab.fitting.make_engine", train)
+        patch.setattr("normlab.runs.trainer.make_engine", train)
         patch.setattr("normlab.runs.processes.WORTHWHILE", float("inf"))  # not in other processes
         patch.setenv("NORMLAB_DATA", str(real_data_root))
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import normlab as nl
-from normlab.experiment import load_assignment_data
+from normlab.datasets.loading import load_assignment_data
 
 KEPT = Path(__file__).with_name("two_epochs.json")
 QUANTITIES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "penalty", "lr")

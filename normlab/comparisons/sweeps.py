@@ -15,10 +15,11 @@ import torch
 from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.comparisons.sweep_tables import TABLE, Cell, SweepTable
 from normlab.data import Dataset
-from normlab.experiment import load_assignment_data, train
-from normlab.fitting import fit_each, fit_job
+from normlab.datasets.loading import load_assignment_data
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job, check_jobs, finish, make_jobs, seed_numbers
+from normlab.runs.processes import train
+from normlab.runs.trainer import fit_each, fit_job
 from normlab.runs.transfer import outcomes_of
 from normlab.support.checks import as_list, check_instance, number, one_of, whole_number
 from normlab.support.devices import pick_device

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from normlab.assignments import Assignment
 from normlab.data import Dataset
 from normlab.datasets.cache import cached
 from normlab.datasets.downloads import SOURCES, find_or_download
 from normlab.datasets.folders import load_folder, resized
+from normlab.model import NETWORKS
 from normlab.support.checks import image_shape, nearest
 
 DATASETS = ("digits", *SOURCES)
@@ -96,3 +98,24 @@ def _read_digits(shape: tuple[int, int, int]) -> Dataset:
     )
     parts = images[train], labels[train], images[test], labels[test]
     return Dataset("digits", *parts, digits.target_names, "scikit-learn digits")
+
+
+def load_assignment_data(
+    assignment: Assignment,
+    name: str | Path | None = None,
+    root: str | Path | None = None,
+    *,
+    side: int | None = None,
+) -> Dataset:
+    """The assignment's data set, or the one called `name`, from `root` if it lies there.
+
+    The bundled digits take the shape that the assignment's network is made for; `side` resizes
+    the images of any data set, to as many channels as that network has.
+    """
+    name = name or assignment.dataset
+    shape = NETWORKS[assignment.network].input_shape if assignment.network else (1, 28, 28)
+    if side is not None:
+        shape = (shape[0], side, side)
+    elif name != "digits":
+        shape = None
+    return load_dataset(name, root, input_shape=shape)

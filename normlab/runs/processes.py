@@ -23,7 +23,8 @@ from tqdm import tqdm
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job, Outcomes
-from normlab.runs.transfer import Sent, attempt, unpack
+from normlab.runs.trainer import fit_each, fit_job, warn_if_at_chance
+from normlab.runs.transfer import Sent, attempt, outcomes_of, unpack
 from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
@@ -183,3 +184,29 @@ class _Watch:
             for row in folder.history_so_far()[bar.done :]:
                 bar.step()
                 bar.finish_epoch(row)
+
+
+def train(
+    left: list[Job],
+    jobs: list[Job],
+    data: Dataset,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    engine: str = "auto",
+) -> Outcomes:
+    """Does the jobs that are left, in processes side by side if all jobs together are worth it."""
+    here = functools.partial(fit_each, data=data, device=device, progress=progress, engine=engine)
+    if device.type != "cpu" or engine != "auto" or not left or not are_worthwhile(jobs, data):
+        return here(left)
+    apart = functools.partial(
+        in_processes, functools.partial(fit_job, device="cpu"), data, progress=progress
+    )
+    return outcomes_of(left, data, apart, here)
+
+
+def warn_after(data: Dataset, job: Job, run: object) -> None:
+    """Says here what a process that trains beside others keeps to itself."""
+    if run is None:
+        history = RunFolder(job.directory).history_so_far()
+        warn_if_at_chance(job.label, history, job.recipe, data)

@@ -21,7 +21,7 @@ from joblib.externals.loky import get_reusable_executor
 
 import normlab as nl
 from normlab.assignments import build_variant, find_assignment
-from normlab.experiment import load_assignment_data
+from normlab.datasets.loading import load_assignment_data
 from tests.benchmarks import peers
 
 OURS = ("normlab", "normlab as shipped", "normlab plain")

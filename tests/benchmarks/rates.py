@@ -8,7 +8,7 @@ import argparse
 import time
 
 import normlab as nl
-from normlab.experiment import load_assignment_data
+from normlab.datasets.loading import load_assignment_data
 
 
 def main() -> None:

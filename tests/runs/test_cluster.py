@@ -20,10 +20,10 @@ from PIL import Image
 
 import normlab as nl
 from normlab.cli import main
-from normlab.fitting import fit_job
 from normlab.runs import cluster
 from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import make_jobs
+from normlab.runs.trainer import fit_job
 from normlab.runs.transfer import pack_all
 from normlab.support.files import read_json
 from tests.runs.test_folder import FILES

@@ -299,9 +299,9 @@ def test_the_identity_is_the_one_of_the_process_that_asked(tiny, models, tmp_pat
     identity = job.prepared(tiny, torch.device("cpu")).identity
     code = (
         "import pickle, sys, torch, normlab as nl\n"
-        "from normlab import fitting\nfrom normlab.runs import transfer\n"
+        "from normlab.runs import trainer, transfer\n"
         "sent, data = pickle.load(sys.stdin.buffer)\n"
-        "fitting.fit_job(transfer.unpack(sent, data), data, 'cpu')\n"
+        "trainer.fit_job(transfer.unpack(sent, data), data, 'cpu')\n"
     )
     content = transfer.cloudpickle.dumps((sent, tiny))
     subprocess.run([sys.executable, "-c", code], input=content, check=True, cwd=tmp_path)

@@ -11,7 +11,6 @@ from matplotlib import pyplot
 from torch import nn
 
 import normlab as nl
-from normlab.runs.jobs import check_trainable
 from normlab.support.checks import as_list, image_shape, number, whole_number
 
 # --- numbers ---------------------------------------------------------------------------------
@@ -275,7 +274,7 @@ def test_a_parametrized_weight_counts_once_in_the_penalty():
 def test_the_check_of_a_penalty_leaves_a_spectral_norm_as_it_is(tiny):
     made = WORKING["spectral_norm"]()
     before = {name: value.clone() for name, value in made.state_dict().items()}
-    check_trainable(made, tiny, RECIPE.replace(l1=1e-4))
+    nl.runs.jobs.check_trainable(made, tiny, RECIPE.replace(l1=1e-4))
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
 
 

@@ -1,0 +1,293 @@
+"""Does jobs, epoch by epoch: several at once on a GPU, resumed from what their folders hold."""
+
+import gc
+import math
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+
+import torch
+from torch import nn
+
+from normlab.analysis import class_and_probability, predict
+from normlab.data import BatchLoader, Dataset
+from normlab.engines.choice import ENGINES, make_engine
+from normlab.engines.cuda_graph import can_overlap
+from normlab.engines.plain import PlainEngine, training_batches
+from normlab.history import Run
+from normlab.recipes import DTYPES, Recipe
+from normlab.runs.folder import RunFolder
+from normlab.runs.identity import provenance, trained_identity
+from normlab.runs.jobs import Job
+from normlab.support.checks import check_instance, one_of, warn
+from normlab.support.devices import exact_float32, pick_device
+from normlab.support.locks import locked
+from normlab.support.module_state import modes_kept
+from normlab.support.progress import Progress
+from normlab.support.seeding import seeded
+
+TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
+
+# Trainings at once on a GPU, each of which holds the memory of its own captured steps.
+TOGETHER = 8
+
+CHANCE_EPOCHS = 5  # after so many a network that has learned nothing is worth a warning
+
+
+def fit_job(job: Job, data: Dataset, device: str | torch.device | None = None) -> None:
+    """Does a job without a word, in a process beside others, and leaves the run in its folder."""
+    only_run(fit_each([job], data, device=device, progress=False))
+
+
+def only_run(outcomes: Iterator[tuple[Job, Run | Exception]]) -> Run:
+    ((_, outcome),) = outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def fit_each(
+    jobs: Iterable[Job],
+    data: Dataset,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    engine: str = "auto",
+    at_once: int | None = None,
+) -> Iterator[tuple[Job, Run | Exception]]:
+    """Does jobs in this process; yields each with its run, or with the error that ended it.
+
+    On a GPU the epochs of several overlap: of `at_once`, or of fewer where memory is short.
+    """
+    device = pick_device(device)
+    one_of(engine, ENGINES, "engine")
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    at_once = at_once or (TOGETHER if device.type == "cuda" else 1)
+    left = list(jobs)
+    while left:
+        now, left = left[:at_once], left[at_once:]
+        with exact_float32(), torch.inference_mode(False), torch.enable_grad():
+            outcomes = _fit_together(now, data, device, engine, progress)
+        if without_room := [job for job in outcomes if outcomes[job] is None]:
+            at_once, left = max(1, at_once // 2), without_room + left
+            gc.collect()  # engines that are in cycles hold memory, too
+        yield from ((job, outcome) for job, outcome in outcomes.items() if outcome is not None)
+
+
+def _fit_together(
+    jobs: Sequence[Job], data: Dataset, device: torch.device, engine: str, progress: bool
+) -> dict[Job, Run | Exception | None]:
+    """The runs of jobs that are done at once, or errors; None for want of memory beside others."""
+    jobs = [_prepared(job, data, device) for job in jobs]
+    left = [job for job in jobs if not job.is_done(data)]
+    folders = [os.path.realpath(job.directory) for job in left if job.directory is not None]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"two networks would be kept in {folder}: give each its directory")
+    with locked(*folders):
+        left = [job for job in left if not job.is_done(data)]  # by whoever had the folder before
+        outcomes = {job: job.load(data, device) for job in jobs if job not in left}
+        trainings = [_Training(job, data, device, engine, progress) for job in left]
+        together = can_overlap(training.network for training in trainings)
+        for group in [trainings] if together else [[training] for training in trainings]:
+            outcomes |= _take_turns(group)
+    return outcomes
+
+
+def _prepared(job: Job, data: Dataset, device: torch.device) -> Job:
+    with _explaining(job, device):
+        return job.prepared(data, device)
+
+
+def _take_turns(trainings: Sequence["_Training"]) -> dict[Job, Run | Exception | None]:
+    """All epochs of all of them, an epoch of each at a time."""
+    outcomes: dict[Job, Run | Exception | None] = {}
+    with ExitStack() as stack:
+        turns = {each.job: stack.enter_context(closing(each.turns())) for each in trainings}
+        while going := [job for job in turns if job not in outcomes]:
+            for job in going:
+                try:
+                    next(turns[job])
+                except StopIteration as end:
+                    outcomes[job] = end.value
+                except Exception as error:
+                    final = len(trainings) == 1 or not isinstance(error, _NoRoom)
+                    outcomes[job] = error if final else None  # the error would hold the memory
+    return outcomes
+
+
+class _Training:
+    """A job that is being done, epoch by epoch."""
+
+    def __init__(
+        self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
+    ) -> None:
+        self.job, self.recipe, self.network = job, job.recipe, job.build()
+        self.data, self.device, self.choice, self.progress = data, device, engine, progress
+        self.folder = None if job.directory is None else RunFolder(job.directory)
+        self.engine: PlainEngine | None = None
+        self.history: list[dict] = []
+
+    def turns(self) -> Generator[None, None, Run]:
+        """Trains, from each `next` to another for an epoch; returns the `Run`."""
+        with _explaining(self.job, self.device), self._open():
+            yield  # when it is ready, as those beside it shall be before its first epoch
+            while len(self.history) < self.recipe.epochs:
+                self.engine.launch(len(self.history))
+                yield
+                self._collect()
+            self._close_engine()  # predictions are those of the network as a student gets it
+            run = self._finish()
+        self.network.eval()
+        return run
+
+    def _ingredients(self) -> tuple[nn.Module, Recipe, BatchLoader, BatchLoader]:
+        """What an engine is made of: network, recipe, and the batches to train and test on."""
+        dtype = DTYPES[self.recipe.dtype]
+        train = training_batches(self.data, self.recipe, self.device)
+        test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=dtype)
+        return self.network, self.recipe, train, test
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Resumes what the folder holds; leaving the context closes engine and display.
+
+        Layers then are in the modes they were in, so that the same call trains the same again. If
+        an exception leaves it, the network gets its initial weights back where a folder keeps
+        the trained ones, so that the same call with the same network resumes; and where memory was
+        wanting, since it may be tried again.
+        """
+        initial = {name: value.clone() for name, value in self.network.state_dict().items()}
+        try:
+            with modes_kept(self.network), ExitStack() as stack:
+                stack.callback(self._close_engine)
+                self._start()
+                steps = self.engine.steps
+                shown = Progress(self.job.label, self.recipe.epochs, steps, show=self.progress)
+                self.shown = stack.enter_context(shown)
+                self.shown.start_at(len(self.history))
+                yield
+        except BaseException as error:
+            if self.folder is not None or _is_out_of_memory(error):
+                self.network.load_state_dict(initial)
+            raise
+
+    def _start(self) -> None:
+        """Makes everything ready for the next epoch, on the plain path if need be."""
+        self.engine, why = make_engine(self.choice, *self._ingredients())
+        self._resume()
+        if problem := self.engine.prepare():
+            warn(f"{self.job.label} takes the plain path: {problem}")
+            self.engine.close()
+            self.engine, why = PlainEngine(*self._ingredients()), problem
+            self._resume()
+        self.provenance = provenance(self.data, self.device) | {
+            "engine": self.engine.name,
+            "because": why,
+            "computes_in": self.recipe.dtype,
+            "threads": torch.get_num_threads(),
+        }
+        if self.folder is not None:
+            self.folder.start(self.job.identity, self.provenance, len(self.history))
+
+    def _close_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None  # and with it the memory of its captured steps
+
+    def _resume(self) -> None:
+        """The history so far; network and optimiser get the states after it."""
+        if self.folder is not None:
+            optimizer, identity = self.engine.optimizer, self.job.identity
+            self.history = self.folder.load_epoch(self.network, optimizer, identity)
+
+    def _collect(self) -> None:
+        """Waits for the epoch, checks and keeps it."""
+        epoch = len(self.history)
+        train, test = self.engine.collect(self.shown.counted)
+        self._check_finite(train.loss + train.penalty, "training", epoch)
+        self._check_finite(test.loss, "test", epoch)
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": train.loss,
+            "train_accuracy": train.accuracy,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
+            "penalty": train.penalty,
+            "lr": self.engine.last_rate(epoch),
+            "seconds": train.seconds + test.seconds,
+        }
+        self.history.append(row)
+        if self.folder is not None:
+            self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
+        self.shown.finish_epoch(row)
+        if len(self.history) == CHANCE_EPOCHS:
+            warn_if_at_chance(self.job.label, self.history, self.recipe, self.data)
+
+    def _finish(self) -> Run:
+        with seeded(self.recipe.seed, "predictions", device=self.device):
+            predicted, probability = class_and_probability(predict(self.network, self.data))
+        config = {"is": self.job.identity, "from": self.provenance}
+        config |= trained_identity(self.network, self.data, self.recipe)
+        about = (self.network, self.recipe, self.history, predicted, probability, config)
+        run = Run(*about, self.job.directory)
+        if self.folder is not None:
+            self.folder.finish(run)
+        return run
+
+    def _check_finite(self, loss: float, which: str, epoch: int) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.job.label}: the {which} loss became {loss} in epoch {epoch + 1}: try a "
+                f"lower learning rate than {self.recipe.lr:g}, the one-cycle schedule, or a "
+                f"normalization if there is none{', in another directory' if self.folder else ''}"
+            )
+
+
+def warn_if_at_chance(label: str, history: list[dict], recipe: Recipe, data: Dataset) -> None:
+    """Says so if a network has learned nothing in its first epochs."""
+    if len(history) < CHANCE_EPOCHS:
+        return
+    accuracy = history[CHANCE_EPOCHS - 1]["train_accuracy"]
+    chance = data.train_labels.bincount().max().item() / len(data.train_labels)
+    if chance == 1:
+        only = data.classes[data.train_labels[0]]
+        warn(f"{label}: all training images have the label {only!r}: there is nothing to learn")
+    elif accuracy < chance + min(0.02, (1 - chance) / 5):  # of what is left above chance
+        warn(
+            f"{label}: after {CHANCE_EPOCHS} epochs the training accuracy is {accuracy:.1%}, no "
+            "better than always guessing one class: try another learning rate than "
+            f"{recipe.lr:g}, less L1, or check the labels"
+        )
+
+
+@contextmanager
+def _explaining(job: Job, device: torch.device) -> Iterator[None]:
+    """Says what some errors of torch mean, and what to do about them."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "batch normalization met a batch of one image with one pixel a channel, which has no "
+            f"variance: use a batch_size other than {job.recipe.batch_size}"
+        ) from error
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _NoRoom(
+            f"the memory of {device} is too small for {job.label} in batches of "
+            f"{job.recipe.batch_size}: use a smaller batch_size, or device='cpu'"
+        ) from error
+
+
+class _NoRoom(RuntimeError):
+    """The memory of a device is too small."""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left; Apple's GPUs have no class of error for it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+    )
