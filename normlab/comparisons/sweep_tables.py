@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from normlab.assignments import Variant
-from normlab.comparisons.report import csv_text, escaped, percent
+from normlab.comparisons.report import csv_text, escaped, in_markdown, percent
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.jobs import Job, left_to_do, say_what_is_left
@@ -23,34 +22,19 @@ from normlab.support.summaries import count_parameters
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = (
-    "run",
-    "variant",
-    "norm",
-    "batch_size",
-    "base_lr",
-    "lr",
-    "seed",
-    "epochs",
-    "parameters",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "seconds",
-)
 MEASURED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-OF_RECIPE = ("batch_size", "lr", "seed", "epochs")
+RESULTS = [*MEASURED, "seconds"]
+# The columns, and of what kind each is.
+KINDS = {
+    **dict.fromkeys(("run", "variant", "norm"), str),
+    **{"batch_size": int, "base_lr": float, "lr": float},
+    **dict.fromkeys(("seed", "epochs", "parameters"), int),
+    **dict.fromkeys(RESULTS, float),
+}
+COLUMNS = tuple(KINDS)
+# What a row of a run that diverged, of which nothing else is kept, must have in common with it.
+OF_THE_RUN = ["norm", "batch_size", "lr", "seed", "epochs", "parameters"]
 TABLE = "sweep.csv"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A variant of a sweep, the label of the assignment's own, and its rate before scaling."""
-
-    variant: Variant
-    label: str
-    base_lr: float
 
 
 class SweepTable:
@@ -59,7 +43,7 @@ class SweepTable:
     def __init__(
         self,
         jobs: Sequence[Job],
-        cells: Sequence[Cell],
+        cells: Sequence[tuple[str, float]],
         data: Dataset,
         file: Path | None,
         show: bool,
@@ -67,13 +51,20 @@ class SweepTable:
     ) -> None:
         """`show` prints a line for each run; the rest is as for `run_sweep`.
 
-        `file` may hold rows of other sweeps, which stay in it.
+        Args:
+            jobs: for each seed one for each of the cells.
+            cells: the label of the assignment's variant, and the rate before scaling.
+            file: may hold rows of other sweeps, which stay in it.
         """
-        self.jobs, self.data, self.file = jobs, data, file
-        self.cells = {cell.variant.folder: cell for cell in cells}
-        self.digests = {job.directory: job.digest(data) for job in jobs}
-        self.rows: dict[str, dict] = {}
-        self.show, self.after_each = show, after_each
+        self.data, self.file, self.show, self.after_each = data, file, show, after_each
+        self.jobs, self.done = jobs, set()
+        each = zip(jobs, cycle(cells), strict=False)
+        self.rows = {job.directory: _row(job, data, *cell) for job, cell in each}
+
+    @property
+    def runs(self) -> set[str]:
+        """The digests of all its runs."""
+        return {row["run"] for row in self.rows.values()}
 
     def start_anew(self) -> None:
         """Removes this sweep's rows from the file, and its runs; those of other sweeps stay.
@@ -82,7 +73,7 @@ class SweepTable:
         trained; then nothing is removed.
         """
         # The rows first: one whose run is gone would pass for done.
-        remove_runs((job.directory for job in self.jobs), first=self._write)
+        remove_runs(self.rows, first=self._write)
 
     def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Job]:
         """Takes the rows of finished runs, of those that diverged, and of `kept`.
@@ -91,72 +82,65 @@ class SweepTable:
         of these nothing else is kept; the others are what the files of their runs say, once those
         have been found whole.
         """
-        there, here = {} if kept is None else _read_rows(user_path(kept)), self._rows_in_file()
+        there, here = _read(kept and user_path(kept)), self._read()
         left = []
         for job in self.jobs:
-            digest = self.digests[job.directory]
-            row = there.get(digest)
+            run = self.rows[job.directory]["run"]
             if not left_to_do([job], self.data, device):
                 self._fill(job, _last(job))
-            elif digest in here and self._has_diverged(job, here[digest]):
-                self._fill(job, dict.fromkeys(MEASURED, math.nan))
-            elif row is not None:
-                self._fill(job, {name: row[name] for name in (*MEASURED, "seconds")})
+            elif run in here and self._has_diverged(job, here[run]):
+                self._fill(job, {})
+            elif run in there:
+                self._fill(job, there[run])
             else:
                 left.append(job)
-        if self.rows and self.show:
+        if self.done and self.show:
             say_what_is_left(len(left), len(self.jobs))
         self._write()
         return left
 
     def add(self, job: Job, outcome: object) -> None:
         """Takes the row of a run that has just ended, or whose loss diverged, and says so."""
-        diverged = isinstance(outcome, FloatingPointError)
-        self._fill(job, dict.fromkeys(MEASURED, math.nan) if diverged else _last(job))
-        if self.show:
-            row = self.rows[self.digests[job.directory]]
+        if isinstance(outcome, FloatingPointError):
+            self._fill(job, {})
+            result = str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
+        else:
+            row = self._fill(job, _last(job))
             result = f"{row['test_accuracy']:.2%} in {row['seconds']:.0f} s"
-            if diverged:
-                result = str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
-            print(f"{len(self.rows)} of {len(self.jobs)}: {job.label}: {result}", flush=True)
+        if self.show:
+            print(f"{len(self.done)} of {len(self.jobs)}: {job.label}: {result}", flush=True)
         self._write()
         if self.after_each is not None:
             self.after_each(self.frame())
 
-    def _has_diverged(self, job: Job, row: dict) -> bool:
-        """Whether a row of the file says so, and is that of this job."""
-        what = job.prepared(self.data, torch.device("cpu")).identity
-        return (
-            math.isnan(row["test_accuracy"])
-            and all(row[name] == getattr(job.recipe, name) for name in OF_RECIPE)
-            and (row["norm"], row["parameters"]) == (job.variant.norm, what["parameters"])
-            and RunFolder(job.directory).holds_no_other(what)
-        )
-
-    def _fill(self, job: Job, measured: dict) -> None:
-        recipe, cell = job.recipe, self.cells[job.variant.folder]
-        digest = self.digests[job.directory]
-        values = {
-            "run": digest,
-            "variant": cell.label,
-            "norm": job.variant.norm,
-            "base_lr": cell.base_lr,
-            "parameters": count_parameters(job.build()),
-            **{name: getattr(recipe, name) for name in OF_RECIPE},
-            "seconds": math.nan,
-            **measured,
-        }
-        self.rows[digest] = {name: values[name] for name in COLUMNS}
-
     def frame(self) -> DataFrame:
         """The rows so far, in the order of the jobs; its `attrs` say what the images are."""
-        frame = _frame(self._own_rows())
+        frame = _typed(self._own())
         frame.attrs["source"] = self.data.source
         return frame
 
-    def _own_rows(self) -> list[dict]:
-        digests = (self.digests[job.directory] for job in self.jobs)
-        return [self.rows[digest] for digest in digests if digest in self.rows]
+    def _own(self) -> list[dict]:
+        return [row for directory, row in self.rows.items() if directory in self.done]
+
+    def _fill(self, job: Job, measured: Mapping[str, float]) -> dict:
+        """The row of a run with its results, of which one that diverged has none."""
+        row = self.rows[job.directory]
+        row |= {name: measured.get(name, math.nan) for name in RESULTS}
+        self.done.add(job.directory)
+        return row
+
+    def _has_diverged(self, job: Job, row: dict) -> bool:
+        """Whether a row of the file says so, and is that of this run."""
+        own = self.rows[job.directory]
+        identity = job.prepared(self.data, torch.device("cpu")).identity
+        return (
+            math.isnan(row["test_accuracy"])
+            and all(row[name] == own[name] for name in OF_THE_RUN)
+            and RunFolder(job.directory).holds_no_other(identity)
+        )
+
+    def _read(self) -> dict[str, dict]:
+        return _read(self.file if self.file is not None and self.file.is_file() else None)
 
     def _write(self) -> None:
         """This sweep's rows, then those of others: of a run that diverged, the row is all there is.
@@ -165,79 +149,67 @@ class SweepTable:
         """
         if self.file is None:
             return
-        own = set(self.digests.values())
         with locked(self.file.parent):
             remove_leftovers(self.file.parent, of=self.file.name)
-            others = [row for digest, row in self._rows_in_file().items() if digest not in own]
-            write_text(self.file, csv_text(_frame([*self._own_rows(), *others])))
-
-    def _rows_in_file(self) -> dict[str, dict]:
-        return _read_rows(self.file) if self.file is not None and self.file.is_file() else {}
+            others = [row for run, row in self._read().items() if run not in self.runs]
+            write_text(self.file, csv_text(_typed([*self._own(), *others])))
 
 
-def _frame(rows: Sequence[dict]) -> DataFrame:
-    import pandas
-
-    return pandas.DataFrame(rows, columns=list(COLUMNS))
+def _row(job: Job, data: Dataset, label: str, base_lr: float) -> dict:
+    """What is known of a run before it is trained."""
+    recipe = {name: getattr(job.recipe, name) for name in ("batch_size", "lr", "seed", "epochs")}
+    about = {"run": job.digest(data), "variant": label, "norm": job.variant.norm}
+    return about | recipe | {"base_lr": base_lr, "parameters": count_parameters(job.build())}
 
 
 def _last(job: Job) -> dict:
     """What a finished run has measured in its last epoch, and its seconds in all."""
     history = RunFolder(job.directory).finished_history()
-    last = {name: history[-1][name] for name in MEASURED}
-    return last | {"seconds": sum(row["seconds"] for row in history)}
+    return history[-1] | {"seconds": sum(row["seconds"] for row in history)}
 
 
-def _read_rows(file: Path) -> dict[str, dict]:
-    """The rows of a table by their runs' digests; those of runs that diverged are NaN.
+def _typed(rows: Sequence[dict]) -> DataFrame:
+    import pandas
 
-    Raises `ValueError` that names a line which cannot have been written so.
+    return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(KINDS)
+
+
+def _read(file: Path | None) -> dict[str, dict]:
+    """The rows of a table by their runs; of runs that diverged the results are NaN.
+
+    Raises `ValueError` that names what cannot have been written so.
     """
+    import pandas
+
+    if file is None:
+        return {}
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            if missing := set(COLUMNS) - set(reader.fieldnames or ()):
-                raise ValueError(f"it has no {', '.join(sorted(missing))}")
-            rows = [_row(reader.line_num, row) for row in reader]
-    except (csv.Error, ValueError) as error:
+        with warnings.catch_warnings(action="error", category=pandas.errors.ParserWarning):
+            table = pandas.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
+        if missing := set(COLUMNS) - set(table):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        empty = {name: {"": "nan"} for name in RESULTS}
+        table = table.replace(empty).astype(KINDS)[list(COLUMNS)]
+        results, accuracies = table[RESULTS], table[["train_accuracy", "test_accuracy"]]
+        whole = (results.ge(0) & results.lt(math.inf)).all(axis=1) & accuracies.le(1).all(axis=1)
+        whole |= results.isna().all(axis=1)
+        if not whole.all():
+            raise ValueError(f"row {whole.argmin() + 1} is damaged")
+    except (pandas.errors.ParserWarning, ValueError) as error:
         raise ValueError(
-            f"{file} is no table of a sweep: {error}: mend it or delete it; rows of runs that are "
-            "kept come back"
+            f"{file} is no table of a sweep: {' '.join(str(error).split())}: mend it or delete it; "
+            "rows of runs that are kept come back"
         ) from error
-    return {row["run"]: row for row in rows}
-
-
-def _row(line: int, texts: dict) -> dict:
-    """The values of a line, if it is that of a run that ended or diverged."""
-    if None in texts or None in texts.values():
-        raise ValueError(f"line {line} has not the fields of the first line")
-    row = {name: KINDS.get(name, _number)(texts[name]) for name in COLUMNS}
-    measured = [row[name] for name in (*MEASURED, "seconds")]
-    ended = all(0 <= value < math.inf for value in measured)
-    ended = ended and max(row["train_accuracy"], row["test_accuracy"]) <= 1
-    if not ended and not all(map(math.isnan, measured)):
-        raise ValueError(f"line {line} is damaged")
-    return row
-
-
-def _number(text: str) -> float:
-    return float(text) if text else math.nan
-
-
-KINDS = dict.fromkeys(("run", "variant", "norm"), str)
-KINDS |= dict.fromkeys(("batch_size", "seed", "epochs", "parameters"), int)
+    return {row["run"]: row for row in table.to_dict("records")}
 
 
 def summary_table(table: DataFrame) -> str:
     """A Markdown table: mean ± standard deviation over seeds for each combination."""
-    lines = [
-        "| variant | batch size | rate | seeds | test accuracy, last epoch (%) |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for names, rows in table.groupby(["variant", "batch_size", "lr"], sort=False):
-        accuracy = rows["test_accuracy"]
+    rows = []
+    for names, some in table.groupby(["variant", "batch_size", "lr"], sort=False):
+        accuracy = some["test_accuracy"]
         row = {"test_accuracy": accuracy.mean(skipna=False), "sd": accuracy.std(skipna=False)}
-        result = "diverged" if math.isnan(row["test_accuracy"]) else percent(row)
-        cells = (escaped(names[0]), f"{names[1]}", f"{names[2]:g}", f"{len(rows)}", result)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        result = "diverged" if accuracy.isna().any() else percent(row)
+        rows.append((escaped(names[0]), f"{names[1]}", f"{names[2]:g}", f"{len(some)}", result))
+    head = ("variant", "batch size", "rate", "seeds", "test accuracy, last epoch (%)")
+    return in_markdown(head, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from normlab.assignments import Assignment, Variant, find_assignment
-from normlab.comparisons.sweep_tables import TABLE, Cell, SweepTable
+from normlab.comparisons.sweep_tables import TABLE, SweepTable
 from normlab.data import Dataset
 from normlab.datasets.loading import load_assignment_data
-from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job, check_jobs, finish, make_jobs, seed_numbers
 from normlab.runs.processes import train
 from normlab.runs.trainer import fit_each, fit_job
@@ -81,20 +80,23 @@ def run_sweep(
     """
     assignment = find_assignment(name)
     wanted, device = device, pick_device(device)  # a worker picks its own
-    cells = list(_cells(assignment, norms, batch_sizes, lrs, scaling))
+    variants, cells = _variants(assignment, norms, batch_sizes, lrs, scaling)
     load, data = _images(data, assignment, for_workers=dask is not None)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
         # Before files change.
         cluster = stack.enter_context(_cluster(dask, load, data)) if dask else None
-        sweep = replace(assignment, variants=tuple(cell.variant for cell in cells))
+        sweep = replace(assignment, variants=tuple(variants))
         jobs = make_jobs(sweep, data, seed_numbers(seeds), epochs, place / "runs")
         check_jobs(jobs, data, device)
         jobs = [_in_own_folder(job, data) for job in jobs]
         file = place / TABLE if directory else None
         table = SweepTable(jobs, cells, data, file, progress, after_each)
+        if fresh and cluster is not None:
+            cluster.check_images()
+            cluster.forget(table.runs)
         if fresh:
-            _start_anew(table, cluster)
+            table.start_anew()
         left = table.take_what_is_done(device, None if fresh else kept)
         left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest
         if cluster is None:
@@ -107,24 +109,18 @@ def run_sweep(
         finish(outcomes, len(left), table.add, results=FloatingPointError)
         if cluster is not None:
             with suppress(OSError):  # the sweep is complete, even if its scheduler has gone
-                cluster.forget(table.digests.values())  # and what came home before this call
+                cluster.forget(table.runs)  # and what came home before this call
         return table.frame()
 
 
 def _in_own_folder(job: Job, data: Dataset) -> Job:
     """The job with a folder that no other run has, whatever they differ in: sweeps may share.
 
-    One that is named by the seed alone, as they once were, is taken if it holds this very run.
+    Another sweep may have given the same run another label.
     """
-    with suppress(ValueError):  # it holds another one
-        if job.is_done(data) or RunFolder(job.directory).history_so_far():
-            return job
     name = f"{job.directory.name}-{job.digest(data)}"
-    own = job.directory.with_name(name)
-    if not own.is_dir():  # another sweep may have given the same run another label
-        elsewhere = job.directory.parents[1].glob(f"*/{name}")
-        own = next((place for place in elsewhere if RunFolder(place).is_finished()), own)
-    return replace(job, directory=own)
+    there = sorted(job.directory.parents[1].glob(f"*/{name}"))
+    return replace(job, directory=there[0] if there else job.directory.with_name(name))
 
 
 def _images(
@@ -149,33 +145,27 @@ def _cluster(address: str, load: Callable[[], Dataset], data: Dataset) -> Cluste
     return Cluster(address, load, data)
 
 
-def _start_anew(table: SweepTable, cluster: Cluster | None) -> None:
-    """Removes the sweep's runs here and at the workers, once it is known that these can train."""
-    if cluster is not None:
-        cluster.check_images()
-        cluster.forget(table.digests.values())
-    table.start_anew()
-
-
-def _cells(
+def _variants(
     assignment: Assignment,
     norms: Sequence[str] | None,
     batch_sizes: Sequence[int] | None,
     lrs: Sequence[float] | None,
     scaling: str,
-) -> Iterator[Cell]:
+) -> tuple[list[Variant], list[tuple[str, float]]]:
+    """The variants of a sweep; for each the assignment's own label, and its rate before scaling."""
     norms, batch_sizes, lrs = check_axes(assignment, norms, batch_sizes, lrs, scaling)
-    power = SCALINGS[scaling]
+    variants, cells = [], []
     for base in _bases(assignment, norms):
         recipe = assignment.recipe_for(base, seed=0)
         for size, lr in product(batch_sizes or [recipe.batch_size], lrs or [recipe.lr]):
             words = [base.label]
             words += [f"batch {size}"] if batch_sizes else []
             words += [f"rate {lr:g}"] if lrs else []
-            scaled = lr * (size / recipe.batch_size) ** power
+            scaled = lr * (size / recipe.batch_size) ** SCALINGS[scaling]
             changes = {**base.changes, "batch_size": size, "lr": scaled}
-            variant = replace(base, label=", ".join(words), changes=changes)
-            yield Cell(variant, base.label, lr)
+            variants.append(replace(base, label=", ".join(words), changes=changes))
+            cells.append((base.label, lr))
+    return variants, cells
 
 
 def check_axes(

@@ -14,14 +14,12 @@ import pandas
 import pytest
 import torch
 from filelock import FileLock
-from matplotlib import pyplot
 
 import normlab as nl
-from normlab import experiment
-from normlab.comparisons.sweep_tables import COLUMNS, MEASURED, _read_rows
+from normlab.comparisons.sweep_tables import COLUMNS, MEASURED, _read
 from normlab.runs import cluster
 from normlab.runs import processes as parallel
-from normlab.runs.folder import RunFolder, remove_run
+from normlab.runs.folder import remove_run
 from normlab.support.locks import InUse
 from normlab.support.seeding import seeded
 
@@ -111,7 +109,7 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     assert second.startswith("2 of 2: LN, seed 0: ")
     assert again.drop(columns="seconds").equals(table.drop(columns="seconds"))
     monkeypatch.setattr(
-        experiment, "fit_each", lambda jobs, **_: (job for job in jobs)
+        parallel, "fit_each", lambda jobs, **_: (job for job in jobs)
     )  # nothing is left to train
     assert sweep(tiny_assignment, tiny, **options).equals(again)
 
@@ -205,37 +203,6 @@ def test_a_network_that_computes_something_else_does_not_get_the_rows_of_a_forme
     with pytest.raises(ValueError, match="something else"):
         sweep(3.0, directory=tmp_path)
     assert sweep(3.0, directory=tmp_path, fresh=True).equals(sweep(3.0))
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_runs_in_folders_of_their_seed_alone_are_found(
-    finished, tiny_assignment, tiny, tmp_path, monkeypatch
-):
-    options = {"norms": ["gn"], "epochs": 2, "directory": tmp_path, "after_each": None}
-    save, saved = RunFolder.save_epoch, []
-
-    def stop_after_the_first(self, *arguments):
-        save(self, *arguments)
-        saved.append(self)
-        raise KeyboardInterrupt
-
-    if not finished:
-        monkeypatch.setattr(RunFolder, "save_epoch", stop_after_the_first)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(tiny_assignment, tiny, **options)
-        monkeypatch.setattr(RunFolder, "save_epoch", save)
-    else:
-        sweep(tiny_assignment, tiny, **options)
-    own = folder_of(tmp_path, "gn")
-    once = own.rename(own.with_name("seed-0"))
-    (tmp_path / "sweep.csv").unlink()
-    first = RunFolder(once).history_so_far()
-    sweep(tiny_assignment, tiny, **options)
-    assert [folder.name for folder in (tmp_path / "runs" / "gn").iterdir()] == ["seed-0"]
-    assert len(first) == 1 + finished
-    assert RunFolder(once).history_so_far()[: len(first)] == first
-    sweep(tiny_assignment, tiny, scaling="none", **options | {"epochs": 1})
-    assert len(list((tmp_path / "runs" / "gn").iterdir())) == 2
 
 
 def files_in(folder):
@@ -341,18 +308,19 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(parallel, "WORTHWHILE", 0)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("two_cores")
 def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
     data = nl.load_dataset("digits").subset(train=64, test=16)
     assignment = replace(nl.ASSIGNMENTS["mnist-l1"], recipe=nl.Recipe(epochs=1, batch_size=32))
     options = {"norms": ["gn", "ln"], "lrs": [0.05, 1e30]}
-    seen, portions, in_processes = [], [], experiment.in_processes
+    seen, portions, in_processes = [], [], parallel.in_processes
 
     def noted(train, data, sent, **options):
         portions.append(len(sent))
         return in_processes(train, data, sent, **options)
 
-    monkeypatch.setattr(experiment, "in_processes", noted)
+    monkeypatch.setattr(parallel, "in_processes", noted)
     apart = sweep(assignment, data, directory=tmp_path, after_each=seen.append, **options)
     assert [len(table) for table in seen] == [1, 2, 3, 4]
     assert apart["test_accuracy"].isna().tolist() == [False, True, False, True]
@@ -377,74 +345,12 @@ def test_a_single_run_that_is_left_has_as_many_threads_as_before(
         for job in sent:
             yield job, train(job, data)
 
-    monkeypatch.setattr(experiment, "in_processes", instead)
+    monkeypatch.setattr(parallel, "in_processes", instead)
     sweep(tiny_assignment, tiny, **options)
     remove_run(folder_of(tmp_path, "ln"))
     (tmp_path / "sweep.csv").unlink()
     sweep(tiny_assignment, tiny, **options)
     assert left == [["GN, seed 0", "LN, seed 0"], ["LN, seed 0"]]
-
-
-def table_of(rows):
-    import pandas
-
-    names = ("variant", "batch_size", "base_lr", "seed", "test_accuracy")
-    return pandas.DataFrame(rows, columns=names)
-
-
-def test_the_plot_shows_means_and_spreads_of_seeds():
-    rows = [
-        ("GN", size, 0.1, seed, 0.9 + 0.01 * seed + size / 1000)
-        for size in (2, 8, 32)
-        for seed in range(3)
-    ]
-    ax = nl.plot_sweep(table_of(rows)).axes[0]
-    (container,) = ax.containers
-    line, _, (bars,) = container
-    assert line.get_xdata().tolist() == [2, 8, 32]
-    assert line.get_ydata() == pytest.approx([91.2, 91.8, 94.2])
-    lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
-    assert lengths == pytest.approx([2, 2, 2])  # one standard deviation to both sides
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "8", "32"]
-    assert ax.get_title() == "Test accuracy, last epoch, mean ± sd of 3 seeds"
-
-
-def test_the_bars_stay_where_accuracies_can_lie():
-    rows = [("BN", size, 0.1, seed, value) for size in (2, 8) for seed, value in ((0, 0), (1, 1))]
-    (container,) = nl.plot_sweep(table_of(rows)).axes[0].containers
-    _, _, (bars,) = container
-    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
-    assert ends == [[0, 100], [0, 100]]  # 50 ± 71
-
-
-def test_the_plot_marks_what_diverged_and_tells_rates_apart():
-    rows = [
-        (variant, size, rate, 0, math.nan if rate == 1 and size == 8 else 0.5)
-        for variant in ("BN", "GN")
-        for size in (2, 4, 8)
-        for rate in (0.1, 1)
-    ]
-    ax = nl.plot_sweep(table_of(rows)).axes[0]
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["BN, rate 0.1", "BN, rate 1", "GN, rate 0.1", "GN, rate 1"]
-    crosses = [line for line in ax.lines if line.get_marker() == "x"]
-    assert [list(line.get_xdata()) for line in crosses] == [[8], [8]]
-    heights = [line.get_transform().transform((8, 1.0))[1] for line in crosses]
-    frame, title = ax.get_window_extent(), ax.title.get_window_extent()
-    assert frame.y1 < heights[0] < heights[1] < title.y0  # no accuracies, and each is seen
-    with pytest.raises(ValueError, match="no runs to plot"):
-        nl.plot_sweep(table_of([]))
-
-
-@pytest.mark.filterwarnings("error")
-def test_two_sweeps_fit_beside_each_other():
-    rows = [("BN", size, 0.1, seed, 0.5 + seed / 10) for size in (2, 4) for seed in (0, 1)]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    for ax in axes:
-        nl.plot_sweep(table_of(rows), ax=ax)
-    axes[1].set_ylim(52, 56)
-    figure.canvas.draw()
-    assert axes[0].get_position().width > 0.3
 
 
 def test_the_title_names_the_data(tiny, tiny_assignment):
@@ -581,7 +487,7 @@ def test_sweeps_of_networks_that_compute_something_else_do_not_share_a_folder(
 def test_the_kept_tables_are_whole():
     for file in Path(__file__).parents[2].glob("notebooks/results/**/*.csv"):
         if file.read_text().startswith(",".join(COLUMNS)):
-            assert _read_rows(file), file
+            assert _read(file), file
 
 
 # --- another process in the same folder -------------------------------------------------------
@@ -598,6 +504,7 @@ def another(place, norm):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.process
 def test_no_row_of_a_table_is_lost_where_two_write_it(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     assert another(other, "ln").wait() == 0

@@ -18,7 +18,7 @@ import normlab as nl
 from normlab.support.colours import contrast
 from normlab.support.figures import fitted, literal, own_style, shortened
 from tests.comparisons.test_comparison import difference
-from tests.comparisons.test_sweeps import table_of
+from tests.comparisons.test_sweep_plots import table_of
 from tests.lessons.test_range_test import judged
 from tests.lessons.test_watch_plots import made_up
 from tests.test_plots import make_mistakes, run_with
