@@ -15,8 +15,6 @@ from normlab.support.network_checks import check_network, warn_of_batch_statisti
 Predictor = nn.Module | Run
 """A network, or a run, which remembers what its network predicted for the test images."""
 
-ORDERS = ("confident", "first")
-
 
 @dataclass(frozen=True)
 class Mistakes:
@@ -59,7 +57,7 @@ def predict(
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable class, int64 (N,), and its softmax probability, float32 (N,).
 
-    Raises `FloatingPointError` for logits that are no numbers, of which no class is.
+    Raises `FloatingPointError` if some logits are NaN.
     """
     if broken := int(logits.isnan().any(1).sum()):
         raise FloatingPointError(
@@ -71,7 +69,7 @@ def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _predictions(predictor: Predictor, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Class and probability for the test images: a run's are at hand, a network's are computed."""
+    """Class and probability for the test images: kept in a run, computed for a network."""
     if isinstance(predictor, Run):
         if predictor.identity["data"]["fingerprint"] == data.fingerprint:
             return predictor.predicted, predictor.probability
@@ -84,8 +82,8 @@ def find_mistakes(
 ) -> Mistakes:
     """Up to `count` test images that the network, or the run's network, gets wrong.
 
-    `order` is "confident", those that it is surest of, or "first", as they stand in the test set.
-    Where there are fewer than `count`, all are returned; `len()` tells.
+    `order` is "confident" for the highest probabilities first, or "first" for the order of the test
+    set. If there are fewer than `count` mistakes, all are returned.
     """
     return find_common_mistakes([network], data, count, order=order)
 
@@ -99,10 +97,10 @@ def find_common_mistakes(
 ) -> Mistakes:
     """Up to `count` test images that all the networks or runs get wrong.
 
-    The predicted class and its probability are those of the first network, and so is the order.
+    The predicted class, its probability and the order are those of the first network.
     """
     whole_number(count, "count")
-    one_of(order, ORDERS, "order of mistakes")
+    one_of(order, ("confident", "first"), "order of mistakes")
     predictors = list(networks.values() if isinstance(networks, Mapping) else networks)
     if not predictors:
         raise ValueError("there is no network to look for mistakes of")

@@ -8,8 +8,8 @@ They differ in one thing only, the set of axes that share a mean. For images (N,
     layer normalization     one for each image                   averaged over C, H, W
     group normalization     one for each image and group         averaged over C/G, H, W
 
-`NORMS` holds that table as data. Nothing else in normlab asks which norm it has by name: one more
-is an entry there.
+`NORMS` holds that table as data. Nothing else in normlab depends on the name of a norm: to add one,
+add an entry there.
 """
 
 import difflib
@@ -30,13 +30,13 @@ class NormKind:
     """What one normalization averages over, what it learns, and how its layer is made.
 
     Args:
-        title: its name in figures; after a comma, what sets it apart from its namesake.
+        title: its name in figures; what follows a comma is left out of headings.
         averaged: axes that share statistics; "C/G" is the channels within a group.
         source: who described it.
         make: makes the layer for (channels, groups, size).
         aliases: other names for `make_norm`, without the word "norm".
-        moment: what is computed over the axes first, and has a value for each set of numbers.
-        learned: what is learned, one number each for every position along `learned_axes`.
+        moment: the statistic over the axes of which there are so many, such as "mean square".
+        learned: the learned parameters, each with a number for every place along `learned_axes`.
     """
 
     title: str
@@ -49,10 +49,7 @@ class NormKind:
     learned_axes: tuple[str, ...] = ("C",)
 
     def own_axes(self, shape: tuple[int, int, int, int], *, groups: int = 1) -> dict[str, int]:
-        """The axes along which statistics differ, with their sizes: {"N": 4, "G": 2}, say.
-
-        Raises `ValueError` if `groups` does not divide C of the `shape` (N, C, H, W).
-        """
+        """The axes along which the means differ, with their sizes, such as {"N": 4, "G": 2}."""
         sizes = dict(zip("NCHW", shape, strict=True))
         if "C/G" in self.averaged:
             check_groups(groups, sizes.pop("C"))
@@ -64,11 +61,10 @@ class NormKind:
 
         Raises `ValueError` if `groups` does not divide C.
         """
-        own = self.own_axes(shape, groups=groups)
-        return math.prod(own.values()) if self.averaged else 0
+        return math.prod(self.own_axes(shape, groups=groups).values()) if self.averaged else 0
 
     def parameters(self, shape: tuple[int, int, int, int]) -> int:
-        """How many numbers are learned: neither the batch size nor the groups matter."""
+        """How many parameters the layer has for an input of `shape` (N, C, H, W)."""
         sides = dict(zip("NCHW", shape, strict=True))
         return len(self.learned) * math.prod(sides[axis] for axis in self.learned_axes)
 
@@ -139,7 +135,7 @@ def norm_name(kind: str) -> str:
 
 
 def _squeezed(name: str) -> str:
-    """A name without what is written in different ways: "BatchNorm2d" is "batch"."""
+    """The part of a name that tells norms apart: "batch" of "BatchNorm2d" and "batch_norm"."""
     return re.sub("[^a-z0-9]|norm(alization)?|[123]d$", "", name.lower())
 
 

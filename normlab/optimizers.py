@@ -146,19 +146,14 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 def _sgd(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> SGD:
-    options = {"weight_decay": recipe.weight_decay, "fused": _fused(lr)}
+    options = {"weight_decay": recipe.weight_decay, "fused": isinstance(lr, Tensor) or None}
     nesterov = recipe.nesterov and recipe.momentum > 0
     return SGD(weights, lr, recipe.momentum, nesterov=nesterov, **options)
 
 
 def _adamw(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> AdamW:
-    options = {"weight_decay": recipe.weight_decay, "fused": _fused(lr)}
+    options = {"weight_decay": recipe.weight_decay, "fused": isinstance(lr, Tensor) or None}
     return AdamW(weights, lr, capturable=isinstance(lr, Tensor) and lr.is_cuda, **options)
-
-
-def _fused(lr: float | Tensor) -> bool | None:
-    """Of torch's own only fused optimisers read a rate that lies on the device."""
-    return isinstance(lr, Tensor) or None
 
 
 def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> Muon:
@@ -168,8 +163,9 @@ def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe
     return Muon(banks, others, lr=lr, **options)
 
 
-# Each makes an optimiser of the weights to train, the rate, and what else a recipe says; those in
-# BY_FILTER also get the `filters` among the weights. On a GPU the rate is a tensor, and what a step
-# changes must lie in tensors there: a CUDA graph calls no Python.
+# Each makes an optimiser from the weights to train, the learning rate and the rest of the recipe;
+# those in BY_FILTER also get the `filters` among the weights. On a GPU the rate is a tensor, which
+# of torch's own only fused optimisers read there, and a step may change nothing but tensors: it is
+# replayed as a CUDA graph, without Python.
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
 BY_FILTER = {"muon"}

@@ -64,11 +64,6 @@ class Recipe:
         for name in ("nesterov", "centred"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.dtype == "float16":
-            raise ValueError(
-                "dtype 'float16' needs a loss that is scaled whenever gradients overflow, which is "
-                "not done here: use dtype='bfloat16', whose range is that of float32"
-            )
         checked = {
             "epochs": whole_number(self.epochs, "epochs"),
             "batch_size": whole_number(self.batch_size, "batch_size"),
@@ -87,7 +82,7 @@ class Recipe:
             object.__setattr__(self, name, value)
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of step 0, 1, … of so many."""
+        """The learning rate at `step`, from 0 on, of a training of `steps` steps."""
         return self.lr * SCHEDULES[self.schedule](step, steps)
 
     def replace(self, **changes: object) -> "Recipe":
@@ -115,9 +110,9 @@ def _checked_augment(augment: str | Sequence[str]) -> tuple[str, ...]:
 def make_optimizer(
     network: nn.Module, recipe: Recipe, *, rate: Tensor | None = None
 ) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters of the network; `ValueError` if it has none.
+    """The recipe's optimiser for the network's parameters; `ValueError` if none can be trained.
 
-    A `rate` takes the place of the recipe's number: a tensor on the device, as CUDA graphs need.
+    `rate` replaces the recipe's learning rate by a tensor on the device, as CUDA graphs need it.
     """
     by_filter = recipe.centred or recipe.optimizer in BY_FILTER
     weights, banks = trained_parameters(network), filters(network) if by_filter else []
@@ -129,7 +124,7 @@ def make_optimizer(
 
 
 def _one_cycle(step: int, steps: int) -> float:
-    """From 1/25 up in 30 % of the steps, then down to 4e-6."""
+    """Rises from 1/25 to 1 in 30 % of the steps, then falls to 4e-6."""
     lowest, summit, last = 1 / 25, max(0.3 * steps - 1, 1e-9), max(steps - 1, 1)
     if step <= summit:
         return _half_cosine(lowest, 1.0, step / summit)
@@ -140,7 +135,7 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-SCHEDULES = {  # each gives the share of the recipe's rate at step 0, 1, … of so many
+SCHEDULES = {  # each gives the factor of the recipe's rate at a step, from 0 on, of so many steps
     "one-cycle": _one_cycle,
     "cosine": lambda step, steps: _half_cosine(1.0, 0.0, step / steps),
     "constant": lambda step, steps: 1.0,

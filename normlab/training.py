@@ -19,8 +19,9 @@ from normlab.support.network_checks import check_logits, images_and_labels
 class EpochResult:
     """What one pass over the images gave.
 
-    `loss` is the mean cross-entropy in nats and `accuracy` the fraction of right images, every
-    image counted once; `penalty` is the mean of what was added to the loss; `seconds` wall time.
+    `loss` is the mean cross-entropy in nats and `accuracy` the fraction of images classified
+    correctly, every image counted once; `penalty` is what was added to the loss, as a mean over
+    images; `seconds` is wall time.
     """
 
     loss: float
@@ -34,18 +35,19 @@ class EpochResult:
 def batch_sums(
     logits: Tensor, labels: Tensor, penalty: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | float, int]:
-    """Sums over a batch of cross-entropies, right images, penalties (one an image), and images.
+    """The sums over a batch: cross-entropies, correct predictions, penalties, and images.
 
-    They stay on the device, so that no step waits for the host. What is no number is never right.
+    The penalty is counted once for each image. The sums stay on the device, so that no step waits
+    for the CPU. An image whose logits are NaN is counted as wrong.
     """
-    highest, guess = logits.max(1)  # as a maximum NaN would be the first class
+    highest, guess = logits.max(1)  # NaN counts as the maximum
     right = ((guess == labels) & ~highest.isnan()).sum()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return loss, right, penalty * len(labels), len(labels)
 
 
 def epoch_result(sums: Sequence[Iterable], started: float) -> EpochResult:
-    """The means over the images of all batches from their `batch_sums`; it waits for the device."""
+    """The means over all images, from the `batch_sums` of each batch; waits for the device."""
     columns = [list(map(torch.as_tensor, column)) for column in zip(*sums, strict=True)]
     totals = [float(torch.stack(column).cpu().double().sum()) for column in columns]
     if not totals or not totals[-1]:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 import normlab as nl
-import normlab.experiment
 from normlab.cli import main
+from normlab.datasets import loading
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "normlab"
@@ -46,10 +47,10 @@ ORDER = (
     *("fitting", "experiment"),
     *("comparisons.intervals", "comparisons.comparison", "comparisons.fairness"),
     *("comparisons.report", "comparisons.sweep_plots", "comparisons.sweep_tables"),
-    "comparisons.sweeps",
+    *("comparisons.submissions", "comparisons.sweeps"),
     *("lessons.by_hand", "lessons.sharing", "lessons.diagrams", "lessons.explorer"),
-    *("lessons.spreadsheet", "lessons.invariance", "lessons.watching", "lessons.watch_plots"),
-    "lessons.range_test",
+    *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
+    *("lessons.watch_plots", "lessons.range_test"),
     *("cli", "__main__"),
 )
 # Imported by the functions that need them, so that the rest does not wait for them.
@@ -352,15 +353,15 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
         words = words[: words.index("--dask")]  # `test_cluster.py` has a scheduler
     if words[0] in ("run", "sweep"):
         words += ["--epochs", "1", "--seeds", "1", "--device", "cpu"]  # the last one counts
-        monkeypatch.setattr(normlab.experiment, "load_dataset", load_few)
+        monkeypatch.setattr(loading, "load_dataset", load_few)
     monkeypatch.chdir(tmp_path)
     assert main(words) == 0
     assert capsys.readouterr().out
 
 
-def load_few(*arguments, **options) -> nl.Dataset:
+def load_few(*arguments, load: Callable = loading.load_dataset, **options) -> nl.Dataset:
     """Of a large data set a few hundred images, which show as well that the command works."""
-    data = nl.load_dataset(*arguments, **options)
+    data = load(*arguments, **options)
     return data.subset(384, 128) if len(data.train_images) > 384 else data
 
 

@@ -17,9 +17,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from normlab.lessons.sparsity import small_share
 from normlab.norms import NORMS
 from normlab.optimizers import PLAIN_FACTOR
-from normlab.penalties import small_share
 from normlab.support.checks import check_instance, whole_number
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normlab.assignments import Assignment, Variant, build_variant
+from normlab.assignments import Assignment, Variant
 from normlab.data import Dataset
 from normlab.history import Run
+from normlab.model import build_network
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.runs.folder import RunFolder, another_run
@@ -150,6 +151,31 @@ def _build(assignment: Assignment, variant: Variant, seed: int, data: Dataset) -
     network = build_variant(assignment, variant, seed=seed, **shape)
     check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
     return network
+
+
+@torch.inference_mode(False)  # what is built in inference mode could not be trained
+def build_variant(
+    assignment: Assignment,
+    variant: Variant,
+    *,
+    seed: int,
+    classes: int,
+    input_shape: tuple[int, int, int],
+) -> nn.Module:
+    """The untrained network of one variant, with the same initial weights for the same seed."""
+    if assignment.build is not None:
+        with seeded(seed, "weights"):
+            return assignment.build(variant.norm)
+    return build_network(
+        assignment.network,
+        variant.norm,
+        groups=variant.groups,
+        dropout=assignment.dropout,
+        skip=variant.skip,
+        classes=classes,
+        input_shape=input_shape,
+        seed=seed,
+    )
 
 
 def with_kept(
