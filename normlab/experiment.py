@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +19,15 @@ from normlab.engines.choice import ENGINES
 from normlab.history import Run
 from normlab.runs.folder import remove_runs
 from normlab.runs.jobs import (
+    Job,
     check_jobs,
+    find_runs,
     finish,
-    left_to_do,
     make_jobs,
-    say_what_is_left,
     seed_numbers,
     with_kept,
 )
-from normlab.runs.processes import train, warn_after
+from normlab.runs.processes import train
 from normlab.support.checks import check_instance, one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
@@ -134,17 +133,22 @@ def run_assignment(
         jobs = make_jobs(assignment, data, numbers, epochs, place)
         check_jobs(jobs, data, device)
         if fresh:
-            remove_runs(job.directory for job in jobs)
+            remove_runs(*(job.directory for job in jobs))
         elif kept is not None:
             jobs = with_kept(jobs, place, user_path(kept), data, device)
-        left = left_to_do(jobs, data, device)
-        if progress and len(left) < len(jobs):
-            say_what_is_left(len(left), len(jobs))
+        runs = {job.directory: run for job, run in find_runs(jobs, data, device).items()}
+        left = [job for job in jobs if job.directory not in runs]
+        if progress and runs:
+            print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
         outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
-        finish(outcomes, len(left), partial(warn_after, data), keep_going=directory is not None)
-        runs: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
-        for job in jobs:
-            run = job.load(data, device)
-            run.directory = run.directory if directory else None
-            runs[job.variant.label].append(run)
-    return Results(assignment, data, runs)
+
+        def take(job: Job, run: Run) -> None:
+            runs[job.directory] = run
+
+        finish(outcomes, len(left), take, keep_going=directory is not None)
+    results: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
+    for job in jobs:
+        run = runs[job.directory]
+        run.directory = run.directory if directory else None
+        results[job.variant.label].append(run)
+    return Results(assignment, data, results)

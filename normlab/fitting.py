@@ -9,7 +9,7 @@ from normlab.data import Dataset
 from normlab.history import Run
 from normlab.recipes import Recipe
 from normlab.runs.jobs import Job
-from normlab.runs.trainer import fit_each, only_run
+from normlab.runs.trainer import fit_job
 from normlab.support.checks import check_instance
 from normlab.support.files import user_path
 
@@ -54,4 +54,4 @@ def fit(
     place = user_path(directory) if directory else None
     label = label or (place and place.name) or type(network).__name__
     job = Job(lambda: network, recipe, place, label)
-    return only_run(fit_each([job], data, device=device, progress=progress, engine=engine))
+    return fit_job(job, data, device=device, progress=progress, engine=engine)

@@ -26,8 +26,8 @@ from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
 from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import Job, check_jobs
-from normlab.runs.trainer import fit_each, warn_if_at_chance
+from normlab.runs.jobs import Job, check_jobs, warn_if_at_chance
+from normlab.runs.trainer import fit_each
 from normlab.support.locks import InUse, locked
 
 AUGMENT = ("shift:1", "flip")
@@ -243,6 +243,7 @@ fit(network, make_tiny(), recipe, {directory!r})
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_killed_training_goes_on_to_the_same_result(tiny, tiny_network, tmp_path, optimizer):
     script = KILLED.format(
@@ -609,7 +610,7 @@ def test_chance_is_that_of_the_most_frequent_class(tiny, recwarn, accuracy, warn
     labels = torch.zeros_like(tiny.train_labels)
     labels[:5] = 1  # 91 of 96 are of class 0: 0.948
     history = [{"train_accuracy": accuracy}] * 5
-    warn_if_at_chance("it", history, RECIPE, replace(tiny, train_labels=labels))
+    warn_if_at_chance(job_of(None, label="it"), history, replace(tiny, train_labels=labels))
     assert len(recwarn) == warned
 
 
@@ -786,6 +787,7 @@ def until_there(file):
         time.sleep(0.001)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_two_processes_in_one_folder_make_one_run(tmp_path, rounds):
     seen = []
@@ -812,6 +814,7 @@ def test_two_processes_in_one_folder_make_one_run(tmp_path, rounds):
     assert all(each == seen[0] for each in seen)
 
 
+@pytest.mark.process
 def test_when_a_process_is_killed_the_one_that_waits_goes_on(tiny, tiny_network, tmp_path):
     folder = tmp_path / "run"
     with trainer() as one, trainer() as other:

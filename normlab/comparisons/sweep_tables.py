@@ -14,7 +14,7 @@ import torch
 from normlab.comparisons.report import csv_text, escaped, in_markdown, percent
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.jobs import Job, left_to_do, say_what_is_left
+from normlab.runs.jobs import Job, find_runs
 from normlab.support.files import remove_leftovers, user_path, write_text
 from normlab.support.locks import locked
 from normlab.support.summaries import count_parameters
@@ -73,7 +73,7 @@ class SweepTable:
         trained; then nothing is removed.
         """
         # The rows first: one whose run is gone would pass for done.
-        remove_runs(self.rows, first=self._write)
+        remove_runs(*self.rows, first=self._write)
 
     def take_finished(self, device: torch.device, kept: str | Path | None) -> list[Job]:
         """Takes the rows of finished runs, of those that diverged, and of `kept`.
@@ -86,7 +86,7 @@ class SweepTable:
         left = []
         for job in self.jobs:
             run = self.rows[job.directory]["run"]
-            if not left_to_do([job], self.data, device):
+            if find_runs([job], self.data, device):
                 self._set_results(job, _last(job))
             elif run in here and self._has_diverged(job, here[run]):
                 self._set_results(job, {})
@@ -95,7 +95,8 @@ class SweepTable:
             else:
                 left.append(job)
         if self.done and self.show:
-            say_what_is_left(len(left), len(self.jobs))
+            done = f"{len(self.done)} of {len(self.jobs)} runs are loaded"
+            print(f"{done}, {len(left)} trained")
         self._write()
         return left
 

@@ -18,8 +18,6 @@ from normlab.data import Dataset
 from normlab.datasets.loading import load_assignment_data
 from normlab.runs.jobs import Job, check_jobs, finish, make_jobs, seed_numbers
 from normlab.runs.processes import train
-from normlab.runs.trainer import fit_each, fit_job
-from normlab.runs.transfer import outcomes_of
 from normlab.support.checks import as_list, check_instance, number, one_of, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
@@ -99,12 +97,8 @@ def run_sweep(
             table.start_anew()
         left = table.take_finished(device, None if fresh else kept)
         left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest
-        if cluster is None:
-            outcomes = train(left, jobs, data, device=device, progress=False)
-        else:
-            here = partial(fit_each, data=data, device=device, progress=False)
-            apart = partial(cluster.train, partial(fit_job, device=wanted))
-            outcomes = outcomes_of(left, data, apart, here)
+        apart = None if cluster is None else partial(cluster.train, wanted)
+        outcomes = train(left, jobs, data, device=device, progress=False, apart=apart)
         # A loss that diverges is a result of a sweep like any other.
         finish(outcomes, len(left), table.add, results=FloatingPointError)
         if cluster is not None:

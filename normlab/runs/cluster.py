@@ -21,15 +21,17 @@ import cloudpickle
 import normlab
 from normlab.data import Dataset
 from normlab.datasets.cache import cache_folder
-from normlab.runs.folder import RunFolder, remove_run
+from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
-from normlab.runs.jobs import Job, Outcomes
-from normlab.runs.processes import Train, quiet
-from normlab.runs.transfer import Sent, attempt, unpack
+from normlab.runs.jobs import Job
+from normlab.runs.processes import quiet
+from normlab.runs.trainer import fit_job
+from normlab.runs.transfer import Ended, attempt, unpack
 from normlab.support.checks import warn
 from normlab.support.locks import InUse, locked
 
 if TYPE_CHECKING:
+    import torch
     from distributed import Client, Future
 
 SECONDS_TO_ANSWER = 10
@@ -78,14 +80,15 @@ class Cluster:
         """
         self.client.run(_forget, list(digests), on_error="ignore")  # a worker may just be dying
 
-    def train(self, train: Train, sent: dict[Job, Sent]) -> Outcomes:
-        """Calls `train(job, load())` on the workers.
+    def train(self, device: str | torch.device | None, sent: dict[Job, bytes]) -> Ended:
+        """Has the workers do jobs, each on the device, or the fastest that it has.
 
         A job whose worker dies is given to another one, which goes on from the last finished epoch
         if it is on the same machine.
         Raises `ConnectionError` or `RuntimeError` if the cluster fails.
         """
-        task = partial(_train_away, train, self.load, self.fingerprint, normlab.__version__)
+        known = (self.load, self.fingerprint, normlab.__version__)
+        task = partial(_train_away, device, *known)
         submit = partial(self.client.submit, attempt, task, pure=False)
         left = {submit(each): job for job, each in sent.items()}
         while left:
@@ -178,8 +181,8 @@ def _check_workers(client: Client) -> None:
         )
 
 
-def _outcome(future: Future, job: Job) -> object:
-    """What a training returned, its files then being here, or its error."""
+def _outcome(future: Future, job: Job) -> Exception | None:
+    """The error that ended a training; without one, the run's files are here afterwards."""
     from distributed import KilledWorker
 
     try:
@@ -195,9 +198,8 @@ def _outcome(future: Future, job: Job) -> object:
         raise RuntimeError(f"the cluster cannot do a run: {error}") from error
     if isinstance(outcome, Exception):
         return outcome
-    result, files = outcome
-    RunFolder(job.directory).receive(files)
-    return result
+    RunFolder(job.directory).receive(outcome)
+    return None
 
 
 def _gone() -> ConnectionError:
@@ -213,9 +215,13 @@ _loading = threading.Lock()  # of what changes them
 
 
 def _train_away(
-    train: Train, load: Callable[[], Dataset], fingerprint: str, version: str, sent: Sent
-) -> tuple[object, dict[str, bytes]]:
-    """Trains on a worker; returns what `train` does, and the files of the finished run.
+    device: str | torch.device | None,
+    load: Callable[[], Dataset],
+    fingerprint: str,
+    version: str,
+    sent: bytes,
+) -> dict[str, bytes]:
+    """Trains on a worker; returns the files of the finished run.
 
     They stay there until the client has all: what could not be delivered is not trained again.
     """
@@ -234,8 +240,8 @@ def _train_away(
         job = unpack(sent, data)
         place = _place(digest_of(job.identity))
         with locked(place):  # which another process may train in that Dask took for dead
-            result = train(replace(job, directory=place), data)
-            return result, RunFolder(place).pack()
+            fit_job(replace(job, directory=place), data, device=device, progress=False)
+            return RunFolder(place).pack()
 
 
 def _place(digest: str) -> Path:
@@ -250,7 +256,7 @@ def _forget(digests: Sequence[str]) -> None:
     """Removes runs from a worker's machine, but for one that is just being trained there."""
     for digest in digests:
         with suppress(InUse):
-            remove_run(_place(digest))
+            remove_runs(_place(digest))
 
 
 async def _load_there(load: Callable[[], Dataset], fingerprint: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,46 +13,46 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from normlab.history import COLUMNS, Run
-from normlab.recipes import Recipe
 from normlab.runs.identity import differences, earlier_computations, recipe_in, weights_digest
 from normlab.support.files import read_json, remove_leftovers, write_bytes, write_json, write_text
 from normlab.support.locks import LOCK, InUse, locked
+
+FILES = (
+    *("config.json", "checkpoint.safetensors"),
+    *("history.csv", "weights.safetensors", "predictions.safetensors"),  # the results
+)
 
 
 class RunFolder:
     """The folder of one run: every file in it is whole, and `config.json` says if it is finished.
 
-    `config.json`, `history.csv`, `weights.safetensors`, `predictions.safetensors` and, until the
-    run is done, `checkpoint.safetensors`. Digests cover all that is resumed or reported; what is
-    damaged, missing or of another run is named, and nothing is trained over it.
+    There are `FILES`, the checkpoint until the run is done and the results from then on. Digests
+    cover all that is resumed or reported; what is damaged, missing or of another run is named, and
+    nothing is trained over it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
+        self._files = [self.directory / name for name in FILES]
+        self._config, self._checkpoint, *self._results = self._files
+        self._history, self._weights, self._predictions = self._results
         self._identity: dict = {}
-        self._config = self.directory / "config.json"
-        self._checkpoint = self.directory / "checkpoint.safetensors"
-        self._history = self.directory / "history.csv"
-        self._weights = self.directory / "weights.safetensors"
-        self._predictions = self.directory / "predictions.safetensors"
 
-    def open(self, what: dict) -> bool:
-        """Whether a finished run that is `what` lies here; nothing is changed.
+    def open(self, identity: dict) -> bool:
+        """Whether the finished run with this identity lies here; nothing is changed.
 
-        Raises `ValueError`, naming the difference, if epochs of a run that is something else lie
-        here.
+        Raises `ValueError`, naming the difference, if epochs of another run lie here.
         """
         if self.is_empty():
             return False
         config = self._read_config()
-        here = dict(config["is"])
-        if what["initial_weights"] == config.get("final_weights"):  # the run's own network
-            here["initial_weights"] = what["initial_weights"]
-            here["logits"] = config.get("final_logits", {})
-        differing = differences(here, what)
-        finished = "final_weights" in config
-        if differing and (finished or self._checkpoint.is_file()):
-            raise another_run(self.directory, "; ".join(differing))
+        kept, finished = dict(config["is"]), "final_weights" in config
+        if identity["initial_weights"] == config.get("final_weights"):  # the run's own network
+            kept["initial_weights"] = identity["initial_weights"]
+            kept["logits"] = config.get("final_logits", {})
+        found = differences(kept, identity)
+        if found and (finished or self._checkpoint.is_file()):
+            raise another_run(self.directory, "; ".join(found))
         return finished
 
     def _read_config(self) -> dict:
@@ -73,11 +73,11 @@ class RunFolder:
 
     def is_empty(self) -> bool:
         """Whether nothing of a run lies here."""
-        return not any(file.exists() for file in self._files())
+        return not any(file.exists() for file in self._files)
 
-    def holds_no_other(self, what: dict) -> bool:
-        """Whether nothing lies here but, perhaps, the beginning of a run that is `what`."""
-        return self.is_empty() or not differences(self._read_config()["is"], what)
+    def holds_no_other(self, identity: dict) -> bool:
+        """Whether nothing lies here but, perhaps, the beginning of the run with this identity."""
+        return self.is_empty() or not differences(self._read_config()["is"], identity)
 
     def provenance(self) -> dict:
         """The provenance of the run so far; empty if there is none."""
@@ -100,23 +100,19 @@ class RunFolder:
         """The files of a finished run by their names, for `receive` elsewhere."""
         if not self.is_finished():
             return {}
-        return {file.name: file.read_bytes() for file in (*self._results(), self._config)}
+        return {file.name: file.read_bytes() for file in (*self._results, self._config)}
 
     def receive(self, files: Mapping[str, bytes]) -> None:
         """Writes the files of a run that was finished elsewhere, last the one that says so.
 
         If somebody else has finished the run here in the meantime, that one stays.
         """
-        if files:
-            with locked(self.directory):
-                if not self.is_finished():
-                    self._receive(files)
-
-    def _receive(self, files: Mapping[str, bytes]) -> None:
-        config = json.loads(files[self._config.name])
-        self._write_config({"is": config["is"], "from": config["from"]})  # files alone were damage
-        for name, content in files.items():
-            write_bytes(self.directory / name, content)
+        with locked(self.directory):
+            if files and not self.is_finished():
+                config = json.loads(files[self._config.name])  # without it files are damage
+                self._write_config({"is": config["is"], "from": config["from"]})
+                for name, content in files.items():
+                    write_bytes(self.directory / name, content)
 
     def tidy(self) -> None:
         """Removes what is left by a process that was killed at the very end of the run."""
@@ -144,7 +140,7 @@ class RunFolder:
     def clear(self) -> None:
         """Removes a run, if there is one: its files, and nothing else that lies here."""
         remove_leftovers(self.directory)
-        for file in self._files():
+        for file in self._files:
             file.unlink(missing_ok=True)
 
     def save_epoch(
@@ -160,9 +156,9 @@ class RunFolder:
         self._write_history(history)
 
     def load_epoch(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, what: dict
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, identity: dict
     ) -> list[dict]:
-        """Puts network and optimiser into the state of the last finished epoch of `what`.
+        """Puts network and optimiser into their state after the last finished epoch of a run.
 
         Returns the history up to it, empty if there is none.
         """
@@ -171,9 +167,8 @@ class RunFolder:
         tensors, about = self._read(self._checkpoint)
         if about.get("digest") != _json_digest(about | {"tensors": weights_digest(tensors)}):
             raise self._damaged(self._checkpoint)
-        differing = differences(json.loads(about["is"]), what)
-        if differing:
-            raise self._damaged(self._checkpoint, f"of another run ({'; '.join(differing)})")
+        if found := differences(json.loads(about["is"]), identity):
+            raise self._damaged(self._checkpoint, f"of another run ({'; '.join(found)})")
         states: dict[int, dict] = {}
         for key, value in _unprefixed("optimizer", tensors).items():
             index, _, name = key.partition(".")
@@ -193,7 +188,7 @@ class RunFolder:
         write_bytes(self._weights, tensors_to_bytes(_prefixed("", run.network.state_dict())))
         guesses = {"predicted": run.predicted.to(torch.int16), "probability": run.probability}
         write_bytes(self._predictions, tensors_to_bytes(guesses))
-        run.config["digests"] = {file.name: _file_digest(file) for file in self._results()}
+        run.config["digests"] = {file.name: _file_digest(file) for file in self._results}
         self._write_config(run.config)
         self._checkpoint.unlink(missing_ok=True)
 
@@ -203,32 +198,18 @@ class RunFolder:
         self._check_results(config)
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
-        network.load_state_dict(weights)
-        return Run(
-            network=network,
-            recipe=self._recipe_in(config),
-            history=self._read_history(),
-            predicted=guesses["predicted"].long(),
-            probability=guesses["probability"],
-            config=config,
-            directory=self.directory,
-        )
-
-    def _recipe_in(self, config: dict) -> Recipe:
         try:
-            return recipe_in(config["is"])
+            recipe = recipe_in(config["is"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(self._config) from error
-
-    def _results(self) -> tuple[Path, ...]:
-        return self._history, self._weights, self._predictions
-
-    def _files(self) -> tuple[Path, ...]:
-        return self._config, self._checkpoint, *self._results()
+        network.load_state_dict(weights)
+        predicted, probability = guesses["predicted"].long(), guesses["probability"]
+        results = (self._read_history(), predicted, probability)
+        return Run(network, recipe, *results, config, self.directory)
 
     def _check_results(self, config: dict) -> None:
         digests = config.get("digests", {})
-        for file in self._results():
+        for file in self._results:
             if not file.is_file() or _file_digest(file) != digests.get(file.name):
                 raise self._damaged(file)
 
@@ -276,15 +257,14 @@ def another_run(directory: Path, differences: str) -> ValueError:
 
 def _is_config(value: object) -> bool:
     """Whether it has the parts of a `config.json`."""
-    if not isinstance(value, dict) or not isinstance(value.get("is"), dict):
+    try:
+        before = value.get("from", {}).get("before", [])
+        parts = value["is"], value.get("digests", {}), *before
+        return all(isinstance(each, dict) for each in parts) and all(
+            isinstance(each["until_epoch"], int) for each in before
+        )
+    except (AttributeError, KeyError, TypeError):
         return False
-    origin, digests = value.get("from", {}), value.get("digests", {})
-    if not isinstance(origin, dict) or not isinstance(digests, dict):
-        return False
-    before = origin.get("before", [])
-    return isinstance(before, list) and all(
-        isinstance(each, dict) and isinstance(each.get("until_epoch"), int) for each in before
-    )
 
 
 def _json_digest(value: dict) -> str:
@@ -297,12 +277,7 @@ def _file_digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def remove_run(directory: Path) -> None:
-    """Removes the run that lies in `directory`, and the folder if nothing else is in it."""
-    remove_runs([directory])
-
-
-def remove_runs(directories: Iterable[Path], first: Callable[[], None] = lambda: None) -> None:
+def remove_runs(*directories: Path, first: Callable[[], None] = lambda: None) -> None:
     """Calls `first`, and removes the runs in these folders, but not if one of them is in use.
 
     Then it raises `InUse`. Folders in which there is nothing else are removed, too.

@@ -114,7 +114,7 @@ def _describe(network: nn.Module) -> dict:
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     kinds = {type(layer) for layer in network.modules()}
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
-    code = "".join(sorted(map(_code, own)))
+    code = "".join(sorted(map(_source, own)))
     digests = (hashlib.sha256(text.encode()).hexdigest() for text in (layers, code))
     return {"class": type(network).__name__} | dict(zip(("layers", "code"), digests, strict=True))
 
@@ -124,20 +124,15 @@ def _builds(arguments: Mapping, network: nn.Module) -> bool:
     return arguments["norm"] in NORMS and repr(build_network(**arguments, seed=0)) == repr(network)
 
 
-def _code(kind: type) -> str:
-    """The source of a class; of its methods where it has no file, as in a notebook."""
+def _source(thing: type | Callable) -> str:
+    """The source of a class or function; without a file, as in a notebook, that of its methods."""
     try:
-        return inspect.getsource(kind)
+        return inspect.getsource(thing)
     except (OSError, TypeError):
-        methods = filter(inspect.isfunction, vars(kind).values())
-        return "".join([kind.__qualname__, *map(_code_of_function, methods)])
-
-
-def _code_of_function(function: Callable) -> str:
-    try:
-        return inspect.getsource(function)
-    except OSError:
-        return _compiled(function.__code__)
+        if inspect.isfunction(thing):
+            return _compiled(thing.__code__)
+        methods = filter(inspect.isfunction, vars(thing).values())
+        return "".join([thing.__qualname__, *map(_source, methods)])
 
 
 def _compiled(code: CodeType) -> str:

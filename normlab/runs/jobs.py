@@ -29,8 +29,10 @@ from normlab.training import device_of, evaluating
 PROBABILITIES_APART = 1e-3
 COMPARED_IMAGES = 512
 
-Outcomes = Iterator[tuple["Job", object]]
-"""Jobs as they are finished, each with what its training returned, or with the error it raised."""
+CHANCE_EPOCHS = 5  # after so many a network that has learned nothing is worth a warning
+
+Outcomes = Iterator[tuple["Job", Run | Exception]]
+"""Jobs as they end, each with its run, or with the error that ended it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,23 +83,22 @@ class Job:
     def load(self, data: Dataset, device: torch.device) -> Run:
         """The finished run that lies in its directory, in evaluation mode.
 
-        Identities of earlier versions hold no logits. Then a network of one's own must predict
-        what the run keeps: its source does not show the functions and numbers that it refers to.
+        A network of one's own must predict what the run keeps: it may depend on more than its
+        identity tells, such as a number that it counted up while it was trained.
         Raises `ValueError` if it does not; then the network has its own weights again.
         """
         network = self.build()
         move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
         run = RunFolder(self.directory).load(network)
-        told = "name" in run.identity["network"] or "evaluation" in run.identity.get("logits", {})
-        if not told and not predicts_what_is_kept(run, data):
+        if "class" in run.identity["network"] and not _predicts_what_is_kept(run, data):
             network.load_state_dict(initial)
             raise another_run(self.directory, "its network predicted otherwise, with its weights")
         network.eval()
         return run
 
 
-def predicts_what_is_kept(run: Run, data: Dataset) -> bool:
+def _predicts_what_is_kept(run: Run, data: Dataset) -> bool:
     """Whether the run's network predicts what the run keeps, but for rounding errors."""
     device, dtype = device_of(run.network), DTYPES[run.recipe.dtype]
     images, _ = next(iter(data.loader(False, COMPARED_IMAGES, device=device, dtype=dtype)))
@@ -153,22 +154,22 @@ def _build(assignment: Assignment, variant: Variant, seed: int, data: Dataset) -
 
 
 def with_kept(
-    jobs: list[Job], place: Path, kept: Path, data: Dataset, device: torch.device
+    jobs: Iterable[Job], place: Path, kept: Path, data: Dataset, device: torch.device
 ) -> list[Job]:
     """The jobs, those whose finished run lies in `kept` with its folder there for their own.
 
     Says why runs there are not taken, if there are any.
     """
-    found, problems = [], []
+    found, problem = [], ""
     for job in jobs:
         there = replace(job, directory=kept / job.directory.relative_to(place), only_read=True)
         try:
-            found.append(there if _is_there(there, data, device) else job)
+            found.append(next(iter(find_runs([there], data, device)), job))
         except ValueError as error:
             found.append(job)
-            problems.append(str(error))
-    if problems:
-        print(f"Not taken from the kept runs: {problems[0].partition(': choose another')[0]}")
+            problem = problem or str(error).partition(": choose another")[0]
+    if problem:
+        print(f"Not taken from the kept runs: {problem}")
     return found
 
 
@@ -182,28 +183,21 @@ def check_jobs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> None
         check_dtype(device, job.recipe.dtype)
 
 
-def left_to_do(jobs: Iterable[Job], data: Dataset, device: torch.device) -> list[Job]:
-    """Those that are not done. Raises `ValueError` if a folder holds another run, or a damaged."""
-    return [job for job in jobs if not _is_there(job, data, device)]
+def find_runs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> dict[Job, Run]:
+    """The runs of the jobs that are done.
+
+    Raises `ValueError` if a directory holds another run, or a damaged one.
+    """
+    return {job: job.load(data, device) for job in jobs if job.is_done(data)}
 
 
-def _is_there(job: Job, data: Dataset, device: torch.device) -> bool:
-    """Whether it is done; what cannot be loaded is told before others are trained."""
-    done = job.is_done(data)
-    if done:
-        job.load(data, device)
-    return done
-
-
-def say_what_is_left(left: int, jobs: int) -> None:
-    """Says that some runs are there already."""
-    print(f"{jobs - left} of {jobs} runs are loaded, {left} trained")
+# --- what becomes of jobs ---------------------------------------------------------------------
 
 
 def finish(
     outcomes: Outcomes,
     jobs: int,
-    after_each: Callable[[Job, object], None],
+    after_each: Callable[[Job, Run | Exception], object],
     *,
     keep_going: bool = True,
     results: type[Exception] | tuple = (),
@@ -228,6 +222,23 @@ def finish(
                 warn(f"{outcome}; the others go on")
     if errors:
         raise errors[0]
+
+
+def warn_if_at_chance(job: Job, history: list[dict], data: Dataset) -> None:
+    """Says so if a network has learned nothing in its first epochs."""
+    if len(history) < CHANCE_EPOCHS:
+        return
+    accuracy = history[CHANCE_EPOCHS - 1]["train_accuracy"]
+    chance = data.train_labels.bincount().max().item() / len(data.train_labels)
+    if chance == 1:
+        only = data.classes[data.train_labels[0]]
+        warn(f"{job.label}: all training images have the label {only!r}: there is nothing to learn")
+    elif accuracy < chance + min(0.02, (1 - chance) / 5):  # of what is left above chance
+        warn(
+            f"{job.label}: after {CHANCE_EPOCHS} epochs the training accuracy is {accuracy:.1%}, "
+            "no better than always guessing one class: try another learning rate than "
+            f"{job.recipe.lr:g}, less L1, or check the labels"
+        )
 
 
 def seed_numbers(seeds: int | Iterable[int]) -> list[int]:

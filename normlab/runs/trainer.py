@@ -3,24 +3,23 @@
 import gc
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
 import torch
-from torch import nn
 
 from normlab.analysis import class_and_probability, predict
-from normlab.data import BatchLoader, Dataset
+from normlab.data import Dataset
 from normlab.engines.choice import ENGINES, make_engine
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine
 from normlab.history import Run
-from normlab.recipes import DTYPES, Recipe, training_batches
+from normlab.recipes import training_batches
 from normlab.runs.folder import RunFolder
 from normlab.runs.identity import provenance, trained_identity
-from normlab.runs.jobs import Job
+from normlab.runs.jobs import CHANCE_EPOCHS, Job, Outcomes, find_runs, warn_if_at_chance
 from normlab.support.checks import check_instance, one_of, warn
-from normlab.support.devices import exact_float32, pick_device
+from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
 from normlab.support.locks import locked
 from normlab.support.module_state import modes_kept
 from normlab.support.progress import Progress
@@ -32,30 +31,24 @@ TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 # Trainings at once on a GPU, each of which holds the memory of its own captured steps.
 TOGETHER = 8
 
-CHANCE_EPOCHS = 5  # after so many a network that has learned nothing is worth a warning
 
-
-def fit_job(job: Job, data: Dataset, device: str | torch.device | None = None) -> None:
-    """Does a job without a word, in a process beside others, and leaves the run in its folder."""
-    only_run(fit_each([job], data, device=device, progress=False))
-
-
-def only_run(outcomes: Iterator[tuple[Job, Run | Exception]]) -> Run:
-    ((_, outcome),) = outcomes
+def fit_job(job: Job, data: Dataset, **options: object) -> Run:
+    """The run of a single job, by `fit_each` with these options; raises the error that ended it."""
+    ((_, outcome),) = fit_each([job], data, **options)
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 def fit_each(
-    jobs: Iterable[Job],
+    jobs: Sequence[Job],
     data: Dataset,
     *,
     device: str | torch.device | None = None,
     progress: bool = True,
     engine: str = "auto",
     at_once: int | None = None,
-) -> Iterator[tuple[Job, Run | Exception]]:
+) -> Outcomes:
     """Does jobs in this process; yields each with its run, or with the error that ended it.
 
     On a GPU the epochs of several overlap: of `at_once`, or of fewer where memory is short.
@@ -80,14 +73,15 @@ def _fit_together(
 ) -> dict[Job, Run | Exception | None]:
     """The runs of jobs that are done at once, or errors; None for want of memory beside others."""
     jobs = [_prepared(job, data, device) for job in jobs]
-    left = [job for job in jobs if not job.is_done(data)]
+    outcomes = find_runs(jobs, data, device)
+    left = [job for job in jobs if job not in outcomes]
     folders = [os.path.realpath(job.directory) for job in left if job.directory is not None]
     for folder in folders:
         if folders.count(folder) > 1:
             raise ValueError(f"two networks would be kept in {folder}: give each its directory")
     with locked(*folders):
-        left = [job for job in left if not job.is_done(data)]  # by whoever had the folder before
-        outcomes = {job: job.load(data, device) for job in jobs if job not in left}
+        outcomes |= find_runs(left, data, device)  # by whoever had the folder before
+        left = [job for job in left if job not in outcomes]
         trainings = [_Training(job, data, device, engine, progress) for job in left]
         together = can_overlap(training.network for training in trainings)
         for group in [trainings] if together else [[training] for training in trainings]:
@@ -142,13 +136,6 @@ class _Training:
         self.network.eval()
         return run
 
-    def _ingredients(self) -> tuple[nn.Module, Recipe, BatchLoader, BatchLoader]:
-        """What an engine is made of: network, recipe, and the batches to train and test on."""
-        dtype = DTYPES[self.recipe.dtype]
-        train = training_batches(self.data, self.recipe, self.device)
-        test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=dtype)
-        return self.network, self.recipe, train, test
-
     @contextmanager
     def _open(self) -> Iterator[None]:
         """Resumes what the folder holds; leaving the context closes engine and display.
@@ -169,19 +156,20 @@ class _Training:
                 self.shown.start_at(len(self.history))
                 yield
         except BaseException as error:
-            if self.folder is not None or _is_out_of_memory(error):
+            if self.folder is not None or is_out_of_memory(error):
                 self.network.load_state_dict(initial)
             raise
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        self.engine, why = make_engine(self.choice, *self._ingredients())
-        self._resume()
-        if problem := self.engine.prepare():
+        train = training_batches(self.data, self.recipe, self.device)
+        test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=train.dtype)
+        engine, why = make_engine(self.choice, self.network, self.recipe, train, test)
+        if problem := self._take(engine):
             warn(f"{self.job.label} takes the plain path: {problem}")
-            self.engine.close()
-            self.engine, why = PlainEngine(*self._ingredients()), problem
-            self._resume()
+            engine.close()
+            why = problem
+            self._take(PlainEngine(self.network, self.recipe, train, test))
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
@@ -191,23 +179,31 @@ class _Training:
         if self.folder is not None:
             self.folder.start(self.job.identity, self.provenance, len(self.history))
 
+    def _take(self, engine: PlainEngine) -> str:
+        """Has an engine go on after the epochs that are kept; says what is in its way, if so."""
+        self.engine = engine
+        if self.folder is not None:
+            kept = self.folder.load_epoch(self.network, engine.optimizer, self.job.identity)
+            self.history = kept
+        return engine.prepare()
+
     def _close_engine(self) -> None:
         if self.engine is not None:
             self.engine.close()
             self.engine = None  # and with it the memory of its captured steps
 
-    def _resume(self) -> None:
-        """The history so far; network and optimiser get the states after it."""
-        if self.folder is not None:
-            optimizer, identity = self.engine.optimizer, self.job.identity
-            self.history = self.folder.load_epoch(self.network, optimizer, identity)
-
     def _collect(self) -> None:
         """Waits for the epoch, checks and keeps it."""
         epoch = len(self.history)
         train, test = self.engine.collect(self.shown.counted)
-        self._check_finite(train.loss + train.penalty, "training", epoch)
-        self._check_finite(test.loss, "test", epoch)
+        for which, loss in (("training", train.loss + train.penalty), ("test", test.loss)):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"{self.job.label}: the {which} loss became {loss} in epoch {epoch + 1}: try a "
+                    f"lower learning rate than {self.recipe.lr:g}, the one-cycle schedule, or a "
+                    "normalization if there is none"
+                    f"{', in another directory' if self.folder else ''}"
+                )
         row = {
             "epoch": epoch + 1,
             "train_loss": train.loss,
@@ -223,7 +219,7 @@ class _Training:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
         self.shown.finish_epoch(row)
         if len(self.history) == CHANCE_EPOCHS:
-            warn_if_at_chance(self.job.label, self.history, self.recipe, self.data)
+            warn_if_at_chance(self.job, self.history, self.data)
 
     def _finish(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.device):
@@ -235,31 +231,6 @@ class _Training:
         if self.folder is not None:
             self.folder.finish(run)
         return run
-
-    def _check_finite(self, loss: float, which: str, epoch: int) -> None:
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.job.label}: the {which} loss became {loss} in epoch {epoch + 1}: try a "
-                f"lower learning rate than {self.recipe.lr:g}, the one-cycle schedule, or a "
-                f"normalization if there is none{', in another directory' if self.folder else ''}"
-            )
-
-
-def warn_if_at_chance(label: str, history: list[dict], recipe: Recipe, data: Dataset) -> None:
-    """Says so if a network has learned nothing in its first epochs."""
-    if len(history) < CHANCE_EPOCHS:
-        return
-    accuracy = history[CHANCE_EPOCHS - 1]["train_accuracy"]
-    chance = data.train_labels.bincount().max().item() / len(data.train_labels)
-    if chance == 1:
-        only = data.classes[data.train_labels[0]]
-        warn(f"{label}: all training images have the label {only!r}: there is nothing to learn")
-    elif accuracy < chance + min(0.02, (1 - chance) / 5):  # of what is left above chance
-        warn(
-            f"{label}: after {CHANCE_EPOCHS} epochs the training accuracy is {accuracy:.1%}, no "
-            "better than always guessing one class: try another learning rate than "
-            f"{recipe.lr:g}, less L1, or check the labels"
-        )
 
 
 @contextmanager
@@ -275,7 +246,7 @@ def _explaining(job: Job, device: torch.device) -> Iterator[None]:
             f"variance: use a batch_size other than {job.recipe.batch_size}"
         ) from error
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise _NoRoom(
             f"the memory of {device} is too small for {job.label} in batches of "
@@ -285,10 +256,3 @@ def _explaining(job: Job, device: torch.device) -> Iterator[None]:
 
 class _NoRoom(RuntimeError):
     """The memory of a device is too small."""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device has no memory left; Apple's GPUs have no class of error for it."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
-    )

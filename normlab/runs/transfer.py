@@ -8,7 +8,6 @@ import io
 import itertools
 import pickle
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +16,19 @@ from types import ModuleType
 
 import cloudpickle
 import torch
-from torch import nn
 
 from normlab.data import Dataset
+from normlab.history import Run
 from normlab.recipes import make_optimizer, step_options, training_batches
-from normlab.runs.folder import RunFolder, remove_run
-from normlab.runs.jobs import Job, Outcomes, predicts_what_is_kept
+from normlab.runs.folder import remove_runs
+from normlab.runs.jobs import Job, Outcomes, warn_if_at_chance
 from normlab.runs.probe import are_apart
 from normlab.support.checks import warn
 from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
 from normlab.training import evaluating, train_epoch
 
+CPU = torch.device("cpu")
 MOST_BYTES = 50_000_000  # of a job: a network whose class refers to all images has more
 TRIAL_IMAGES = 8
 
@@ -36,8 +36,9 @@ TRIAL_IMAGES = 8
 # largest number: they may have other numbers of threads or, in a cluster, other processors.
 TRIAL_APART = (1e-4, 1e-3, 1e-3)
 
-Sent = tuple[bytes, list]
-"""A job that other processes can do, and what its first steps give here."""
+
+Ended = Iterator[tuple[Job, Exception | None]]
+"""Jobs that other processes have done, or the errors that ended them."""
 
 
 class NotSendable(Exception):
@@ -47,77 +48,63 @@ class NotSendable(Exception):
 def outcomes_of(
     jobs: Sequence[Job],
     data: Dataset,
-    apart: Callable[[dict[Job, Sent]], Outcomes],
+    apart: Callable[[dict[Job, bytes]], Ended],
     here: Callable[[list[Job]], Outcomes],
 ) -> Outcomes:
-    """Has other processes do the jobs that can be sent to them, and afterwards the rest done here.
-
-    Args:
-        apart: has other processes do jobs.
-        here: does jobs in this process.
-    """
-    sent, left = pack_all(jobs, data)
-    for job, outcome in apart(sent) if sent else ():
-        reason = outcome if isinstance(outcome, NotSendable) else mismatch(job, data)
-        if reason is None:
-            yield job, outcome
+    """Has `apart` do the jobs that can be sent to other processes, then `here` the rest in this."""
+    sent, stay = pack_all(jobs, data)
+    for job, error in apart(sent) if sent else ():
+        outcome = error or _load(job, data)
+        if isinstance(outcome, NotSendable):
+            stay[job] = outcome
         else:
-            left[job] = reason
-    if not left:
-        return
-    stay = [job for job in jobs if job in left]
-    more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
-    reason = left[stay[0]]
-    warn(f"{stay[0].label}{more}: trained in this process, not beside it: {reason}")
-    yield from here(stay)
+            yield job, outcome
+    left = [job for job in jobs if job in stay]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        why = f"trained in this process, not beside it: {stay[left[0]]}"
+        warn(f"{left[0].label}{more}: {why}")
+        yield from here(left)
 
 
-def pack_all(jobs: Sequence[Job], data: Dataset) -> tuple[dict[Job, Sent], dict[Job, NotSendable]]:
+def pack_all(jobs: Sequence[Job], data: Dataset) -> tuple[dict[Job, bytes], dict[Job, NotSendable]]:
     """The jobs that can be sent, as they are sent, and the others with the reason."""
-    sent, left = {}, {}
+    sent, stay = {}, {}
     with _session_by_value():
         for job in jobs:
             try:
-                sent[job] = _pack(job, data)
+                sent[job] = _pack(job.prepared(data, CPU), data)
             except NotSendable as reason:
-                left[job] = reason
-    return sent, left
+                stay[job] = reason
+    return sent, stay
 
 
-def _pack(job: Job, data: Dataset) -> Sent:
-    job = job.prepared(data, torch.device("cpu"))
+def _pack(job: Job, data: Dataset) -> bytes:
     if type(data) is not Dataset:  # another has only what a file keeps of it
         raise NotSendable(f"its images are in a {type(data).__name__}, not a plain Dataset")
-    if name := _hooked(job.build()):
-        raise NotSendable(f"a hook of its weight {name!r} cannot be sent to another")
+    for name, weight in job.build().named_parameters():  # pickling leaves them out silently
+        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+            raise NotSendable(f"a hook of its weight {name!r} cannot be sent to another")
     content = io.BytesIO()
     try:
-        torch.save(job, content, pickle_module=cloudpickle, pickle_protocol=5)
-        steps = _first_steps(job, data)
+        sent = job, _first_steps(job, data)
+        torch.save(sent, content, pickle_module=cloudpickle, pickle_protocol=5)
     except Exception as error:  # pickling calls a student's code, which may raise anything
         raise NotSendable(f"its network cannot be sent to another ({error})") from error
     if len(content.getvalue()) > MOST_BYTES:
         raise NotSendable(f"its network would be sent with {len(content.getvalue()):,} bytes")
-    return content.getvalue(), steps
+    return content.getvalue()
 
 
-def _hooked(network: nn.Module) -> str:
-    """The first weight at whose gradient a hook is called, which pickling leaves out silently."""
-    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    each = network.named_parameters()
-    return next((name for name, w in each if any(getattr(w, hook, None) for hook in hooks)), "")
-
-
-def unpack(sent: Sent, data: Dataset) -> Job:
+def unpack(sent: bytes, data: Dataset) -> Job:
     """The job, in the process that is to do it.
 
     Raises `NotSendable` if its training begins otherwise than where it comes from: because the
-    session changed an installed package, say. Never to be called there, since loading
-    a class by value would change the one that it comes from.
+    session changed an installed package, say. Never to be called there, since loading a class by
+    value would change the one that it comes from.
     """
-    content, wanted = sent
     try:
-        job = torch.load(io.BytesIO(content), weights_only=False)
+        job, wanted = torch.load(io.BytesIO(sent), weights_only=False)
         found = _first_steps(job, data)
     except Exception as error:  # as above
         raise NotSendable(f"another cannot compute with its network ({error})") from error
@@ -132,9 +119,10 @@ def _first_steps(job: Job, data: Dataset) -> list[list[float]]:
     A copy of the network takes them at the full rate: the second loss tells of the optimiser. Of
     steps that diverge what is no number is 0.
     """
-    network, recipe = copied(job.build()), job.recipe.replace(batch_size=TRIAL_IMAGES)
-    batches = training_batches(data, recipe, torch.device("cpu"))
-    options = step_options(recipe) | {"autocast": None}  # bfloat16 rounds too differently
+    network = copied(job.build())
+    recipe = job.recipe.replace(batch_size=TRIAL_IMAGES, schedule="constant")
+    batches, options = training_batches(data, recipe, CPU), step_options(recipe)
+    options["autocast"] = None  # bfloat16 would round too differently
     with seeded(recipe.seed, "trial"):
         images, _ = next(iter(batches))
         with torch.no_grad(), evaluating(network):
@@ -145,51 +133,43 @@ def _first_steps(job: Job, data: Dataset) -> list[list[float]]:
     return [torch.nan_to_num(each, 0, 0, 0).tolist() for each in numbers]
 
 
-def attempt(task: Callable, sent: Sent) -> object:
-    """What the task returns for what was sent, in a worker; or the error that it raises.
+def attempt(task: Callable[[bytes], object], sent: bytes) -> object:
+    """What the task returns for what was sent, in a worker, or the error that it raises.
 
     One of a class that this process alone has, or that needs arguments of its own, is replaced.
     """
     try:
         return task(sent)
     except Exception as error:
-        trace, outcome = "".join(traceback.format_exception(error)), error
+        outcome = error
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
             outcome = RuntimeError(f"{type(error).__name__}: {error}")
-        outcome.add_note(f"in a worker:\n{trace}")
+        outcome.add_note(f"in a worker:\n{''.join(traceback.format_exception(error))}")
         return outcome
 
 
-def mismatch(job: Job, data: Dataset) -> NotSendable | None:
-    """Why a run that came home is not this process's, if so; its files are then removed.
-
-    The network, with the weights that came, must predict what was stored beside them. A run that
-    diverged has no weights.
-    """
-    if not RunFolder(job.directory).is_finished():
-        return None
-    network = job.prepared(data, torch.device("cpu")).build()
+def _load(job: Job, data: Dataset) -> Run | NotSendable:
+    """The run that came home, if it is this process's; else its files are removed."""
     try:
-        if predicts_what_is_kept(RunFolder(job.directory).load(network), data):
-            return None
-    except RuntimeError:  # the weights do not fit
-        pass
-    remove_run(job.directory)
-    return NotSendable("its network predicts otherwise here, with the weights that another found")
+        run = job.load(data, CPU)
+    except (RuntimeError, ValueError):  # its weights do not fit, or predict otherwise
+        remove_runs(job.directory)
+        return NotSendable("its network predicts otherwise here, with the weights another found")
+    warn_if_at_chance(job, run.history, data)  # other processes are silent
+    return run
 
 
 @contextmanager
 def _session_by_value() -> Iterator[None]:
     """Inside the block classes and functions of the session's modules are pickled by value."""
-    packages = {name.partition(".")[0] for name in sys.modules}
-    packages = {name for name in packages if _may_differ_elsewhere(name)}
     known = cloudpickle.list_registry_pickle_by_value()
+    own = set(filter(_is_own, {name.partition(".")[0] for name in sys.modules}))
     modules = [
         module
         for name, module in list(sys.modules.items())
-        if name.partition(".")[0] in packages and name not in known
+        if name.partition(".")[0] in own and name not in known
         if isinstance(module, ModuleType) and name == module.__name__
     ]
     for module in modules:
@@ -201,16 +181,15 @@ def _session_by_value() -> Iterator[None]:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _may_differ_elsewhere(name: str) -> bool:
-    """Whether a package or module is none that is installed: it may be edited, or made by hand."""
-    module = sys.modules.get(name)
-    if name in ("normlab", "torch") or not isinstance(module, ModuleType):
-        return False  # the former may lie anywhere, and are too much to send
+def _is_own(package: str) -> bool:
+    """Whether a package is none that is installed: it may be edited, or made by hand."""
+    module = sys.modules.get(package)
+    if package in ("normlab", "torch") or package in sys.stdlib_module_names:
+        return False  # the first two may lie anywhere, and are too much to send
+    if not isinstance(module, ModuleType):
+        return False
     about = vars(module)
     place = about.get("__file__") or next(iter(about.get("__path__", ())), None)
-    if place is None:  # Python's own have a specification
+    if place is None:
         return about.get("__spec__") is None
-    folders = Path(place).resolve().parents
-    return Path(sysconfig.get_path("stdlib")).resolve() not in folders and not any(
-        folder.name in ("site-packages", "dist-packages") for folder in folders
-    )
+    return not {"site-packages", "dist-packages"} & {*Path(place).resolve().parts}

@@ -54,6 +54,13 @@ def check_dtype(device: torch.device, dtype: str) -> None:
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left; Apple's GPUs have no class of error for it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+    )
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Inside the block float32 is computed as such, not in TF32 with its 11 bits of precision.

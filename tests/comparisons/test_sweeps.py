@@ -19,7 +19,8 @@ import normlab as nl
 from normlab.comparisons.sweep_tables import COLUMNS, MEASURED, _read
 from normlab.runs import cluster
 from normlab.runs import processes as parallel
-from normlab.runs.folder import remove_run
+from normlab.runs.folder import remove_runs
+from normlab.runs.trainer import fit_job
 from normlab.support.locks import InUse
 from normlab.support.seeding import seeded
 
@@ -100,7 +101,7 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     options = {"norms": ["gn", "ln"], "epochs": 1, "directory": tmp_path}
     table = sweep(tiny_assignment, tiny, **options)
     assert (tmp_path / "sweep.csv").read_text().count("\n") == 3
-    remove_run(folder_of(tmp_path, "ln"))
+    remove_runs(folder_of(tmp_path, "ln"))
     head, gn, _ = (tmp_path / "sweep.csv").read_text().splitlines()
     (tmp_path / "sweep.csv").write_text(f"{head}\n{gn}\n")
     again = sweep(tiny_assignment, tiny, progress=True, **options)
@@ -316,9 +317,9 @@ def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
     options = {"norms": ["gn", "ln"], "lrs": [0.05, 1e30]}
     seen, portions, in_processes = [], [], parallel.in_processes
 
-    def noted(train, data, sent, **options):
+    def noted(data, sent, **options):
         portions.append(len(sent))
-        return in_processes(train, data, sent, **options)
+        return in_processes(data, sent, **options)
 
     monkeypatch.setattr(parallel, "in_processes", noted)
     apart = sweep(assignment, data, directory=tmp_path, after_each=seen.append, **options)
@@ -340,14 +341,15 @@ def test_a_single_run_that_is_left_has_as_many_threads_as_before(
     options = {"norms": ["gn", "ln"], "epochs": 1, "directory": tmp_path}
     left = []
 
-    def instead(train, data, sent, **_):
+    def instead(data, sent, **_):
         left.append([job.label for job in sent])
         for job in sent:
-            yield job, train(job, data)
+            fit_job(job, data, device="cpu", progress=False)
+            yield job, None
 
     monkeypatch.setattr(parallel, "in_processes", instead)
     sweep(tiny_assignment, tiny, **options)
-    remove_run(folder_of(tmp_path, "ln"))
+    remove_runs(folder_of(tmp_path, "ln"))
     (tmp_path / "sweep.csv").unlink()
     sweep(tiny_assignment, tiny, **options)
     assert left == [["GN, seed 0", "LN, seed 0"], ["LN, seed 0"]]
@@ -394,7 +396,7 @@ def test_a_row_that_says_diverged_is_not_believed_of_a_finished_run(swept, tmp_p
 def test_a_row_of_a_run_that_is_lost_is_trained_again(swept, tmp_path):
     table = swept()
     (weights,) = tmp_path.glob("runs/*/*/weights.safetensors")
-    remove_run(weights.parent)
+    remove_runs(weights.parent)
     trained = []
     assert measured(swept(after_each=trained.append)).equals(measured(table))
     assert len(trained) == 1

@@ -16,7 +16,7 @@ from torch import nn
 
 import normlab as nl
 from normlab.history import COLUMNS
-from normlab.runs.folder import RunFolder, remove_run, remove_runs
+from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import (
     NETWORK_ARGUMENTS,
     RECIPE_FIELDS,
@@ -251,7 +251,7 @@ def test_a_run_in_use_is_not_removed_and_none_beside_it(folder):
         FileLock(folder.parent / "other" / ".lock"),
         pytest.raises(InUse, match=r"other is in use by another process: wait for its end, or"),
     ):
-        remove_runs([folder, folder.parent / "other"])
+        remove_runs(folder, folder.parent / "other")
     assert everything_in(folder) == before
 
 
@@ -447,7 +447,7 @@ def test_nothing_is_trained_over_a_run_whose_config_is_lost(
     with pytest.raises(ValueError, match=r"config\.json is (missing|damaged).*: delete"):
         fit(tiny_network("gn", seed=5), tiny, folder, RECIPE.replace(lr=0.01))
     assert everything_in(folder) == before
-    remove_run(folder)
+    remove_runs(folder)
     assert len(fit(tiny_network("gn"), tiny, folder).history) == RECIPE.epochs
 
 
@@ -523,14 +523,14 @@ def test_wrong_types_in_a_config_without_digest_are_named(tiny, tiny_network, ru
 @pytest.mark.parametrize("state", ["finished", "interrupted"])
 def test_a_removed_run_leaves_nothing(tiny, tiny_network, folder, state):
     (fit if state == "finished" else interrupted)(tiny_network("gn"), tiny, folder)
-    remove_run(folder)
+    remove_runs(folder)
     assert not folder.exists()
-    remove_run(folder)  # once more does no harm
+    remove_runs(folder)  # once more does no harm
 
 
 def test_the_removal_of_a_run_spares_what_is_not_part_of_it(run, folder):
     (folder / "notes.txt").write_text("mine")
-    remove_run(folder)
+    remove_runs(folder)
     assert everything_in(folder) == {"notes.txt": b"mine"}
 
 

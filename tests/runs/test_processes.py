@@ -19,7 +19,7 @@ from torch import nn
 
 import normlab as nl
 from normlab.runs import processes as parallel
-from normlab.runs.folder import RunFolder
+from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.jobs import Job
 from normlab.support.files import read_json, write_json
 from normlab.support.locks import scratch_folder
@@ -70,27 +70,26 @@ def test_small_work_and_single_runs_stay_in_one_process(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "cores", "sizes"),
-    [
-        (6, 2, [(6, 2)]),
-        (3, 2, [(3, 3)]),
-        (7, 2, [(4, 2), (3, 3)]),
-        (1, 2, [(1, 1)]),
-        (3, 16, [(3, 3)]),
-        (18, 16, [(18, 18)]),
-    ],
+    ("jobs", "cores", "workers"),
+    [(6, 2, 2), (3, 2, 3), (7, 2, 3), (1, 2, 1), (3, 16, 3), (18, 16, 18)],
 )
-def test_portions_leave_no_core_idle(jobs, cores, sizes, monkeypatch):
+def test_no_core_is_idle_at_the_end(jobs, cores, workers, tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def pool(task, left, some, workers, watch):
+        seen.append((len(some), workers))
+        left.clear()
+        yield from ()
+        return []
+
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: cores)
-    left, found = list(range(jobs)), []
-    while left:
-        some, workers = parallel.first_portion(left)
-        assert list(some) == left[: len(some)]
-        left = left[len(some) :]
-        found.append((len(some), workers))
-    assert found == sizes
+    monkeypatch.setattr(parallel, "_in_pool", pool)
+    sent = {Job(small_network, nl.Recipe(), tmp_path / str(n)): b"" for n in range(jobs)}
+    assert list(parallel.in_processes(tiny, sent, progress=False)) == []
+    assert seen == [(jobs, workers)]
 
 
+@pytest.mark.process
 def test_processes_give_the_same_as_one_thread_here(tiny, two_cores, tmp_path, monkeypatch):
     assignment = own_assignment(small_network)
     apart = nl.run_assignment(
@@ -110,6 +109,7 @@ def test_processes_give_the_same_as_one_thread_here(tiny, two_cores, tmp_path, m
         assert rows(apart[label][0]) == rows(here[label][0])
 
 
+@pytest.mark.process
 def test_progress_of_processes_is_shown_line_by_line(tiny, two_cores, capsys):
     nl.run_assignment(own_assignment(small_network), data=tiny, device="cpu")
     lines = capsys.readouterr().out.splitlines()
@@ -118,6 +118,7 @@ def test_progress_of_processes_is_shown_line_by_line(tiny, two_cores, capsys):
         assert [line.split("epoch ")[1][:3] for line in mine] == ["1/2", "2/2"]
 
 
+@pytest.mark.process
 def test_the_last_unfinished_run_is_not_trained_in_this_process(tiny, two_cores, tmp_path):
     def build(norm):
         network = small_network(norm)
@@ -132,7 +133,7 @@ def test_the_last_unfinished_run_is_not_trained_in_this_process(tiny, two_cores,
     trained = {file.name for file in tmp_path.glob("ln-*")} - {f"ln-{os.getpid()}"}
     for file in tmp_path.glob("ln-*"):
         file.unlink()
-    nl.runs.folder.remove_run(tmp_path / "runs" / "ln" / "seed-0")
+    remove_runs(tmp_path / "runs" / "ln" / "seed-0")
     threads = torch.get_num_threads()
     run()
     again = {file.name for file in tmp_path.glob("ln-*")} - {f"ln-{os.getpid()}"}
@@ -159,6 +160,7 @@ def killing(marker, *, once):
     return build
 
 
+@pytest.mark.process
 def test_a_killed_process_loses_nothing(tiny, two_cores, tmp_path):
     assignment = own_assignment(killing(tmp_path / "killed", once=True))
     results = nl.run_assignment(
@@ -168,6 +170,7 @@ def test_a_killed_process_loses_nothing(tiny, two_cores, tmp_path):
     assert [len(results[label][0].history) for label in results] == [2, 2]
 
 
+@pytest.mark.process
 def test_a_killed_process_goes_on_from_its_checkpoint(tiny, two_cores, tmp_path):
     folder = RunFolder(tmp_path / "runs" / "ln" / "seed-0")
     kept = tmp_path / "kept-when-killed.json"
@@ -194,6 +197,7 @@ def test_a_killed_process_goes_on_from_its_checkpoint(tiny, two_cores, tmp_path)
     assert after[:1] == before  # to the second that it took: it was not trained again
 
 
+@pytest.mark.process
 def test_a_process_that_is_killed_again_is_named_and_the_others_are_trained(
     tiny, two_cores, tmp_path
 ):
@@ -207,6 +211,7 @@ def test_a_process_that_is_killed_again_is_named_and_the_others_are_trained(
     assert finished == {"LN": False, "BN": True, "IN": True, "None": True}
 
 
+@pytest.mark.process
 def test_a_loss_that_diverges_in_a_process_is_said_here(tiny, two_cores):
     assignment = own_assignment(small_network)
     assignment = nl.Assignment(**vars(assignment) | {"recipe": nl.Recipe(epochs=2, lr=1e30)})
@@ -214,6 +219,7 @@ def test_a_loss_that_diverges_in_a_process_is_said_here(tiny, two_cores):
         nl.run_assignment(assignment, data=tiny, device="cpu", progress=False)
 
 
+@pytest.mark.process
 def test_one_that_diverges_leaves_those_beside_it_and_after_it_to_be_trained(
     tiny, two_cores, tmp_path
 ):
@@ -258,6 +264,7 @@ def children(process: subprocess.Popen) -> list[Path]:
     return [Path("/proc", child) for child in listed]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("when", ["they train", "they start"])
 def test_processes_end_when_their_parent_is_killed(when, tmp_path, monkeypatch):
@@ -331,6 +338,7 @@ def kill_somebody(process: subprocess.Popen, chance: random.Random) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_after_kills_at_random_the_next_call_leaves_the_runs_alone(rounds, undisturbed, tmp_path):

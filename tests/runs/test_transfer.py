@@ -15,7 +15,6 @@ from nbclient import NotebookClient
 from torch import nn
 
 import normlab as nl
-from normlab import experiment
 from normlab.runs import processes as parallel
 from normlab.runs import transfer
 from normlab.runs.jobs import make_jobs
@@ -85,13 +84,13 @@ def apart_and_here(tiny, monkeypatch, one_thread):
     """
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
     here = []
-    fit_each = experiment.fit_each
+    fit_each = parallel.fit_each
 
     def noted(jobs, *arguments, **options):
         here.extend(job.label for job in jobs)
         return fit_each(jobs, *arguments, **options)
 
-    monkeypatch.setattr(experiment, "fit_each", noted)
+    monkeypatch.setattr(parallel, "fit_each", noted)
 
     def train(assignment, *, stay=()):
         found = []
@@ -117,6 +116,7 @@ def models(tmp_path, monkeypatch):
     del sys.modules["models_of_mine"]
 
 
+@pytest.mark.process
 def test_a_module_that_is_loaded_again_and_its_globals_go_along(models, apart_and_here):
     apart, here = apart_and_here(assignment_of(lambda norm: models.Net(norm), "bn", "ln"))
     assert apart == here
@@ -133,6 +133,7 @@ def test_a_module_that_is_loaded_again_and_its_globals_go_along(models, apart_an
     assert changed["bn"][1] not in (apart["bn"][1], again["bn"][1])
 
 
+@pytest.mark.process
 def test_what_has_no_name_goes_along(tiny_network, apart_and_here):
     def build(norm):
         factor = 3.0
@@ -194,6 +195,7 @@ class Patched(nn.Sequential):
         return nn.functional.celu(super().forward(x))
 
 
+@pytest.mark.process
 def test_what_cannot_go_along_is_trained_here_and_said(apart_and_here, open_file, monkeypatch):
     kinds = {"open": Watched, "counts": Counting, "patched": Patched, "plain": nn.Sequential}
     monkeypatch.setattr(nn.functional, "celu", lambda x: x * 3)
@@ -231,6 +233,35 @@ def packed(assignment, data, folder):
     """The jobs that can be sent, and the sentences of what stays here."""
     sent, left = transfer.pack_all(make_jobs(assignment, data, [0], 1, folder), data)
     return sent, [str(reason) for reason in left.values()]
+
+
+def another_loss(monkeypatch):
+    loss = nn.functional.cross_entropy
+    double = lambda *each, **options: 2 * loss(*each, **options)  # noqa: E731
+    monkeypatch.setattr(nn.functional, "cross_entropy", double)
+
+
+def another_rate(monkeypatch):
+    monkeypatch.setattr("normlab.optimizers.PLAIN_FACTOR", 6.0)
+
+
+def another_order(monkeypatch):
+    loader = nl.Dataset.loader
+    monkeypatch.setattr(nl.Dataset, "loader", lambda *each, **o: loader(*each, **o | {"seed": 3}))
+
+
+@pytest.mark.parametrize("change", [another_loss, another_rate, another_order])
+def test_a_change_that_only_training_shows_is_seen(
+    change, tiny, tiny_network, tmp_path, monkeypatch
+):
+    assignment = replace(assignment_of(tiny_network, "bn"), recipe=RECIPE.replace(optimizer="muon"))
+    with monkeypatch.context() as patch:
+        change(patch)
+        (sent,) = packed(assignment, tiny, tmp_path)[0].values()
+    with pytest.raises(transfer.NotSendable, match="another computes something else"):
+        transfer.unpack(sent, tiny)
+    (sent,) = packed(assignment, tiny, tmp_path)[0].values()
+    assert transfer.unpack(sent, tiny).directory == tmp_path / "bn" / "seed-0"
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -294,6 +325,7 @@ def test_packing_leaves_the_network_and_the_session_as_they_are(tiny, models, tm
     assert not transfer.cloudpickle.list_registry_pickle_by_value()
 
 
+@pytest.mark.process
 def test_the_identity_is_the_one_of_the_process_that_asked(tiny, models, tmp_path):
     ((job, sent),) = packed(assignment_of(models.Net, "bn"), tiny, tmp_path)[0].items()
     identity = job.prepared(tiny, torch.device("cpu")).identity
@@ -301,7 +333,7 @@ def test_the_identity_is_the_one_of_the_process_that_asked(tiny, models, tmp_pat
         "import pickle, sys, torch, normlab as nl\n"
         "from normlab.runs import trainer, transfer\n"
         "sent, data = pickle.load(sys.stdin.buffer)\n"
-        "trainer.fit_job(transfer.unpack(sent, data), data, 'cpu')\n"
+        "trainer.fit_job(transfer.unpack(sent, data), data, device='cpu', progress=False)\n"
     )
     content = transfer.cloudpickle.dumps((sent, tiny))
     subprocess.run([sys.executable, "-c", code], input=content, check=True, cwd=tmp_path)
@@ -312,9 +344,9 @@ def test_weights_that_give_other_predictions_are_not_taken(tiny, tiny_network, t
     assignment = assignment_of(tiny_network, "bn")
     nl.run_assignment(assignment, data=tiny, directory=tmp_path, device="cpu", progress=False)
     (job,) = make_jobs(assignment, tiny, [0], None, tmp_path)
-    assert transfer.mismatch(job, tiny) is None
+    assert transfer._load(job, tiny).last["epoch"] == 1
     other = replace(tiny, test_images=tiny.test_images.flip(0))
-    assert "predicts otherwise here" in str(transfer.mismatch(job, other))
+    assert "predicts otherwise here" in str(transfer._load(job, other))
     assert not job.directory.exists()
 
 
@@ -325,14 +357,14 @@ def test_weights_that_do_not_fit_are_not_taken(tiny, tiny_network, tmp_path):
     )  # fmt: skip
     other = assignment_of(lambda _: nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), "bn")
     (job,) = make_jobs(other, tiny, [0], None, tmp_path)
-    assert "predicts otherwise here" in str(transfer.mismatch(job, tiny))
+    assert "predicts otherwise here" in str(transfer._load(job, tiny))
 
 
 def test_installed_packages_go_by_their_names_and_a_students_folder_does_not(models):
     for name in ("models_of_mine", __name__.partition(".")[0], "conftest"):
-        assert transfer._may_differ_elsewhere(name)
+        assert transfer._is_own(name)
     for name in ("normlab", "torch", "joblib", "numpy", "subprocess", "sys", "zipimport"):
-        assert not transfer._may_differ_elsewhere(name)
+        assert not transfer._is_own(name)
 
 
 def test_an_error_comes_home_without_the_class_that_went_by_value():
@@ -381,6 +413,7 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.process
 def test_a_class_of_a_script(tmp_path):
     (tmp_path / "script.py").write_text(TWO_PROCESSES + OWN_CLASS + "compare(Net)")
     command = [sys.executable, "script.py"]
@@ -398,6 +431,7 @@ def write(text, time):
 """
 
 
+@pytest.mark.process
 def test_a_notebook_whose_classes_and_modules_are_edited(tmp_path):
     module = MODULE.replace("Linear(16, 4)", "Linear(16, 10)")
     compare = "compare(lambda norm: Net(norm) if norm == 'bn' else Edited(norm))"
