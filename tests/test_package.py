@@ -24,8 +24,9 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 import normlab as nl
-import normlab.experiment
 from normlab.cli import main
+from normlab.datasets import loading
+from normlab.datasets.loading import load_dataset
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "normlab"
@@ -342,7 +343,7 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
         root = request.getfixturevalue("real_data_root")
         monkeypatch.setenv("NORMLAB_DATA", str(root))
         try:
-            nl.load_dataset(name, download=False)
+            load_dataset(name, download=False)
         except FileNotFoundError:
             pytest.skip(f"NORMLAB_DATA names a folder without {name}")
     if "FOLDER" in words:
@@ -351,7 +352,7 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
         words = words[: words.index("--dask")]  # `test_cluster.py` has a scheduler
     if words[0] in ("run", "sweep"):
         words += ["--epochs", "1", "--seeds", "1", "--device", "cpu"]  # the last one counts
-        monkeypatch.setattr(normlab.experiment, "load_dataset", load_few)
+        monkeypatch.setattr(loading, "load_dataset", load_few)
     monkeypatch.chdir(tmp_path)
     assert main(words) == 0
     assert capsys.readouterr().out
@@ -359,7 +360,7 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
 
 def load_few(*arguments, **options) -> nl.Dataset:
     """Of a large data set a few hundred images, which show as well that the command works."""
-    data = nl.load_dataset(*arguments, **options)
+    data = load_dataset(*arguments, **options)
     return data.subset(384, 128) if len(data.train_images) > 384 else data
 
 
