@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from PIL import Image
 import normlab as nl
 from normlab.cli import main
 from normlab.datasets import loading
+from normlab.datasets.loading import load_dataset
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "normlab"
@@ -344,7 +344,7 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
         root = request.getfixturevalue("real_data_root")
         monkeypatch.setenv("NORMLAB_DATA", str(root))
         try:
-            nl.load_dataset(name, download=False)
+            load_dataset(name, download=False)
         except FileNotFoundError:
             pytest.skip(f"NORMLAB_DATA names a folder without {name}")
     if "FOLDER" in words:
@@ -359,9 +359,9 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
     assert capsys.readouterr().out
 
 
-def load_few(*arguments, load: Callable = loading.load_dataset, **options) -> nl.Dataset:
+def load_few(*arguments, **options) -> nl.Dataset:
     """Of a large data set a few hundred images, which show as well that the command works."""
-    data = load(*arguments, **options)
+    data = load_dataset(*arguments, **options)
     return data.subset(384, 128) if len(data.train_images) > 384 else data
 
 
