@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from normlab.data import Dataset
 from normlab.history import Run
-from normlab.support.checks import check_logits, check_weights, one_of, warn, whole_number
-from normlab.support.seeding import fork_random_state
-from normlab.training import evaluating
+from normlab.support.checks import one_of, whole_number
+from normlab.support.module_state import evaluating
+from normlab.support.network_checks import check_network, warn_of_batch_statistics
 
 Predictor = nn.Module | Run
 """A network, or a run, which remembers what its network predicted for the test images."""
-
-ORDERS = ("confident", "first")
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,8 @@ def predict(
     batch normalization keeps no running statistics: then the logits of an image depend on the
     others of its batch, and so on `batch_size`.
     """
-    check_network(network, data)
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-            warn(
-                f"layer {name!r} ({type(layer).__name__}) keeps no running statistics "
-                "(track_running_stats=False): what the network predicts for an image depends on "
-                "the other images of its batch"
-            )
-            break
+    check_network(network, data.input_shape, len(data.classes))
+    warn_of_batch_statistics(network)
     example = next(network.parameters(), torch.zeros(()))
     place = {"device": example.device, "dtype": example.dtype}
     batches = data.loader(train, batch_size, shuffle=False, **place)
@@ -63,31 +54,10 @@ def predict(
         return torch.cat([network(images) for images, _ in batches]).cpu()
 
 
-def check_network(network: nn.Module, data: Dataset) -> None:
-    """Tries two images; raises an error of one sentence if the network does not fit the data."""
-    check_weights(network)
-    example = next(network.parameters(), torch.zeros(()))
-    images = torch.zeros(2, *data.input_shape, dtype=example.dtype, device=example.device)
-    before = {name for name, _ in network.named_parameters()}
-    try:
-        with torch.no_grad(), evaluating(network), fork_random_state(example.device):
-            logits = network(images)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{type(network).__name__} cannot take images of shape {data.input_shape}: {error}"
-        ) from error
-    check_logits(network, images, logits, len(data.classes))
-    if made := [name for name, _ in network.named_parameters() if name not in before]:
-        raise ValueError(
-            f"{type(network).__name__} makes {made[0]!r} only when it first sees images: "
-            "make it in __init__, or call the network once on images where it is built"
-        )
-
-
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable class, int64 (N,), and its softmax probability, float32 (N,).
 
-    Raises `FloatingPointError` for logits that are no numbers, of which no class is.
+    Raises `FloatingPointError` if some logits are NaN.
     """
     if broken := int(logits.isnan().any(1).sum()):
         raise FloatingPointError(
@@ -99,7 +69,7 @@ def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _predictions(predictor: Predictor, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Class and probability for the test images: a run's are at hand, a network's are computed."""
+    """Class and probability for the test images: kept in a run, computed for a network."""
     if isinstance(predictor, Run):
         if predictor.identity["data"]["fingerprint"] == data.fingerprint:
             return predictor.predicted, predictor.probability
@@ -112,8 +82,8 @@ def find_mistakes(
 ) -> Mistakes:
     """Up to `count` test images that the network, or the run's network, gets wrong.
 
-    `order` is "confident", those that it is surest of, or "first", as they stand in the test set.
-    Where there are fewer than `count`, all are returned; `len()` tells.
+    `order` is "confident" for the highest probabilities first, or "first" for the order of the test
+    set. If there are fewer than `count` mistakes, all are returned.
     """
     return find_common_mistakes([network], data, count, order=order)
 
@@ -127,10 +97,10 @@ def find_common_mistakes(
 ) -> Mistakes:
     """Up to `count` test images that all the networks or runs get wrong.
 
-    The predicted class and its probability are those of the first network, and so is the order.
+    The predicted class, its probability and the order are those of the first network.
     """
     whole_number(count, "count")
-    one_of(order, ORDERS, "order of mistakes")
+    one_of(order, ("confident", "first"), "order of mistakes")
     predictors = list(networks.values() if isinstance(networks, Mapping) else networks)
     if not predictors:
         raise ValueError("there is no network to look for mistakes of")

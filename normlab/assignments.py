@@ -1,16 +1,14 @@
 """The five assignments as data: network, data set, variants, recipe, and what was reported."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from normlab.model import NETWORKS, build_network
+from normlab.model import NETWORKS
 from normlab.norms import norm_name
 from normlab.recipes import Recipe
 from normlab.support.checks import as_list, check_instance, one_of
-from normlab.support.seeding import seeded
-from normlab.training import gradients
 
 
 def folder_name(label: str) -> str:
@@ -21,13 +19,13 @@ def folder_name(label: str) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """One network of a comparison, and all that sets it apart from the others."""
+    """One network of a comparison, and how it differs from the others."""
 
     label: str  # how tables and figures call it
     norm: str  # as for `make_norm`
     groups: int | None = None  # of "gn"; None takes the network's own
     skip: bool = True  # whether skip connections are there, where the network has some
-    changes: dict = field(default_factory=dict)  # fields of the recipe that it declares to differ
+    changes: dict = field(default_factory=dict)  # fields of the recipe that differ
     reported: float | None = None  # test accuracy of the student's submission, a fraction
 
     @property
@@ -38,7 +36,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A comparison of variants of one network; a norm's name stands for a variant that has it."""
+    """A comparison of variants of one network; a variant may be given by the name of its norm."""
 
     name: str  # a short one; any for an assignment of one's own
     title: str  # what reports call it
@@ -69,11 +67,10 @@ class Assignment:
             raise ValueError(f"assignment {self.name!r} has two variants with the folder {twice!r}")
 
     def variant_of(self, norm: str | Variant) -> Variant:
-        """The variant that has this norm, and nothing else that sets it apart."""
+        """A variant that differs in its norm alone; a `Variant` is returned as it is."""
         if not isinstance(norm, str):
-            check_instance(
-                norm, Variant, "a variant", "nl.Variant('GN', 'gn') makes one, or give 'gn'"
-            )
+            hint = "nl.Variant('GN', 'gn') makes one, or give 'gn'"
+            check_instance(norm, Variant, "a variant", hint)
             return norm
         norm = norm_name(norm) if self.build is None else norm
         return Variant(norm.upper() if len(norm) < 4 else norm, norm)
@@ -89,26 +86,25 @@ class Assignment:
             )
 
     def recipe_for(self, variant: Variant, *, seed: int, epochs: int | None = None) -> Recipe:
-        """The recipe of one variant: everything but its declared changes is shared."""
+        """The recipe of one variant: the shared one with the variant's changes."""
         changes = dict(variant.changes) | {"seed": seed}
         return self.recipe.replace(**changes | ({} if epochs is None else {"epochs": epochs}))
 
 
-# Chosen by a few short trials on a validation part (`tests/search.py` repeats them). Dropout is
-# against over-fitting, which is not what holds networks this small back: the assignments leave it
-# out, `build_network` has it by default. The L1 of "mnist-eva6" is that of "mnist-l1": the
-# submission's 5e-4 multiplies a sum of means over tensors, no sum of |w|.
+# Chosen by a few short trials on a validation part (`tests/search.py` repeats them). Networks this
+# small hardly over-fit, so the assignments leave out the dropout of `build_network`. The L1 of
+# "mnist-eva6" is that of "mnist-l1": the submission's 5e-4 multiplies a sum of means over tensors.
 _MUON = Recipe(batch_size=64, optimizer="muon", lr=0.05, weight_decay=0.01, centred=True)
 _MNIST = _MUON.replace(augment=("rotate:10", "shift:2"))
 _CIFAR10 = _MUON.replace(augment=("shift:2", "flip"))
 
 
-def _course(name: str, title: str, *variants: Variant, **options: float) -> Assignment:
-    """An assignment that has a network of its name; MNIST's allow any number of parameters."""
+def _course(name: str, title: str, *variants: Variant) -> Assignment:
+    """An assignment with the network of its name; those on MNIST have no limit of parameters."""
     dataset = name.partition("-")[0]
     recipe, limit = {"mnist": (_MNIST, None), "cifar10": (_CIFAR10, 50_000)}[dataset]
-    limits = {"parameter_limit": limit, "epoch_limit": 20}
-    return Assignment(name, title, dataset, variants, recipe, network=name, **limits, **options)
+    options = {"dropout": 0.0, "parameter_limit": limit, "epoch_limit": 20}
+    return Assignment(name, title, dataset, variants, recipe, network=name, **options)
 
 
 ASSIGNMENTS = {
@@ -120,7 +116,6 @@ ASSIGNMENTS = {
             Variant("BN + L1", "bn", changes={"l1": 1e-5}, reported=0.9946),
             Variant("GN", "gn", reported=0.9929),
             Variant("LN", "ln", reported=0.9953),
-            dropout=0.0,
         ),
         _course(
             "mnist-eva6",
@@ -129,7 +124,6 @@ ASSIGNMENTS = {
             Variant("GN", "gn", reported=0.9948),
             Variant("LN", "ln"),
             Variant("LN element-wise", "ln-elementwise", reported=0.9929),
-            dropout=0.0,
         ),
         _course(
             "cifar10-norms",
@@ -138,7 +132,6 @@ ASSIGNMENTS = {
             Variant("GN", "gn", reported=0.7036),
             Variant("LN", "ln"),
             Variant("LN element-wise", "ln-elementwise", reported=0.6766),
-            dropout=0.0,
         ),
         _course(
             "cifar10-add",
@@ -156,74 +149,13 @@ ASSIGNMENTS = {
             Variant("BN + skip", "bn", reported=0.7642),
             Variant("GN + skip", "gn", reported=0.7486),
             Variant("LN + skip", "ln", reported=0.7325),
-            dropout=0.0,
         ),
     )
 }
 
 
-# What is known of the submissions' own training; where they do not say, SGD at a constant rate of
-# 0.01, momentum 0.9, batches of 128 and the network's dropout stand in. The L1 of "mnist-eva6" is
-# left out, since a sum of means over tensors is no factor of a sum of |w|.
-_SUBMITTED = Recipe(lr=0.01, schedule="constant")
-_SUBMITTED_RECIPES = {
-    "mnist-l1": _SUBMITTED.replace(augment=("rotate:7",)),
-    "mnist-eva6": _SUBMITTED.replace(augment=("rotate:7",)),
-    "cifar10-norms": _SUBMITTED,
-    "cifar10-add": _SUBMITTED.replace(batch_size=32, augment=("shift:4", "flip:0.1")),
-    "cifar10-skip": _SUBMITTED,
-}
-
-
-def as_submitted(assignment: Assignment) -> Assignment:
-    """The variants that a submission reports on, trained in its manner as far as it is known.
-
-    `mnist-eva6` goes without its L1, which was another penalty than normlab's and a tiny one: 5e-4
-    times a mean of |w| for each tensor of parameters. So that variant is called BN.
-
-    Raises `ValueError` for an assignment that replaces no submission.
-    """
-    recipe = _SUBMITTED_RECIPES[one_of(assignment.name, _SUBMITTED_RECIPES, "submission")]
-    variants = [variant for variant in assignment.variants if variant.reported is not None]
-    if assignment.name == "mnist-eva6":
-        variants = [replace(v, label=v.label.removesuffix(" + L1"), changes={}) for v in variants]
-    return replace(
-        assignment,
-        name=f"{assignment.name}-as-submitted",
-        title=f"{assignment.title}, trained in the submission's manner",
-        variants=tuple(variants),
-        recipe=recipe,
-        dropout=None,
-    )
-
-
 def find_assignment(name: str | Assignment) -> Assignment:
-    """The assignment of that name; one of one's own is handed back as it is."""
+    """The assignment of that name; an `Assignment` is returned as it is."""
     if isinstance(name, Assignment):
         return name
     return ASSIGNMENTS[one_of(name, ASSIGNMENTS, "assignment")]
-
-
-@gradients()  # or what is built in inference mode could not be trained
-def build_variant(
-    assignment: Assignment,
-    variant: Variant,
-    *,
-    seed: int,
-    classes: int,
-    input_shape: tuple[int, int, int],
-) -> nn.Module:
-    """The untrained network of one variant, with the same initial weights for the same seed."""
-    if assignment.build is not None:
-        with seeded(seed, "weights"):
-            return assignment.build(variant.norm)
-    return build_network(
-        assignment.network,
-        variant.norm,
-        groups=variant.groups,
-        dropout=assignment.dropout,
-        skip=variant.skip,
-        classes=classes,
-        input_shape=input_shape,
-        seed=seed,
-    )

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normlab.support.checks import number, one_of
+from normlab.support.checks import one_of
 
 
 def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
     """Moves each image (B, C, H, W) by whole pixels; what comes in at the border is black.
 
-    `offsets` (B, 2) int64 are pixels down and to the right, none of them above `most`.
+    `offsets` (B, 2) int64 are pixels down and to the right, at most `most` in size.
     """
     (batch, _, height, width), device = images.shape, images.device
     padded = F.pad(images, (most,) * 4)
@@ -38,8 +38,7 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     """Turns each image (B, C, H, W) counter-clockwise about its centre, by `degrees` (B,).
 
-    The interpolation is bilinear, and what comes in at the corners is black. Returns float images,
-    unrounded.
+    Bilinear interpolation; what comes in at the corners is black. Returns float images, unrounded.
     """
     images = images if images.is_floating_point() else images.float()
     height, width = images.shape[-2:]
@@ -55,12 +54,12 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """What an augmentation draws for so many images, and does with it to images (B, C, H, W)."""
+    """An augmentation: which random numbers it draws, and how it changes images by them."""
 
-    amounts: tuple[float, float, float]  # the usual one, the least and the most
-    draw: Callable[[int, float, torch.Generator], Tensor]  # from count and amount: (count, …)
-    apply: Callable[[Tensor, Tensor, float], Tensor]  # from images, what was drawn, and amount
-    whole: bool = False  # whether only whole amounts make sense
+    amounts: tuple[float, float, float]  # the default, the least and the most
+    draw: Callable[[int, float, torch.Generator], Tensor]  # (count, amount, rng) to (count, …)
+    apply: Callable[[Tensor, Tensor, float], Tensor]  # (images, drawn, amount) to images
+    whole: bool = False  # whether the amount must be a whole number
 
 
 AUGMENTATIONS = {
@@ -85,7 +84,7 @@ AUGMENTATIONS = {
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One of `AUGMENTATIONS`, of a given amount."""
+    """One of `AUGMENTATIONS`, with its amount."""
 
     name: str
     amount: float
@@ -100,7 +99,7 @@ class Augmentation:
 
 
 def parse_augmentation(text: str) -> Augmentation:
-    """Reads "shift" or "shift:2": a name and, after a colon, another amount than the usual.
+    """Reads "shift" or "shift:2": a name and, after a colon, an amount instead of the default.
 
     "shift" moves by up to 4 pixels, "flip" mirrors with probability 0.5, "rotate" turns by up to
     7 degrees either way. Raises `ValueError` for an unknown name or an amount out of range.
@@ -109,10 +108,10 @@ def parse_augmentation(text: str) -> Augmentation:
     kind = AUGMENTATIONS[one_of(name, AUGMENTATIONS, "augmentation")]
     usual, least, most = kind.amounts
     try:
-        value = number(float(amount or usual), f"the amount of {name!r}", least=least)
-    except ValueError as error:
-        raise ValueError(f"augmentation {text!r}: {error}") from None
-    if value > most or (kind.whole and value != int(value)):
-        whole = " and a whole number" if kind.whole else ""
-        raise ValueError(f"augmentation {text!r}: the amount must be at most {most:g}{whole}")
+        value = float(amount or usual)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most or (kind.whole and value != int(value)):
+        wanted = f"{'a whole' if kind.whole else 'a'} number from {least:g} to {most:g}"
+        raise ValueError(f"augmentation {text!r}: the amount must be {wanted}")
     return Augmentation(name, value)

@@ -80,7 +80,8 @@ def _path(text: str) -> Path:
 
 def _check_run(options: argparse.Namespace) -> tuple:
     """The assignment, a function that loads its images, and the output folder."""
-    from normlab.assignments import as_submitted, find_assignment
+    from normlab.assignments import find_assignment
+    from normlab.comparisons.submissions import as_submitted
     from normlab.engines.choice import ENGINES
     from normlab.support.checks import one_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,11 @@ if TYPE_CHECKING:
 
     from normlab.recipes import Recipe
 
-COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "penalty",
-    "lr",
-    "seconds",
+QUANTITIES = (
+    *("train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+    *("penalty", "lr", "seconds"),
 )
-QUANTITIES = COLUMNS[1:]
+COLUMNS = ("epoch", *QUANTITIES)
 
 
 @dataclass(repr=False)
@@ -40,12 +34,12 @@ class Run:
         directory: where it is kept, if anywhere.
     """
 
-    network: nn.Module = field(repr=False)
+    network: nn.Module
     recipe: Recipe
-    history: list[dict] = field(repr=False)
-    predicted: Tensor = field(repr=False)
-    probability: Tensor = field(repr=False)
-    config: dict = field(repr=False)
+    history: list[dict]
+    predicted: Tensor
+    probability: Tensor
+    config: dict
     directory: Path | None = None
 
     def __repr__(self) -> str:

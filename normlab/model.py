@@ -33,12 +33,13 @@ class Residual(nn.Module):
 
 @dataclass
 class LayerBuilder:
-    """Makes layers one after another and keeps track of the shape (C, H, W) that they leave."""
+    """Makes layers one after another and keeps track of the shape (C, H, W) of their output."""
 
     network: str
     input_shape: tuple[int, int, int]
     norm: NormMaker
     dropout: Callable[[], nn.Module] | None
+    skip: bool
 
     def __post_init__(self) -> None:
         self.shape = self.input_shape
@@ -46,9 +47,9 @@ class LayerBuilder:
     def conv(
         self, channels: int, then: str = "", *, kernel: int = 3, valid: bool = False
     ) -> nn.Module:
-        """A convolution without bias, then what the letters say: N norm, R ReLU, D dropout.
+        """A convolution without bias, then layers by letters: N norm, R ReLU, D dropout.
 
-        It keeps the sides, or loses the border where it is `valid`.
+        It is padded to keep height and width; `valid` means without padding.
         """
         before, height, width = self.shape
         lost = kernel - 1 if valid else 0
@@ -58,7 +59,7 @@ class LayerBuilder:
         return nn.Sequential(convolution, *self.after(then))
 
     def after(self, letters: str) -> list[nn.Module]:
-        """Norm (N), ReLU (R) and dropout (D) for the present shape, in the order of the letters."""
+        """Norm (N), ReLU (R) and dropout (D) for the current shape, in the order of the letters."""
         channels, *size = self.shape
         norm = functools.partial(self.norm, channels, tuple(size))
         makers = {"N": norm, "R": nn.ReLU, "D": self.dropout}
@@ -77,14 +78,11 @@ class LayerBuilder:
 
     def _move_to(self, channels: int, height: int, width: int) -> None:
         if min(height, width) < 1:
-            raise ValueError(
-                f"input_shape={self.input_shape} is too small for {self.network}: its layers leave "
-                "no pixel"
-            )
+            raise ValueError(f"input_shape={self.input_shape} is too small for {self.network}")
         self.shape = (channels, height, width)
 
 
-def _mnist_l1(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+def _mnist_l1(part: LayerBuilder) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
     return [
         conv(10, valid=True),  # (B, 10, 26, 26)
@@ -98,7 +96,7 @@ def _mnist_l1(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _mnist_eva6(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+def _mnist_eva6(part: LayerBuilder) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
     return [
         conv(8, valid=True),  # (B, 8, 26, 26)
@@ -111,7 +109,7 @@ def _mnist_eva6(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _cifar10_norms(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+def _cifar10_norms(part: LayerBuilder) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="NRD")
     return [
         conv(8),  # (B, 8, 32, 32)
@@ -129,12 +127,12 @@ def _cifar10_norms(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _cifar10_add(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+def _cifar10_add(part: LayerBuilder) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
 
     def added(*layers: nn.Module) -> nn.Module:
         body = nn.Sequential(*layers)
-        return Residual(body, nn.Identity()) if skip else body
+        return Residual(body, nn.Identity()) if part.skip else body
 
     return [
         conv(16),  # (B, 16, 32, 32)
@@ -147,7 +145,7 @@ def _cifar10_add(part: LayerBuilder, skip: bool) -> list[nn.Module]:
     ]
 
 
-def _cifar10_skip(part: LayerBuilder, skip: bool) -> list[nn.Module]:
+def _cifar10_skip(part: LayerBuilder) -> list[nn.Module]:
     conv = functools.partial(part.conv, then="RND")
 
     def bottleneck(*channels: int) -> nn.Module:
@@ -156,7 +154,7 @@ def _cifar10_skip(part: LayerBuilder, skip: bool) -> list[nn.Module]:
         body = nn.Sequential(
             part.conv(first, "NRD"), part.conv(second, "NRD"), part.conv(last, "N")
         )
-        if skip:
+        if part.skip:
             part.shape = before
             body = Residual(body, part.conv(last, "N", kernel=1))
         return nn.Sequential(body, *part.after("RD"))
@@ -177,7 +175,7 @@ def _cifar10_skip(part: LayerBuilder, skip: bool) -> list[nn.Module]:
 class Design:
     """A network as the assignment has it; the defaults of `build_network`."""
 
-    layers: Callable[[LayerBuilder, bool], list[nn.Module]]
+    layers: Callable[[LayerBuilder], list[nn.Module]]
     input_shape: tuple[int, int, int]
     groups: int
     dropout: float
@@ -224,11 +222,11 @@ def build_network(
         norm: a name as for `make_norm`, or a function of (channels, (H, W)) that returns a layer.
         groups: groups of "gn"; without it, as many as the assignment has.
         dropout: probability in [0, 1); without it, the assignment's.
-        skip: whether the skip connections of the networks that have some are there.
+        skip: False leaves out the skip connections of the networks that have some.
         classes: number of logits.
         input_shape: (C, H, W) of the images; without it, the assignment's.
-        seed: makes the initial weights the same every time, and the convolutions' the same for
-            every norm, leaving the global random state as it is; None draws from that state.
+        seed: of the initial weights; for one seed the convolutions start the same with every
+            norm. The global random state stays as it is; without a seed one is drawn from it.
 
     Raises `ValueError` for unknown names, groups that do not divide the channels of a layer, and
     images too small to leave a pixel.
@@ -250,22 +248,21 @@ def build_network(
     def by_name(channels: int, size: tuple[int, int]) -> nn.Module:
         return make_norm(norm, channels, groups=arguments["groups"], size=size)
 
-    share = arguments["dropout"]
-    dropped = functools.partial(design.drop, share) if share else None
-    maker = by_name if isinstance(norm, str) else norm
-    part = LayerBuilder(name, arguments["input_shape"], maker, dropped)
+    dropped = functools.partial(design.drop, arguments["dropout"]) if arguments["dropout"] else None
+    make = by_name if isinstance(norm, str) else norm
+    part = LayerBuilder(name, arguments["input_shape"], make, dropped, arguments["skip"])
     seed = int(torch.randint(2**62, ())) if seed is None else whole_number(seed, "seed", least=0)
     with seeded(seed, "layers"):
-        layers = [*design.layers(part, arguments["skip"]), part.head(arguments["classes"])]
+        layers = [*design.layers(part), part.head(arguments["classes"])]
         network = Network(layers, arguments)
     _initialize(network, seed)
     return network
 
 
 def _initialize(network: nn.Module, seed: int) -> None:
-    """Draws the convolutions' weights, each from its own stream, whatever norms lie between.
+    """Draws each convolution's weights from its own random stream, the same for every norm.
 
-    Those of shortcuts are numbered last, so that the others are the same without shortcuts.
+    Shortcuts are numbered last, so that the other weights are the same without them.
     """
     layers = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Conv2d)]
     layers.sort(key=lambda pair: "shortcut" in pair[0])

@@ -8,8 +8,8 @@ They differ in one thing only, the set of axes that share a mean. For images (N,
     layer normalization     one for each image                   averaged over C, H, W
     group normalization     one for each image and group         averaged over C/G, H, W
 
-`NORMS` holds that table as data. Nothing else in normlab asks which norm it has by name: one more
-is an entry there.
+`NORMS` holds that table as data. Nothing else in normlab depends on the name of a norm: to add one,
+add an entry there.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normlab.support.checks import plain, whole_number
+from normlab.support.checks import check_groups, height_and_width, whole_number
 
 EPSILON = 1e-5  # added to every variance, the same for all, so that no variant has an edge
 
@@ -30,13 +30,13 @@ class NormKind:
     """What one normalization averages over, what it learns, and how its layer is made.
 
     Args:
-        title: its name in figures; after a comma, what sets it apart from its namesake.
+        title: its name in figures; what follows a comma is left out of headings.
         averaged: axes that share statistics; "C/G" is the channels within a group.
         source: who described it.
         make: makes the layer for (channels, groups, size).
         aliases: other names for `make_norm`, without the word "norm".
-        moment: what is computed over the axes first, and has a value for each set of numbers.
-        learned: what is learned, one number each for every position along `learned_axes`.
+        moment: the statistic over the axes of which there are so many, such as "mean square".
+        learned: the learned parameters, each with a number for every place along `learned_axes`.
     """
 
     title: str
@@ -48,16 +48,8 @@ class NormKind:
     learned: tuple[str, ...] = ("scale", "shift")
     learned_axes: tuple[str, ...] = ("C",)
 
-    def heading(self, groups: int = 1) -> str:
-        """The title without what follows the comma, and how many groups there are."""
-        split = f", {groups} group{'s' * (groups > 1)}" if "C/G" in self.averaged else ""
-        return self.title.split(",")[0].capitalize() + split
-
     def own_axes(self, shape: tuple[int, int, int, int], *, groups: int = 1) -> dict[str, int]:
-        """The axes along which statistics differ, with their sizes: {"N": 4, "G": 2}, say.
-
-        Raises `ValueError` if `groups` does not divide C of the `shape` (N, C, H, W).
-        """
+        """The axes along which the means differ, with their sizes, such as {"N": 4, "G": 2}."""
         sizes = dict(zip("NCHW", shape, strict=True))
         if "C/G" in self.averaged:
             check_groups(groups, sizes.pop("C"))
@@ -69,11 +61,10 @@ class NormKind:
 
         Raises `ValueError` if `groups` does not divide C.
         """
-        own = self.own_axes(shape, groups=groups)
-        return math.prod(own.values()) if self.averaged else 0
+        return math.prod(self.own_axes(shape, groups=groups).values()) if self.averaged else 0
 
     def parameters(self, shape: tuple[int, int, int, int]) -> int:
-        """How many numbers are learned: neither the batch size nor the groups matter."""
+        """How many parameters the layer has for an input of `shape` (N, C, H, W)."""
         sides = dict(zip("NCHW", shape, strict=True))
         return len(self.learned) * math.prod(sides[axis] for axis in self.learned_axes)
 
@@ -144,19 +135,8 @@ def norm_name(kind: str) -> str:
 
 
 def _squeezed(name: str) -> str:
-    """A name without what is written in different ways: "BatchNorm2d" is "batch"."""
+    """The part of a name that tells norms apart: "batch" of "BatchNorm2d" and "batch_norm"."""
     return re.sub("[^a-z0-9]|norm(alization)?|[123]d$", "", name.lower())
-
-
-def norm_layers() -> tuple[type[nn.Module], ...]:
-    """The classes of layers that are normalizations: torch's, and those of the table."""
-    made = {type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged}
-    return (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *made)
-
-
-def divisors(number: int) -> list[int]:
-    """The numbers of groups that `number` channels can be split into."""
-    return [count for count in range(1, number + 1) if number % count == 0]
 
 
 def make_norm(
@@ -181,25 +161,5 @@ def make_norm(
     if "C/G" in found.averaged:
         check_groups(groups, channels, name)
     if "H" in found.learned_axes:
-        size = _checked_size(size, name)
+        size = height_and_width(size, name)
     return found.make(channels, groups, size)
-
-
-def check_groups(groups: int | None, channels: int, name: str = "gn") -> None:
-    """Raises `ValueError` unless `groups` divides `channels`."""
-    if groups is None:
-        raise ValueError(f"{name} needs groups=…, the number of groups to split the channels into")
-    whole_number(groups, "groups")
-    if channels % groups:
-        allowed = ", ".join(map(str, divisors(channels)))
-        raise ValueError(
-            f"groups={groups} does not divide {channels} channels: it must be one of {allowed}"
-        )
-
-
-def _checked_size(size: tuple[int, int] | None, name: str) -> list[int]:
-    size = plain(size)
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        given = "" if size is None else f", not {size!r}"
-        raise ValueError(f"{name} learns numbers for every pixel, so it needs size=(H, W){given}")
-    return [whole_number(side, "each side of size") for side in size]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from normlab.penalties import WEIGHT_LAYERS
+from normlab.support.network_checks import own_weight
 
 PLAIN_FACTOR = 5.0  # rate of what Muon does not orthogonalise, over that of what it does
 
@@ -30,24 +31,10 @@ def filters(network: nn.Module) -> list[Tensor]:
     # By the kind of layer, since scales of an element-wise LayerNorm have as many axes as filters.
     layers = [(name, m) for name, m in network.named_modules() if isinstance(m, WEIGHT_LAYERS)]
     transposed = nn.modules.conv._ConvTransposeNd
-    weights = [_parameter(*each) for each in layers[:-1] if not isinstance(each[1], transposed)]
+    weights = [own_weight(*each) for each in layers[:-1] if not isinstance(each[1], transposed)]
     last = layers[-1][1].weight if layers else None
     found = {id(weight): weight for weight in weights if weight is not None and weight is not last}
     return [weight for weight in found.values() if weight.requires_grad]
-
-
-def _parameter(name: str, layer: nn.Module) -> Tensor | None:
-    """The layer's weight if an optimiser can hold it; None if it is not to be trained."""
-    own = dict(layer.named_parameters())
-    if "weight" in own:
-        return own["weight"]
-    if any(weight.requires_grad for part, weight in own.items() if part != "bias"):
-        raise ValueError(
-            f"the weight of layer {name!r} ({type(layer).__name__}) is computed from "
-            f"{' and '.join(part for part in own if part != 'bias')}, but Muon and centred=True "
-            "change weights themselves: use optimizer='sgd' or 'adamw', with centred=False"
-        )
-    return None
 
 
 def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
@@ -159,19 +146,14 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 def _sgd(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> SGD:
-    options = {"weight_decay": recipe.weight_decay, "fused": _fused(lr)}
+    options = {"weight_decay": recipe.weight_decay, "fused": isinstance(lr, Tensor) or None}
     nesterov = recipe.nesterov and recipe.momentum > 0
     return SGD(weights, lr, recipe.momentum, nesterov=nesterov, **options)
 
 
 def _adamw(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> AdamW:
-    options = {"weight_decay": recipe.weight_decay, "fused": _fused(lr)}
+    options = {"weight_decay": recipe.weight_decay, "fused": isinstance(lr, Tensor) or None}
     return AdamW(weights, lr, capturable=isinstance(lr, Tensor) and lr.is_cuda, **options)
-
-
-def _fused(lr: float | Tensor) -> bool | None:
-    """Of torch's own only fused optimisers read a rate that lies on the device."""
-    return isinstance(lr, Tensor) or None
 
 
 def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> Muon:
@@ -181,8 +163,9 @@ def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe
     return Muon(banks, others, lr=lr, **options)
 
 
-# Each makes an optimiser of the weights to train, the rate, and what else a recipe says; those in
-# BY_FILTER also get the `filters` among the weights. On a GPU the rate is a tensor, and what a step
-# changes must lie in tensors there: a CUDA graph calls no Python.
+# Each makes an optimiser from the weights to train, the learning rate and the rest of the recipe;
+# those in BY_FILTER also get the `filters` among the weights. On a GPU the rate is a tensor, which
+# of torch's own only fused optimisers read there, and a step may change nothing but tensors: it is
+# replayed as a CUDA graph, without Python.
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
 BY_FILTER = {"muon"}

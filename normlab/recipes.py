@@ -1,23 +1,20 @@
 """How a network is trained, as data: a recipe and its schedule."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
-from normlab.data import BatchLoader, Dataset
 from normlab.optimizers import BY_FILTER, OPTIMIZERS, centralize_gradients, filters
-from normlab.support.checks import check_weights, number, one_of, whole_number
+from normlab.support.checks import number, one_of, whole_number
+from normlab.support.network_checks import trained_parameters
 
 # What weights and images are kept in. "bfloat16" is mixed precision: its weights are in float32.
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
-AUTOCAST = {"bfloat16": torch.bfloat16}  # what the forward pass of a step computes in, if another
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,6 @@ class Recipe:
         for name in ("nesterov", "centred"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.dtype == "float16":
-            raise ValueError(
-                "dtype 'float16' needs a loss that is scaled whenever gradients overflow, which is "
-                "not done here: use dtype='bfloat16', whose range is that of float32"
-            )
         checked = {
             "epochs": whole_number(self.epochs, "epochs"),
             "batch_size": whole_number(self.batch_size, "batch_size"),
@@ -90,7 +82,7 @@ class Recipe:
             object.__setattr__(self, name, value)
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of step 0, 1, … of so many."""
+        """The learning rate at `step`, from 0 on, of a training of `steps` steps."""
         return self.lr * SCHEDULES[self.schedule](step, steps)
 
     def replace(self, **changes: object) -> "Recipe":
@@ -115,32 +107,15 @@ def _checked_augment(augment: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(augment)
 
 
-def trained_parameters(network: nn.Module, recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
-    """What the recipe trains, and what of it are filters that are to be changed as such.
-
-    Raises `ValueError` if there is nothing to train, or nothing that can be trained in that way.
-    """
-    check_weights(network)
-    weights = [weight for weight in network.parameters() if weight.requires_grad]
-    if not weights:
-        raise ValueError(f"{type(network).__name__} has no parameters to train")
-    if any(weight.is_inference() for weight in weights):
-        raise ValueError(
-            f"{type(network).__name__} was built under torch.inference_mode(), whose tensors have "
-            "no gradients: build it outside"
-        )
-    by_filter = recipe.centred or recipe.optimizer in BY_FILTER
-    return weights, filters(network) if by_filter else []
-
-
 def make_optimizer(
     network: nn.Module, recipe: Recipe, *, rate: Tensor | None = None
 ) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters of the network; `ValueError` if it has none.
+    """The recipe's optimiser for the network's parameters; `ValueError` if none can be trained.
 
-    A `rate` takes the place of the recipe's number: a tensor on the device, as CUDA graphs need.
+    `rate` replaces the recipe's learning rate by a tensor on the device, as CUDA graphs need it.
     """
-    weights, banks = trained_parameters(network, recipe)
+    by_filter = recipe.centred or recipe.optimizer in BY_FILTER
+    weights, banks = trained_parameters(network), filters(network) if by_filter else []
     rate = recipe.lr if rate is None else rate
     optimizer = OPTIMIZERS[recipe.optimizer](weights, banks, rate, recipe)
     if recipe.centred:
@@ -148,30 +123,8 @@ def make_optimizer(
     return optimizer
 
 
-def step_options(recipe: Recipe) -> dict:
-    """What `train_step` is told by the recipe."""
-    loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-    return {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
-
-
-def training_batches(data: Dataset, recipe: Recipe, device: torch.device) -> BatchLoader:
-    """The training images as the recipe takes them."""
-    options = {"augment": recipe.augment, "seed": recipe.seed, "dtype": DTYPES[recipe.dtype]}
-    return data.loader(batch_size=recipe.batch_size, device=device, **options)
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, *, done: int = 0
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler to step after every batch, for `steps` batches of which some are `done`."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = recipe.lr
-    factor = functools.partial(SCHEDULES[recipe.schedule], steps=steps)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)
-
-
 def _one_cycle(step: int, steps: int) -> float:
-    """From 1/25 up in 30 % of the steps, then down to 4e-6."""
+    """Rises from 1/25 to 1 in 30 % of the steps, then falls to 4e-6."""
     lowest, summit, last = 1 / 25, max(0.3 * steps - 1, 1e-9), max(steps - 1, 1)
     if step <= summit:
         return _half_cosine(lowest, 1.0, step / summit)
@@ -182,7 +135,7 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-SCHEDULES = {  # each gives the share of the recipe's rate at step 0, 1, … of so many
+SCHEDULES = {  # each gives the factor of the recipe's rate at a step, from 0 on, of so many steps
     "one-cycle": _one_cycle,
     "cosine": lambda step, steps: _half_cosine(1.0, 0.0, step / steps),
     "constant": lambda step, steps: 1.0,

@@ -1,8 +1,8 @@
 """The step and the loops that train and test a network, on every device."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.penalties import l1_penalty
-from normlab.support.checks import check_logits, images_and_labels, number
-from normlab.support.module_state import modes_kept
+from normlab.support.checks import number
+from normlab.support.module_state import device_of, evaluating, set_training
+from normlab.support.network_checks import check_logits, images_and_labels
 
 
 @dataclass(frozen=True)
 class EpochResult:
     """What one pass over the images gave.
 
-    `loss` is the mean cross-entropy in nats and `accuracy` the fraction of right images, every
-    image counted once; `penalty` is the mean of what was added to the loss; `seconds` wall time.
+    `loss` is the mean cross-entropy in nats and `accuracy` the fraction of images classified
+    correctly, every image counted once; `penalty` is what was added to the loss, as a mean over
+    images; `seconds` is wall time.
     """
 
     loss: float
@@ -33,69 +35,25 @@ class EpochResult:
 def batch_sums(
     logits: Tensor, labels: Tensor, penalty: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | float, int]:
-    """Sums over a batch of cross-entropies, right images, penalties (one an image), and images.
+    """The sums over a batch: cross-entropies, correct predictions, penalties, and images.
 
-    They stay on the device, so that no step waits for the host. What is no number is never right.
+    The penalty is counted once for each image. The sums stay on the device, so that no step waits
+    for the CPU. An image whose logits are NaN is counted as wrong.
     """
-    highest, guess = logits.max(1)  # as a maximum NaN would be the first class
+    highest, guess = logits.max(1)  # NaN counts as the maximum
     right = ((guess == labels) & ~highest.isnan()).sum()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return loss, right, penalty * len(labels), len(labels)
 
 
 def epoch_result(sums: Sequence[Iterable], started: float) -> EpochResult:
-    """The means over the images of all batches from their `batch_sums`; it waits for the device."""
+    """The means over all images, from the `batch_sums` of each batch; waits for the device."""
     columns = [list(map(torch.as_tensor, column)) for column in zip(*sums, strict=True)]
     totals = [float(torch.stack(column).cpu().double().sum()) for column in columns]
     if not totals or not totals[-1]:
         raise ValueError("there were no batches to loop over")
     images = int(totals.pop())
     return EpochResult(*(t / images for t in totals), images, time.perf_counter() - started)
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Where the network's weights are; the CPU if it has none."""
-    weight = next(network.parameters(), None)
-    return torch.device("cpu") if weight is None else weight.device
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every layer is in the mode it was in before."""
-    with modes_kept(network):
-        network.eval()
-        yield
-
-
-def set_training(network: nn.Module) -> None:
-    """Training mode, but for frozen layers and what lies in them.
-
-    A layer is frozen if it is in evaluation mode and has parameters, none of which is to be
-    trained: `layer.eval().requires_grad_(False)`. So its running statistics stay as they are.
-    Raises `ValueError` for a single layer in evaluation mode that has running statistics alone.
-    """
-    frozen = []
-    for name, layer in network.named_modules():
-        learns = [weight.requires_grad for weight in layer.parameters()]
-        asked = network.training and not layer.training and layer not in frozen
-        if asked and not learns and getattr(layer, "running_mean", None) is not None:
-            raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) is in evaluation mode, but with "
-                "affine=False it has no parameters by which it could be frozen: give it some, or "
-                "call train() on it"
-            )
-        if learns and not any(learns) and not layer.training:
-            frozen += [part for part in layer.modules() if not part.training]
-    network.train()
-    for layer in frozen:
-        layer.training = False
-
-
-@contextmanager
-def gradients() -> Iterator[None]:
-    """Gradients are computed inside the block, even where the caller has switched them off."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 def train_step(
@@ -135,7 +93,8 @@ def train_step(
     return logits.detach(), penalty
 
 
-@gradients()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_epoch(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import normlab as nl
-from normlab.assignments import build_variant, find_assignment
+from normlab.assignments import find_assignment
+from normlab.runs.jobs import build_variant
 
 # label, norm, groups of its norms, skip connections, L1 factor, parameters with ten classes
 EXPECTED = {

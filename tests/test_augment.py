@@ -137,22 +137,18 @@ def test_unknown_augmentation_suggests_the_nearest(typed, meant):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "wanted"),
     [
-        ("shift:0", "at least 1"),
-        ("shift:-2", "at least 1"),
-        ("shift:65", "at most 64"),
-        ("shift:1.5", "whole number"),
-        ("shift:nan", "finite"),
-        ("flip:nan", "finite"),
-        ("rotate:inf", "finite"),
-        ("flip:1.01", "at most 1"),
-        ("flip:-0.1", "at least 0"),
-        ("rotate:181", "at most 180"),
-        ("rotate:much", "much"),
-        ("shift:2:3", "2:3"),
+        ("shift:0", "a whole number from 1 to 64"),
+        ("shift:65", "a whole number from 1 to 64"),
+        ("shift:1.5", "a whole number from 1 to 64"),
+        ("shift:nan", "a whole number from 1 to 64"),
+        ("flip:1.01", "a number from 0 to 1"),
+        ("rotate:inf", "a number from 0 to 180"),
+        ("rotate:much", "a number from 0 to 180"),
+        ("shift:2:3", "a whole number from 1 to 64"),
     ],
 )
-def test_amount_out_of_range_is_refused_with_the_reason(text, reason):
-    with pytest.raises(ValueError, match=f"^augmentation '{text}': .*{reason}"):
+def test_amount_out_of_range_is_refused_with_the_range(text, wanted):
+    with pytest.raises(ValueError, match=f"^augmentation '{text}': the amount must be {wanted}$"):
         parse_augmentation(text)

@@ -24,8 +24,9 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 import normlab as nl
-import normlab.experiment
 from normlab.cli import main
+from normlab.datasets import loading
+from normlab.datasets.loading import load_dataset
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "normlab"
@@ -35,7 +36,8 @@ SOURCE = ROOT / "normlab"
 ORDER = (
     *("support.module_state", "support.checks", "support.output", "support.files"),
     *("support.locks", "support.colours", "support.figures", "support.seeding"),
-    *("support.devices", "support.progress", "support.signals", "support.summaries"),
+    *("support.network_checks", "support.devices", "support.progress", "support.signals"),
+    "support.summaries",
     *("norms", "penalties", "augment", "data", "model", "training", "optimizers", "recipes"),
     *("history", "analysis", "assignments", "plots", "images"),
     *("datasets.cache", "datasets.folders", "datasets.downloads", "datasets.loading"),
@@ -45,10 +47,10 @@ ORDER = (
     *("fitting", "experiment"),
     *("comparisons.intervals", "comparisons.comparison", "comparisons.fairness"),
     *("comparisons.report", "comparisons.sweep_plots", "comparisons.sweep_tables"),
-    "comparisons.sweeps",
+    *("comparisons.submissions", "comparisons.sweeps"),
     *("lessons.by_hand", "lessons.sharing", "lessons.diagrams", "lessons.explorer"),
-    *("lessons.spreadsheet", "lessons.invariance", "lessons.watching", "lessons.watch_plots"),
-    "lessons.range_test",
+    *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
+    *("lessons.watch_plots", "lessons.range_test"),
     *("cli", "__main__"),
 )
 # Imported by the functions that need them, so that the rest does not wait for them.
@@ -342,7 +344,7 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
         root = request.getfixturevalue("real_data_root")
         monkeypatch.setenv("NORMLAB_DATA", str(root))
         try:
-            nl.load_dataset(name, download=False)
+            load_dataset(name, download=False)
         except FileNotFoundError:
             pytest.skip(f"NORMLAB_DATA names a folder without {name}")
     if "FOLDER" in words:
@@ -351,7 +353,7 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
         words = words[: words.index("--dask")]  # `test_cluster.py` has a scheduler
     if words[0] in ("run", "sweep"):
         words += ["--epochs", "1", "--seeds", "1", "--device", "cpu"]  # the last one counts
-        monkeypatch.setattr(normlab.experiment, "load_dataset", load_few)
+        monkeypatch.setattr(loading, "load_dataset", load_few)
     monkeypatch.chdir(tmp_path)
     assert main(words) == 0
     assert capsys.readouterr().out
@@ -359,7 +361,7 @@ def test_a_command_of_the_readme_works(command, request, tmp_path, monkeypatch, 
 
 def load_few(*arguments, **options) -> nl.Dataset:
     """Of a large data set a few hundred images, which show as well that the command works."""
-    data = nl.load_dataset(*arguments, **options)
+    data = load_dataset(*arguments, **options)
     return data.subset(384, 128) if len(data.train_images) > 384 else data
 
 

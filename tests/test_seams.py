@@ -293,7 +293,7 @@ def test_an_augmentation_is_an_entry_in_a_table(tiny, tiny_network, monkeypatch)
     assert run.identity["recipe"]["augment"] == ["darken:4", "flip"]
     images, _ = next(iter(tiny.loader(True, 8, augment=("darken:4",), shuffle=False)))
     assert (images[:, :, :4].amin((1, 3)) == images.min()).any(1).all()
-    with pytest.raises(ValueError, match="the amount must be at most 12"):
+    with pytest.raises(ValueError, match="the amount must be a number from 1 to 12"):
         nl.Recipe(augment=("darken:13",))
     assert nl.plot_samples(tiny, augment=("darken",)).axes
     pyplot.close("all")

@@ -77,7 +77,7 @@ def results_as_dict(results: Results) -> dict:
         "title": results.assignment.title,
         "data": first.identity["data"] | {"source": results.data.source},
         "tested_on": results.data.test_name,
-        "from": _origins(results),
+        "from": _provenance(results),
         "variants": [
             row | _variant_as_dict(results, variant)
             for variant, row in zip(results.assignment.variants, rows, strict=True)
@@ -87,7 +87,7 @@ def results_as_dict(results: Results) -> dict:
     }
 
 
-def _origins(results: Results) -> dict[str, list]:
+def _provenance(results: Results) -> dict[str, list]:
     """What is known of where the runs came from: of each kind all that there is, by date."""
     origins = [run.provenance for runs in results.runs.values() for run in runs]
     origins.sort(key=itemgetter("date"))
@@ -178,7 +178,7 @@ def percent(row: dict) -> str:
 
 def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
     """`report.md`: the table, the figures but for `missing` ones, how everything was trained."""
-    data, origin, source = results.data, _origins(results), escaped(results.data.source)
+    data, origin, source = results.data, _provenance(results), escaped(results.data.source)
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
     period = " to ".join(dict.fromkeys((origin["date"][0], origin["date"][-1])))
 

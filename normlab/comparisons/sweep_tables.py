@@ -43,7 +43,7 @@ class SweepTable:
     def __init__(
         self,
         jobs: Sequence[Job],
-        cells: Sequence[tuple[str, float]],
+        bases: Sequence[tuple[str, float]],
         data: Dataset,
         file: Path | None,
         show: bool,
@@ -52,14 +52,14 @@ class SweepTable:
         """`show` prints a line for each run; the rest is as for `run_sweep`.
 
         Args:
-            jobs: for each seed one for each of the cells.
-            cells: the label of the assignment's variant, and the rate before scaling.
+            jobs: for each seed, one for each of `bases`.
+            bases: of each the label of the assignment's variant, and the rate before scaling.
             file: may hold rows of other sweeps, which stay in it.
         """
         self.data, self.file, self.show, self.after_each = data, file, show, after_each
         self.jobs, self.done = jobs, set()
-        each = zip(jobs, cycle(cells), strict=False)
-        self.rows = {job.directory: _row(job, data, *cell) for job, cell in each}
+        each = zip(jobs, cycle(bases), strict=False)
+        self.rows = {job.directory: _row(job, data, *base) for job, base in each}
 
     @property
     def runs(self) -> set[str]:
@@ -75,7 +75,7 @@ class SweepTable:
         # The rows first: one whose run is gone would pass for done.
         remove_runs(*self.rows, first=self._write)
 
-    def take_what_is_done(self, device: torch.device, kept: str | Path | None) -> list[Job]:
+    def take_finished(self, device: torch.device, kept: str | Path | None) -> list[Job]:
         """Takes the rows of finished runs, of those that diverged, and of `kept`.
 
         Returns the jobs left. The file's own rows are believed only of runs that diverged, since
@@ -87,11 +87,11 @@ class SweepTable:
         for job in self.jobs:
             run = self.rows[job.directory]["run"]
             if find_runs([job], self.data, device):
-                self._fill(job, _last(job))
+                self._set_results(job, _last(job))
             elif run in here and self._has_diverged(job, here[run]):
-                self._fill(job, {})
+                self._set_results(job, {})
             elif run in there:
-                self._fill(job, there[run])
+                self._set_results(job, there[run])
             else:
                 left.append(job)
         if self.done and self.show:
@@ -103,10 +103,10 @@ class SweepTable:
     def add(self, job: Job, outcome: object) -> None:
         """Takes the row of a run that has just ended, or whose loss diverged, and says so."""
         if isinstance(outcome, FloatingPointError):
-            self._fill(job, {})
+            self._set_results(job, {})
             result = str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
         else:
-            row = self._fill(job, _last(job))
+            row = self._set_results(job, _last(job))
             result = f"{row['test_accuracy']:.2%} in {row['seconds']:.0f} s"
         if self.show:
             print(f"{len(self.done)} of {len(self.jobs)}: {job.label}: {result}", flush=True)
@@ -123,7 +123,7 @@ class SweepTable:
     def _own(self) -> list[dict]:
         return [row for directory, row in self.rows.items() if directory in self.done]
 
-    def _fill(self, job: Job, measured: Mapping[str, float]) -> dict:
+    def _set_results(self, job: Job, measured: Mapping[str, float]) -> dict:
         """The row of a run with its results, of which one that diverged has none."""
         row = self.rows[job.directory]
         row |= {name: measured.get(name, math.nan) for name in RESULTS}

@@ -78,7 +78,7 @@ def run_sweep(
     """
     assignment = find_assignment(name)
     wanted, device = device, pick_device(device)  # a worker picks its own
-    variants, cells = _variants(assignment, norms, batch_sizes, lrs, scaling)
+    variants, bases = _combinations(assignment, norms, batch_sizes, lrs, scaling)
     load, data = _images(data, assignment, for_workers=dask is not None)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
@@ -89,13 +89,13 @@ def run_sweep(
         check_jobs(jobs, data, device)
         jobs = [_in_own_folder(job, data) for job in jobs]
         file = place / TABLE if directory else None
-        table = SweepTable(jobs, cells, data, file, progress, after_each)
+        table = SweepTable(jobs, bases, data, file, progress, after_each)
         if fresh and cluster is not None:
             cluster.check_images()
             cluster.forget(table.runs)
         if fresh:
             table.start_anew()
-        left = table.take_what_is_done(device, None if fresh else kept)
+        left = table.take_finished(device, None if fresh else kept)
         left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest
         apart = None if cluster is None else partial(cluster.train, wanted)
         outcomes = train(left, jobs, data, device=device, progress=False, apart=apart)
@@ -139,7 +139,7 @@ def _cluster(address: str, load: Callable[[], Dataset], data: Dataset) -> Cluste
     return Cluster(address, load, data)
 
 
-def _variants(
+def _combinations(
     assignment: Assignment,
     norms: Sequence[str] | None,
     batch_sizes: Sequence[int] | None,
@@ -148,8 +148,8 @@ def _variants(
 ) -> tuple[list[Variant], list[tuple[str, float]]]:
     """The variants of a sweep; for each the assignment's own label, and its rate before scaling."""
     norms, batch_sizes, lrs = check_axes(assignment, norms, batch_sizes, lrs, scaling)
-    variants, cells = [], []
-    for base in _bases(assignment, norms):
+    variants, bases = [], []
+    for base in _variants_of(assignment, norms):
         recipe = assignment.recipe_for(base, seed=0)
         for size, lr in product(batch_sizes or [recipe.batch_size], lrs or [recipe.lr]):
             words = [base.label]
@@ -158,8 +158,8 @@ def _variants(
             scaled = lr * (size / recipe.batch_size) ** SCALINGS[scaling]
             changes = {**base.changes, "batch_size": size, "lr": scaled}
             variants.append(replace(base, label=", ".join(words), changes=changes))
-            cells.append((base.label, lr))
-    return variants, cells
+            bases.append((base.label, lr))
+    return variants, bases
 
 
 def check_axes(
@@ -176,7 +176,7 @@ def check_axes(
     one_of(scaling, SCALINGS, "scaling of the rate")
     given = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs}
     axes = {what: None if each is None else as_list(each) for what, each in given.items()}
-    _bases(assignment, axes["norms"])
+    _variants_of(assignment, axes["norms"])
     for each in axes["batch_sizes"] or ():
         whole_number(each, "each of batch_sizes")
     for each in axes["lrs"] or ():
@@ -189,7 +189,7 @@ def check_axes(
     return tuple(axes.values())
 
 
-def _bases(assignment: Assignment, norms: Sequence[str] | None) -> list[Variant]:
+def _variants_of(assignment: Assignment, norms: Sequence[str] | None) -> list[Variant]:
     if norms is None:
         return list(assignment.variants)
     found = []

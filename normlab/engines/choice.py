@@ -10,9 +10,8 @@ from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
 from normlab.recipes import Recipe
 from normlab.support.checks import one_of
-from normlab.support.module_state import copied, has_hooks
+from normlab.support.module_state import copied, has_hooks, set_training
 from normlab.support.seeding import fork_random_state
-from normlab.training import set_training
 
 ENGINES = ("auto", "plain")
 

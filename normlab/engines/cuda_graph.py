@@ -18,8 +18,8 @@ from normlab import training
 from normlab.data import BatchLoader
 from normlab.engines.plain import Counted, PlainEngine
 from normlab.recipes import Recipe, make_optimizer
-from normlab.support.module_state import Attributes
-from normlab.training import EpochResult, batch_sums, epoch_result, evaluating, set_training
+from normlab.support.module_state import Attributes, evaluating, set_training
+from normlab.training import EpochResult, batch_sums, epoch_result
 
 
 class GraphEngine(PlainEngine):

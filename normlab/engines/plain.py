@@ -1,13 +1,15 @@
 """The plain way through an epoch: the loops of `training.py`, as a student would call them."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from normlab.data import BatchLoader
-from normlab.recipes import Recipe, make_optimizer, make_scheduler, step_options
+from normlab.data import BatchLoader, Dataset
+from normlab.recipes import DTYPES, SCHEDULES, Recipe, make_optimizer
 from normlab.support.seeding import seeded
 from normlab.training import EpochResult, test_epoch, train_epoch
 
@@ -65,3 +67,28 @@ class PlainEngine:
     def random_state(self) -> AbstractContextManager[None]:
         """The state from which this epoch's dropout is drawn."""
         return seeded(self.recipe.seed, "dropout", self.epoch, device=self.device)
+
+
+AUTOCAST = {"bfloat16": torch.bfloat16}  # what the forward pass of a step computes in, if another
+
+
+def step_options(recipe: Recipe) -> dict:
+    """What `train_step` is told by the recipe."""
+    loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    return {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
+
+
+def training_batches(data: Dataset, recipe: Recipe, device: torch.device) -> BatchLoader:
+    """The training images as the recipe takes them."""
+    options = {"augment": recipe.augment, "seed": recipe.seed, "dtype": DTYPES[recipe.dtype]}
+    return data.loader(batch_size=recipe.batch_size, device=device, **options)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, *, done: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A scheduler to step after every batch, for `steps` batches of which some are `done`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = recipe.lr
+    factor = functools.partial(SCHEDULES[recipe.schedule], steps=steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from normlab.norms import EPSILON, check_groups
+from normlab.norms import EPSILON
+from normlab.support.checks import check_groups
 
 N, C, H, W = range(4)  # the axes of a batch of images, by name
 

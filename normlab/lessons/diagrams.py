@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normlab.lessons.sharing import shared_statistics
-from normlab.norms import NORMS, NormKind, check_groups, norm_name
-from normlab.support.checks import plain, whole_number
+from normlab.norms import NORMS, NormKind, norm_name
+from normlab.support.checks import check_groups, plain, whole_number
 from normlab.support.figures import drawn, literal, new_axes
 
 if TYPE_CHECKING:
@@ -77,7 +77,13 @@ def draw_cube(ax: Axes, kind: NormKind, shape: tuple[int, int, int], groups: int
     ax.text(channels / 2, -0.6, -0.6, "C", ha="center", va="center")
     ax.text(channels + 0.6, images / 2, -0.6, "N", ha="center", va="center")
     ax.text(-0.3, -0.3, height / 2, "H, W", ha="right", va="center")
-    ax.set_title(kind.heading(groups), fontsize=10)
+    ax.set_title(heading(kind, groups), fontsize=10)
+
+
+def heading(kind: NormKind, groups: int = 1) -> str:
+    """The title without what follows the comma, and how many groups there are."""
+    split = f", {groups} group{'s' * (groups > 1)}" if "C/G" in kind.averaged else ""
+    return kind.title.split(",")[0].capitalize() + split
 
 
 def _first_set(kind: NormKind, shape: tuple[int, int, int], groups: int) -> tuple[slice, ...]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from normlab.lessons.by_hand import example_batch
 from normlab.lessons.diagrams import GAP, draw_cube, plot_shared
-from normlab.norms import NORMS, NormKind, check_groups, divisors, make_norm, norm_name
-from normlab.support.checks import one_of, plain, warn, whole_number
+from normlab.norms import NORMS, NormKind, make_norm, norm_name
+from normlab.support.checks import check_groups, divisors, one_of, plain, warn, whole_number
 from normlab.support.figures import drawn
 from normlab.support.seeding import generator
 

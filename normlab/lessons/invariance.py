@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import check_instance, check_weights, number, whole_number
+from normlab.support.checks import check_instance, number, whole_number
 from normlab.support.module_state import copied
+from normlab.support.network_checks import check_weights
 from normlab.support.seeding import seeded
 
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from normlab import training
 from normlab.data import Dataset
-from normlab.recipes import Recipe, make_optimizer, step_options, training_batches
+from normlab.engines.plain import step_options, training_batches
+from normlab.recipes import Recipe, make_optimizer
 from normlab.runs.jobs import check_trainable, move
-from normlab.support.checks import check_instance, check_weights, number, warn, whole_number
+from normlab.support.checks import check_instance, number, warn, whole_number
 from normlab.support.colours import curve_styles
 from normlab.support.devices import exact_float32, pick_device
 from normlab.support.figures import (
@@ -27,7 +28,8 @@ from normlab.support.figures import (
     place_legend,
     shortened,
 )
-from normlab.support.module_state import copied
+from normlab.support.module_state import copied, set_training
+from normlab.support.network_checks import check_weights
 from normlab.support.seeding import seeded
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ class RateTest:
         return plot_rates({self.recipe.optimizer: self}, ax=ax, title=title)
 
 
-@training.gradients()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def find_rate(
     network: nn.Module,
     data: Dataset,
@@ -123,7 +126,7 @@ def _losses(
     size = min(recipe.batch_size, len(data.train_images))
     whole = (batch for batch in batches if len(batch[1]) == size)  # short ones are noisier
     optimizer, options, losses = make_optimizer(network, recipe), step_options(recipe), []
-    training.set_training(network)
+    set_training(network)
     for rate, (images, labels) in zip(rates, whole, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.lessons.by_hand import example_batch
-from normlab.lessons.diagrams import tints
+from normlab.lessons.diagrams import heading, tints
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import EPSILON, NORMS, make_norm
 from normlab.support.files import atomic_write, user_path
@@ -116,7 +116,7 @@ def _write_norm(writer: ExcelWriter, name: str, kind: str, groups: int) -> None:
     if "N" in NORMS[kind].averaged:
         frames["A", RUNNING] = _table(members, RUNNING, KEPT)
     over = ", ".join(NORMS[kind].averaged)
-    title = f"{NORMS[kind].heading(groups)}: cells of one colour share a mean, over {over}"
+    title = f"{heading(NORMS[kind], groups)}: cells of one colour share a mean, over {over}"
     sheet = _write(writer, name, title, frames)
     sheet["A3"], sheet["L3"] = (
         "x, from the first sheet",

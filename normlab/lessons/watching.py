@@ -17,9 +17,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from normlab.norms import norm_layers
+from normlab.lessons.sparsity import small_share
+from normlab.norms import NORMS
 from normlab.optimizers import PLAIN_FACTOR
-from normlab.penalties import small_share
 from normlab.support.checks import check_instance, whole_number
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
     what = type(network).__name__
     if next(network.parameters(), None) is None:
         raise ValueError(f"{what} has no parameters, so that there is no training to watch")
-    classes = ((nn.modules.conv._ConvNd,), (nn.Linear,), norm_layers())
+    classes = ((nn.modules.conv._ConvNd,), (nn.Linear,), _norm_layers())
     layers = {
         layer: (name or what, kind)
         for name, layer in network.named_modules()
@@ -203,6 +203,12 @@ def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
     if all(kind == NORM for _, kind in layers.values()):
         raise ValueError(f"{what} has no convolution or linear layer to watch")
     return layers
+
+
+def _norm_layers() -> tuple[type[nn.Module], ...]:
+    """The classes of layers that are normalizations: torch's, and those of the table."""
+    made = {type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged}
+    return (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *made)
 
 
 class _Relus(TorchFunctionMode):

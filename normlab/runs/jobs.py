@@ -11,18 +11,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normlab.analysis import check_network
-from normlab.assignments import Assignment, Variant, build_variant
+from normlab.assignments import Assignment, Variant
 from normlab.data import Dataset
 from normlab.history import Run
+from normlab.model import build_network
 from normlab.penalties import l1_penalty
-from normlab.recipes import DTYPES, Recipe, trained_parameters
+from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.runs.folder import RunFolder, another_run
 from normlab.runs.identity import description, digest_of, identity
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
+from normlab.support.module_state import device_of, evaluating
+from normlab.support.network_checks import check_network
 from normlab.support.seeding import seeded
-from normlab.training import device_of, evaluating
 
 # How far apart the mean probability of the predicted classes may be where the same network with the
 # same weights predicts on another processor, after a training that a GPU may have done.
@@ -113,8 +114,8 @@ def _predicts_what_is_kept(run: Run, data: Dataset) -> bool:
 def check_trainable(network: nn.Module, data: Dataset, recipe: Recipe) -> None:
     """Raises an error of one sentence if the recipe cannot train the network on the data."""
     check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
-    trained_parameters(network, recipe)
-    check_network(network, data)
+    make_optimizer(network, recipe)
+    check_network(network, data.input_shape, len(data.classes))
     if recipe.l1:
         with evaluating(network):  # where a spectral norm takes no step
             l1_penalty(network)
@@ -151,6 +152,31 @@ def _build(assignment: Assignment, variant: Variant, seed: int, data: Dataset) -
     network = build_variant(assignment, variant, seed=seed, **shape)
     check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
     return network
+
+
+@torch.inference_mode(False)  # what is built in inference mode could not be trained
+def build_variant(
+    assignment: Assignment,
+    variant: Variant,
+    *,
+    seed: int,
+    classes: int,
+    input_shape: tuple[int, int, int],
+) -> nn.Module:
+    """The untrained network of one variant, with the same initial weights for the same seed."""
+    if assignment.build is not None:
+        with seeded(seed, "weights"):
+            return assignment.build(variant.norm)
+    return build_network(
+        assignment.network,
+        variant.norm,
+        groups=variant.groups,
+        dropout=assignment.dropout,
+        skip=variant.skip,
+        classes=classes,
+        input_shape=input_shape,
+        seed=seed,
+    )
 
 
 def with_kept(

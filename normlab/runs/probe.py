@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normlab.support.module_state import copied
+from normlab.support.module_state import copied, evaluating, set_training
 from normlab.support.seeding import generator, seeded
-from normlab.training import evaluating, set_training
 
 IMAGES = 2
 # How far apart the same logits may be, relative to the largest one. Processors, numbers of threads

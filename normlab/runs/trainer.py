@@ -12,9 +12,8 @@ from normlab.analysis import class_and_probability, predict
 from normlab.data import Dataset
 from normlab.engines.choice import ENGINES, make_engine
 from normlab.engines.cuda_graph import can_overlap
-from normlab.engines.plain import PlainEngine
+from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
-from normlab.recipes import training_batches
 from normlab.runs.folder import RunFolder
 from normlab.runs.identity import provenance, trained_identity
 from normlab.runs.jobs import CHANCE_EPOCHS, Job, Outcomes, find_runs, warn_if_at_chance
@@ -24,7 +23,6 @@ from normlab.support.locks import locked
 from normlab.support.module_state import modes_kept
 from normlab.support.progress import Progress
 from normlab.support.seeding import seeded
-from normlab.training import gradients
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -60,7 +58,7 @@ def fit_each(
     left = list(jobs)
     while left:
         now, left = left[:at_once], left[at_once:]
-        with exact_float32(), gradients():
+        with exact_float32(), torch.inference_mode(False), torch.enable_grad():
             outcomes = _fit_together(now, data, device, engine, progress)
         if without_room := [job for job in outcomes if outcomes[job] is None]:
             at_once, left = max(1, at_once // 2), without_room + left

@@ -18,14 +18,15 @@ import cloudpickle
 import torch
 
 from normlab.data import Dataset
+from normlab.engines.plain import step_options, training_batches
 from normlab.history import Run
-from normlab.recipes import make_optimizer, step_options, training_batches
+from normlab.recipes import make_optimizer
 from normlab.runs.folder import remove_runs
 from normlab.runs.jobs import Job, warn_if_at_chance
 from normlab.runs.probe import are_apart
-from normlab.support.module_state import copied
+from normlab.support.module_state import copied, evaluating
 from normlab.support.seeding import seeded
-from normlab.training import evaluating, train_epoch
+from normlab.training import train_epoch
 
 CPU = torch.device("cpu")
 MOST_BYTES = 50_000_000  # of a job: a network whose class refers to all images has more

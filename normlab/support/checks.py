@@ -7,12 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-
-from normlab.support.module_state import copied
-
 
 def nearest(value: object, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the allowed name that resembles `value` most, or nothing."""
@@ -98,67 +92,27 @@ def number(
     return float(value)
 
 
-def check_weights(network: nn.Module) -> None:
-    """Raises `ValueError` for a lazy layer, which makes its weights when it first sees images."""
-    for name, layer in network.named_modules():
-        if any(map(is_lazy, (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))):
-            raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) of {type(network).__name__} has no "
-                "weights yet: call the network once on images of the right shape, as in "
-                "network(torch.zeros(2, 1, 28, 28)), where it is built"
-            )
+def divisors(number: int) -> list[int]:
+    """The numbers of groups that `number` channels can be split into."""
+    return [count for count in range(1, number + 1) if number % count == 0]
 
 
-def images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch, if it consists of these two: (B, …) and int64 (B,)."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+def check_groups(groups: int | None, channels: int, name: str = "gn") -> None:
+    """Raises `ValueError` unless `groups` divides `channels`."""
+    if groups is None:
+        raise ValueError(f"{name} needs groups=…, the number of groups to split the channels into")
+    whole_number(groups, "groups")
+    if channels % groups:
+        allowed = ", ".join(map(str, divisors(channels)))
         raise ValueError(
-            f"a batch must be (images, labels), not a {type(batch).__name__}{size}: pick these two"
+            f"groups={groups} does not divide {channels} channels: it must be one of {allowed}"
         )
-    images, labels = batch
-    for each in batch:
-        check_instance(each, Tensor, "images and labels of a batch", "torch.as_tensor(…) makes one")
-    if labels.dtype != torch.int64 or labels.shape != (len(images),):
-        raise ValueError(
-            f"the labels of a batch of {len(images)} images must be int64 of shape "
-            f"({len(images)},), the numbers of their classes, not {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
-        )
-    return images, labels
 
 
-def check_logits(
-    network: nn.Module, images: Tensor, logits: object, classes: int | None = None
-) -> None:
-    """Raises an error of one sentence unless the network made logits (B, classes) of its images."""
-    name, count = type(network).__name__, len(images)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must return a tensor of logits, not a {type(logits).__name__}")
-    if logits.dim() == 2 and len(logits) == count and classes in (None, logits.shape[1]):
-        return
-    wanted = "(B, classes)" if classes is None else f"(B, {classes}) for {classes} classes"
-    cut = logits.dim() == 2 and len(logits) != count
-    raise ValueError(
-        f"{name} must return logits of shape {wanted}, not {tuple(logits.shape)} for B = {count}"
-        + (_where_cut(network, images, len(logits)) if cut else "")
-    )
-
-
-def _where_cut(network: nn.Module, images: Tensor, rows: int) -> str:
-    """The last layer that leaves a row for each image, where the network returns other `rows`."""
-    twin, calls = copied(network).eval(), []
-    for name, layer in twin.named_modules():
-        if next(layer.children(), None) is None:
-            layer.register_forward_hook(lambda *call, name=name: calls.append((name, *call)))
-    with torch.no_grad():
-        twin(images)
-    calls = [call for call in calls if getattr(call[-1], "shape", (0,))[0] == len(images)]
-    if not calls:
-        return ""
-    name, layer, _, output = calls[-1]
-    return (
-        f": layer {name!r} ({type(layer).__name__}) leaves {tuple(output.shape)}, of which a view "
-        f"or reshape then makes {rows} rows: it expects another size there, such as 1×1 from the "
-        "last pooling; x.flatten(1) keeps images apart"
-    )
+def height_and_width(size: object, name: str) -> list[int]:
+    """Returns [H, W] if `size` is two whole numbers; `name` is the norm that needs them."""
+    size = plain(size)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        given = "" if size is None else f", not {size!r}"
+        raise ValueError(f"{name} learns numbers for every pixel, so it needs size=(H, W){given}")
+    return [whole_number(side, "each side of size") for side in size]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -44,6 +45,44 @@ def modes_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for layer, mode in modes:
             layer.training = mode
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's weights are; the CPU if it has none."""
+    weight = next(network.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every layer is in the mode it was in before."""
+    with modes_kept(network):
+        network.eval()
+        yield
+
+
+def set_training(network: nn.Module) -> None:
+    """Training mode, but for frozen layers and what lies in them.
+
+    A layer is frozen if it is in evaluation mode and has parameters, none of which is to be
+    trained: `layer.eval().requires_grad_(False)`. So its running statistics stay as they are.
+    Raises `ValueError` for a single layer in evaluation mode that has running statistics alone.
+    """
+    frozen = []
+    for name, layer in network.named_modules():
+        learns = [weight.requires_grad for weight in layer.parameters()]
+        asked = network.training and not layer.training and layer not in frozen
+        if asked and not learns and getattr(layer, "running_mean", None) is not None:
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) is in evaluation mode, but with "
+                "affine=False it has no parameters by which it could be frozen: give it some, or "
+                "call train() on it"
+            )
+        if learns and not any(learns) and not layer.training:
+            frozen += [part for part in layer.modules() if not part.training]
+    network.train()
+    for layer in frozen:
+        layer.training = False
 
 
 class Attributes:

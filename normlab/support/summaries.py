@@ -8,8 +8,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import check_weights, image_shape
+from normlab.support.checks import image_shape
 from normlab.support.module_state import copied, modes_kept
+from normlab.support.network_checks import check_weights
 from normlab.support.seeding import fork_random_state
 
 

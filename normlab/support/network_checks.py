@@ -1,0 +1,136 @@
+"""Checks of networks, of their batches and of what they return: a failure is one sentence."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from normlab.support.checks import check_instance, warn
+from normlab.support.module_state import copied, evaluating
+from normlab.support.seeding import fork_random_state
+
+
+def check_weights(network: nn.Module) -> None:
+    """Raises `ValueError` for a lazy layer, which makes its weights when it first sees images."""
+    for name, layer in network.named_modules():
+        if any(map(is_lazy, (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))):
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) of {type(network).__name__} has no "
+                "weights yet: call the network once on images of the right shape, as in "
+                "network(torch.zeros(2, 1, 28, 28)), where it is built"
+            )
+
+
+def trained_parameters(network: nn.Module) -> list[Tensor]:
+    """The parameters to be trained; `ValueError` if there are none, or none can have gradients."""
+    check_weights(network)
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    if not weights:
+        raise ValueError(f"{type(network).__name__} has no parameters to train")
+    if any(weight.is_inference() for weight in weights):
+        raise ValueError(
+            f"{type(network).__name__} was built under torch.inference_mode(), whose tensors have "
+            "no gradients: build it outside"
+        )
+    return weights
+
+
+def own_weight(name: str, layer: nn.Module) -> Tensor | None:
+    """The layer's weight if an optimiser can hold it; None if it is not to be trained."""
+    own = dict(layer.named_parameters())
+    if "weight" in own:
+        return own["weight"]
+    if any(weight.requires_grad for part, weight in own.items() if part != "bias"):
+        raise ValueError(
+            f"the weight of layer {name!r} ({type(layer).__name__}) is computed from "
+            f"{' and '.join(part for part in own if part != 'bias')}, but Muon and centred=True "
+            "change weights themselves: use optimizer='sgd' or 'adamw', with centred=False"
+        )
+    return None
+
+
+def warn_of_batch_statistics(network: nn.Module) -> None:
+    """Warns of batch normalization whose predictions for an image depend on the others."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            warn(
+                f"layer {name!r} ({type(layer).__name__}) keeps no running statistics "
+                "(track_running_stats=False): what the network predicts for an image depends on "
+                "the other images of its batch"
+            )
+            return
+
+
+def check_network(network: nn.Module, shape: tuple[int, int, int], classes: int) -> None:
+    """Tries two images (C, H, W); raises `ValueError` if they or the classes do not fit."""
+    check_weights(network)
+    example = next(network.parameters(), torch.zeros(()))
+    images = torch.zeros(2, *shape, dtype=example.dtype, device=example.device)
+    before = {name for name, _ in network.named_parameters()}
+    try:
+        with torch.no_grad(), evaluating(network), fork_random_state(example.device):
+            logits = network(images)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(network).__name__} cannot take images of shape {shape}: {error}"
+        ) from error
+    check_logits(network, images, logits, classes)
+    if made := [name for name, _ in network.named_parameters() if name not in before]:
+        raise ValueError(
+            f"{type(network).__name__} makes {made[0]!r} only when it first sees images: "
+            "make it in __init__, or call the network once on images where it is built"
+        )
+
+
+def images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch, if it consists of these two: (B, …) and int64 (B,)."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise ValueError(
+            f"a batch must be (images, labels), not a {type(batch).__name__}{size}: pick these two"
+        )
+    images, labels = batch
+    for each in batch:
+        check_instance(each, Tensor, "images and labels of a batch", "torch.as_tensor(…) makes one")
+    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+        raise ValueError(
+            f"the labels of a batch of {len(images)} images must be int64 of shape "
+            f"({len(images)},), the numbers of their classes, not {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    return images, labels
+
+
+def check_logits(
+    network: nn.Module, images: Tensor, logits: object, classes: int | None = None
+) -> None:
+    """Raises an error of one sentence unless the network made logits (B, classes) of its images."""
+    name, count = type(network).__name__, len(images)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must return a tensor of logits, not a {type(logits).__name__}")
+    if logits.dim() == 2 and len(logits) == count and classes in (None, logits.shape[1]):
+        return
+    wanted = "(B, classes)" if classes is None else f"(B, {classes}) for {classes} classes"
+    cut = logits.dim() == 2 and len(logits) != count
+    raise ValueError(
+        f"{name} must return logits of shape {wanted}, not {tuple(logits.shape)} for B = {count}"
+        + (_where_cut(network, images, len(logits)) if cut else "")
+    )
+
+
+def _where_cut(network: nn.Module, images: Tensor, rows: int) -> str:
+    """The last layer that leaves a row for each image, where the network returns other `rows`."""
+    twin, calls = copied(network).eval(), []
+    for name, layer in twin.named_modules():
+        if next(layer.children(), None) is None:
+            layer.register_forward_hook(lambda *call, name=name: calls.append((name, *call)))
+    with torch.no_grad():
+        twin(images)
+    calls = [call for call in calls if getattr(call[-1], "shape", (0,))[0] == len(images)]
+    if not calls:
+        return ""
+    name, layer, _, output = calls[-1]
+    return (
+        f": layer {name!r} ({type(layer).__name__}) leaves {tuple(output.shape)}, of which a view "
+        f"or reshape then makes {rows} rows: it expects another size there, such as 1×1 from the "
+        "last pooling; x.flatten(1) keeps images apart"
+    )
