@@ -186,7 +186,7 @@ def _sweep(options: argparse.Namespace, assignment, load, out: Path) -> None:
 def _draw_sweep(figure: Path, table, *, between: float = 0) -> None:
     """Draws a table, unless its figure is younger than so many seconds."""
     from normlab.comparisons.sweep_plots import plot_sweep
-    from normlab.plots import save_if_drawn
+    from normlab.support.figures import save_if_drawn
 
     if not figure.is_file() or time.time() - figure.stat().st_mtime >= between:
         save_if_drawn(partial(plot_sweep, table), figure)
