@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.history import QUANTITIES
-from normlab.plots import NAMES
+from normlab.plots import NAMES, save_if_drawn
 from normlab.support.checks import one_of
 from normlab.support.colours import curve_styles
 from normlab.support.figures import (
@@ -116,3 +119,9 @@ def _title(table: DataFrame, quantity: str) -> str:
     seeds = f"mean ± sd of {most} seeds" if most > 1 else "one seed"
     source = f", {table.attrs['source']}" if "source" in table.attrs else ""
     return f"{NAMES[quantity][0]}{source}, last epoch, {seeds}"
+
+
+def save_sweep_plot(path: Path, table: DataFrame, *, seconds: float = 0) -> None:
+    """Saves `plot_sweep`, unless the figure that is there is younger than so many seconds."""
+    if not path.is_file() or time.time() - path.stat().st_mtime >= seconds:
+        save_if_drawn(partial(plot_sweep, table), path)
