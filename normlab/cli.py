@@ -3,7 +3,6 @@
 import argparse
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from functools import partial
@@ -107,37 +106,29 @@ def _check_sweep(options: argparse.Namespace) -> tuple:
 
 def _check_training(options: argparse.Namespace, assignment, dataset: str) -> tuple:
     """A function that loads the images, and the output folder, if all options are in order."""
-    from normlab.datasets.loading import DATASETS, check_dataset_name
+    from normlab.datasets.loading import (
+        DATASETS,
+        check_dataset_name,
+        check_root,
+        load_assignment_data,
+    )
     from normlab.runs.jobs import seed_numbers
     from normlab.support.checks import whole_number
     from normlab.support.devices import pick_device
 
-    dataset, root = options.dataset or dataset, options.data_root
+    dataset, root, side = options.dataset or dataset, options.data_root, options.image_size
     check_dataset_name(dataset)
+    check_root(root)
     seed_numbers(options.seeds)
-    if options.image_size is not None:
-        whole_number(options.image_size, "--image-size")
+    if side is not None:
+        whole_number(side, "--image-size")
     assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
     pick_device(options.device)
-    _check_root(root)
     # Absolute, since workers are started elsewhere.
     place = dataset if dataset in DATASETS else user_path(dataset).resolve()
-    load = partial(_load, assignment, place, root and root.resolve(), options.image_size)
+    load = partial(load_assignment_data, assignment, place, root and root.resolve(), side=side)
     sweep = "sweep-" if options.work is _sweep else ""
     return load, options.out or Path("runs") / f"{sweep}{assignment.name}-{Path(place).name}"
-
-
-def _check_root(root: Path | None) -> None:
-    if root is not None and not root.is_dir():
-        raise FileNotFoundError(f"the data root {root} is not a folder")
-
-
-def _load(assignment, dataset: str | Path, root: Path | None, side: int | None):
-    """Here, and on each worker of a cluster, whose data root may be missing."""
-    from normlab.datasets.loading import load_assignment_data
-
-    _check_root(root)
-    return load_assignment_data(assignment, dataset, root, side=side)
 
 
 def _common(options: argparse.Namespace) -> dict:
@@ -163,6 +154,7 @@ def _run(options: argparse.Namespace, assignment, load, out: Path) -> None:
 
 
 def _sweep(options: argparse.Namespace, assignment, load, out: Path) -> None:
+    from normlab.comparisons.sweep_plots import save_sweep_plot
     from normlab.comparisons.sweep_tables import TABLE, summary_table
     from normlab.comparisons.sweeps import run_sweep
 
@@ -176,20 +168,11 @@ def _sweep(options: argparse.Namespace, assignment, load, out: Path) -> None:
         data=load,
         directory=out,
         dask=options.dask,
-        after_each=partial(_draw_sweep, figure, between=20),
+        after_each=partial(save_sweep_plot, figure, seconds=20),
         **_common(options),
     )
-    _draw_sweep(figure, table)
+    save_sweep_plot(figure, table)
     print(f"\n{summary_table(table)}\n\n{TABLE}, {figure.name} and the runs are in {out}")
-
-
-def _draw_sweep(figure: Path, table, *, between: float = 0) -> None:
-    """Draws a table, unless its figure is younger than so many seconds."""
-    from normlab.comparisons.sweep_plots import plot_sweep
-    from normlab.plots import save_if_drawn
-
-    if not figure.is_file() or time.time() - figure.stat().st_mtime >= between:
-        save_if_drawn(partial(plot_sweep, table), figure)
 
 
 # --- list, summary, data ----------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The optimisers, and gradient centralization: the table below names those of a `Recipe`.
 
-Batch normalization centres every channel. Group and layer normalization share their mean among
-channels, so a filter whose weights do not sum to 0 gives its channel an offset that stays, and the
-few large singular values of the gradients decide each step. `centralize_gradients` takes away the
-offset, `Muon` makes all singular values alike.
+Batch normalization centres every channel. Group and layer normalization share a mean among
+channels: a filter whose weights do not sum to 0 gives its channel an offset that stays, and a few
+large singular values of the gradients dominate each step. `centralize_gradients` removes the
+offset, `Muon` makes all singular values about equal.
 """
 
 from collections.abc import Iterable
@@ -15,20 +15,20 @@ from torch.optim import SGD, AdamW, Optimizer
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.support.network_checks import own_weight
 
-PLAIN_FACTOR = 5.0  # rate of what Muon does not orthogonalise, over that of what it does
+PLAIN_FACTOR = 5.0  # times the rate, for the parameters that Muon does not orthogonalise
 
-# Coefficients of the polynomial that pulls singular values towards 1 in few steps: Jordan et al.
+# Coefficients of Jordan et al. for the polynomial that brings singular values near 1 in few steps.
 _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def filters(network: nn.Module) -> list[Tensor]:
-    """The weights to train of convolutions and linear layers, shared ones once.
+    """The weights of convolutions and linear layers that are trained; a shared one is counted once.
 
-    Without the last layer defined, which makes logits, and transposed convolutions, whose weights
-    are (in, out, …). Raises `ValueError` for a layer whose weight is computed from others, as by
-    `weight_norm`: no optimiser holds it.
+    The last layer is left out, since it makes the logits, and so are transposed convolutions, whose
+    weights are (in, out, …). Raises `ValueError` for a layer whose weight is computed from others,
+    as by `weight_norm`: no optimiser holds it.
     """
-    # By the kind of layer, since scales of an element-wise LayerNorm have as many axes as filters.
+    # By the class of layer: the scale of an element-wise LayerNorm has many axes but no filters.
     layers = [(name, m) for name, m in network.named_modules() if isinstance(m, WEIGHT_LAYERS)]
     transposed = nn.modules.conv._ConvTransposeNd
     weights = [own_weight(*each) for each in layers[:-1] if not isinstance(each[1], transposed)]
@@ -40,8 +40,8 @@ def filters(network: nn.Module) -> list[Tensor]:
 def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
     """From its next step on, `optimizer` keeps the mean of each filter of `weights` at 0.
 
-    A filter is what makes one output of a weight (out, in, …). Means are taken off the gradients
-    before a step, and off the weights after it, which matters in the first step only.
+    A filter is the part of a weight (out, in, …) that makes one output. Means are subtracted from
+    the gradients before each step, and from the weights after it, which matters in the first only.
     Source: Yong et al., "Gradient Centralization", 2020.
     """
 
@@ -50,10 +50,10 @@ def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
         for each in tensors:
             each.sub_(each.mean(dim=tuple(range(1, each.dim())), keepdim=True))
 
-    def gradients() -> list[Tensor]:
-        return [weight.grad for weight in weights if weight.grad is not None]
+    def before_step(*_: object) -> None:
+        centralize(weight.grad for weight in weights if weight.grad is not None)
 
-    optimizer.register_step_pre_hook(lambda *_: centralize(gradients()))
+    optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(lambda *_: centralize(weights))
 
 
@@ -62,7 +62,7 @@ class Muon(Optimizer):
 
     A filter bank's step, as a matrix (out, in · kernel), is replaced by one with the same singular
     vectors whose singular values are all about 1: no direction is learned slower than another.
-    All other parameters take the plain step at `PLAIN_FACTOR` times the rate, without decay.
+    All other parameters take the plain SGD step at `PLAIN_FACTOR` times the rate, without decay.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024;
     `torch.optim.Muon` is the same for matrices alone.
@@ -70,7 +70,7 @@ class Muon(Optimizer):
     Args:
         orthogonal: the filters, each (out, in, …); `plain` are the other parameters.
         lr: learning rate of the filters, a number or a tensor of one.
-        momentum: share of the running mean of gradients.
+        momentum: factor of the earlier gradients in the running mean.
         weight_decay: of the filters, in units of the rate (Loshchilov & Hutter 2019).
     """
 

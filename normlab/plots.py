@@ -6,14 +6,13 @@ figure. None calls `show`: a notebook shows its figures by itself, a script save
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normlab.history import QUANTITIES, Run
-from normlab.support.checks import one_of, warn
+from normlab.support.checks import one_of
 from normlab.support.colours import curve_styles, legible
 from normlab.support.figures import (
     drawn,
@@ -21,11 +20,9 @@ from normlab.support.figures import (
     label_axes,
     legend_height,
     new_axes,
-    own_style,
     place_legend,
     shortened,
 )
-from normlab.support.files import atomic_write, user_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,28 +281,3 @@ def _write_counts(ax: Axes, counts: np.ndarray) -> None:
         weight = "bold" if row == column else "normal"
         text = ax.text(column, row, f"{counts[row, column]}", fontweight=weight, **look)
         text.set_in_layout(False)  # the axes hold it anyway; to measure thousands takes long
-
-
-def save_if_drawn(draw: Callable[[], Figure], path: Path) -> bool:
-    """Saves the figure that `draw` makes; returns whether, with a warning where that fails."""
-    try:
-        save_figure(draw(), path)
-    except Exception as error:  # whatever it is: it must not cost a training its other results
-        warn(f"{path.name} could not be drawn: {type(error).__name__}: {error}")
-        return False
-    return True
-
-
-def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
-    """Writes the figure, whole or not at all, and closes it; returns the path.
-
-    The name's ending says the format: png, svg or pdf; `ValueError` for another.
-    """
-    from matplotlib import pyplot
-
-    path = user_path(path)
-    form = one_of(path.suffix.lstrip("."), ("png", "svg", "pdf"), "ending of a figure's name")
-    with own_style(), atomic_write(path) as aside:
-        figure.savefig(aside, dpi=dpi, format=form, facecolor=figure.get_facecolor())
-    pyplot.close(figure)
-    return path

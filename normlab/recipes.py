@@ -32,9 +32,9 @@ class Recipe:
         centred: gradient centralization, which keeps the mean of every filter at 0 (Yong et al.
             2020; `optimizers.centralize_gradients`).
         schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
-            2018), "cosine" (Loshchilov & Hutter 2017), "constant"; it moves after every step.
+            2018), "cosine" (Loshchilov & Hutter 2017), "constant"; it changes after every step.
         l1: factor of `l1_penalty` in the loss.
-        label_smoothing: share of the target spread over all classes (Szegedy et al. 2016).
+        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
         augment: names as for `parse_augmentation`, applied in order: "shift:2", "flip", "rotate".
         dtype: "float32" on every device, without TF32; "float64" for comparisons that must be
             exact; "bfloat16" for mixed precision in training, while weights, loss and tests stay in

@@ -16,7 +16,8 @@ from normlab.assignments import Variant, folder_name
 from normlab.comparisons.comparison import Difference, compare, main_effects
 from normlab.experiment import Results
 from normlab.images import plot_mistakes
-from normlab.plots import plot_curves, plot_loss_and_accuracy, save_if_drawn
+from normlab.plots import plot_curves, plot_loss_and_accuracy
+from normlab.support.figures import save_if_drawn
 from normlab.support.files import user_path, write_json, write_text
 
 if TYPE_CHECKING:

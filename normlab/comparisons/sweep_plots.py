@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.history import QUANTITIES
@@ -15,6 +18,7 @@ from normlab.support.figures import (
     legend_height,
     new_axes,
     place_legend,
+    save_if_drawn,
     shortened,
 )
 
@@ -116,3 +120,9 @@ def _title(table: DataFrame, quantity: str) -> str:
     seeds = f"mean ± sd of {most} seeds" if most > 1 else "one seed"
     source = f", {table.attrs['source']}" if "source" in table.attrs else ""
     return f"{NAMES[quantity][0]}{source}, last epoch, {seeds}"
+
+
+def save_sweep_plot(path: Path, table: DataFrame, *, seconds: float = 0) -> None:
+    """Saves `plot_sweep`, unless the figure that is there is younger than so many seconds."""
+    if not path.is_file() or time.time() - path.stat().st_mtime >= seconds:
+        save_if_drawn(partial(plot_sweep, table), path)

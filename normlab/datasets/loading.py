@@ -100,6 +100,12 @@ def _read_digits(shape: tuple[int, int, int]) -> Dataset:
     return Dataset("digits", *parts, digits.target_names, "scikit-learn digits")
 
 
+def check_root(root: str | Path | None) -> None:
+    """Raises `FileNotFoundError` for a data root that is no folder."""
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"the data root {root} is not a folder")
+
+
 def load_assignment_data(
     assignment: Assignment,
     name: str | Path | None = None,
@@ -112,6 +118,7 @@ def load_assignment_data(
     The bundled digits take the shape that the assignment's network is made for; `side` resizes
     the images of any data set, to as many channels as that network has.
     """
+    check_root(root)  # on a worker of a cluster it may be missing
     name = name or assignment.dataset
     shape = NETWORKS[assignment.network].input_shape if assignment.network else (1, 28, 28)
     if side is not None:

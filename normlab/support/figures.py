@@ -11,7 +11,11 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
+
+from normlab.support.checks import one_of, warn
+from normlab.support.files import atomic_write, user_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,3 +115,28 @@ def literal(text: str) -> str:
     The bytes of a file's name that are no text, which no font has, become `?`.
     """
     return re.sub(r"(?<!\\)\$", r"\\$", str(text).encode(errors="replace").decode())
+
+
+def save_if_drawn(draw: Callable[[], Figure], path: Path) -> bool:
+    """Saves the figure that `draw` makes; returns whether, with a warning where that fails."""
+    try:
+        save_figure(draw(), path)
+    except Exception as error:  # whatever it is: it must not cost a training its other results
+        warn(f"{path.name} could not be drawn: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
+    """Writes the figure, whole or not at all, and closes it; returns the path.
+
+    The name's ending says the format: png, svg or pdf; `ValueError` for another.
+    """
+    from matplotlib import pyplot
+
+    path = user_path(path)
+    form = one_of(path.suffix.lstrip("."), ("png", "svg", "pdf"), "ending of a figure's name")
+    with own_style(), atomic_write(path) as aside:
+        figure.savefig(aside, dpi=dpi, format=form, facecolor=figure.get_facecolor())
+    pyplot.close(figure)
+    return path

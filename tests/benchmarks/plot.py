@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-from normlab.plots import save_figure
 from normlab.support.colours import COLOURS
+from normlab.support.figures import save_figure
 
 RESULTS = Path(__file__).parent / "results"
 
