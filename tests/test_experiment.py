@@ -427,6 +427,28 @@ def test_a_network_whose_kept_run_is_refused_keeps_its_weights(tiny, tiny_networ
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+class Counting(torch.nn.Sequential):
+    """Gives other classes in evaluation once it was trained: no file keeps what Python counts."""
+
+    steps = 0
+
+    def forward(self, x):
+        self.steps += self.training
+        logits = super().forward(x)
+        return logits.flip(1) if self.steps > 2 and not self.training else logits
+
+
+def test_a_network_that_remembers_more_than_its_weights_comes_back_or_is_refused(tiny, tmp_path):
+    own = nl.Assignment(
+        "own", "Own", "tiny", ("bn",), nl.Recipe(epochs=1, batch_size=32),
+        build=lambda _: Counting(torch.nn.Flatten(), torch.nn.Linear(144, 4)),
+    )  # fmt: skip
+    (one,) = run(own, tiny, tmp_path)[own.variants[0].label]
+    assert torch.equal(nl.predict(one.network, tiny).argmax(1), one.predicted)
+    with pytest.raises(ValueError, match="predicted otherwise"):
+        run(own, tiny, tmp_path)
+
+
 def test_fresh_trains_even_what_is_kept(finished, tiny, tiny_assignment, tmp_path, watch):
     _, kept = finished
     run(tiny_assignment, tiny, tmp_path, kept=kept, fresh=True)

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,9 +25,7 @@ from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
 from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import Job, check_jobs, warn_if_at_chance
-from normlab.runs.trainer import fit_each
-from normlab.support.locks import InUse, locked
+from normlab.support.locks import InUse
 
 AUGMENT = ("shift:1", "flip")
 RECIPE = nl.Recipe(epochs=3, batch_size=16, lr=0.1)
@@ -445,136 +442,6 @@ def test_a_loss_that_is_no_number_is_explained_and_finished_epochs_are_kept(
     assert (tmp_path / "history.csv").read_text().splitlines()[1:] == kept
 
 
-# --- several at once -------------------------------------------------------------------------
-
-
-def job_of(network, recipe=RECIPE, directory=None, label=""):
-    return Job(lambda: network, recipe, directory, label)
-
-
-def three_jobs(tiny_network, folder=None, **changes):
-    """Three networks to train at once; `changes` are the recipe of the second one."""
-    recipes = (RECIPE, RECIPE.replace(**changes), RECIPE)
-    return [
-        job_of(tiny_network("gn", seed), recipe, folder and folder / str(seed), f"number {seed}")
-        for seed, recipe in enumerate(recipes)
-    ]
-
-
-def fit_together(jobs, data):
-    """The runs of jobs that are done at once, in their order; raises the error of one that failed.
-
-    They are told by their labels.
-    """
-    outcomes = {
-        job.label: outcome
-        for job, outcome in fit_each(jobs, data, device="cpu", progress=False, at_once=len(jobs))
-    }
-    for outcome in outcomes.values():
-        if isinstance(outcome, Exception):
-            raise outcome
-    return [outcomes[job.label] for job in jobs]
-
-
-def test_several_at_once_give_what_each_gives_alone(tiny, tiny_network):
-    runs = fit_together(three_jobs(tiny_network), tiny)
-    for seed, run in enumerate(runs):
-        assert_same_run(run, fit(tiny_network("gn", seed), tiny))
-
-
-def test_one_that_diverges_does_not_keep_the_others_from_their_end(tiny, tiny_network, tmp_path):
-    for _ in range(2):  # the same call again finds the others done, and says the same
-        jobs = three_jobs(tiny_network, tmp_path, lr=1e30)
-        with pytest.raises(FloatingPointError, match=r"^number 1: the training loss became"):
-            fit_together(jobs, tiny)
-        finished = [RunFolder(job.directory).is_finished() for job in jobs]
-        assert finished == [True, False, True]
-    kept = fit(tiny_network("gn", 2), tiny, directory=tmp_path / "2")
-    assert_same_run(kept, fit(tiny_network("gn", 2), tiny))
-
-
-def test_an_interrupt_of_several_loses_no_finished_epoch_of_any(tiny, tiny_network, tmp_path):
-    jobs = three_jobs(tiny_network, tmp_path)
-
-    def interrupt(number, _):
-        if number == 6 + 3:
-            raise KeyboardInterrupt
-
-    stop = on_training_batch(jobs[1].build(), interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fit_together(jobs, tiny)
-    stop()
-    kept = [len(RunFolder(job.directory).history_so_far()) for job in jobs]
-    assert kept == [2, 1, 1]
-    for seed, run in enumerate(fit_together(jobs, tiny)):
-        assert_same_run(run, fit(tiny_network("gn", seed), tiny))
-
-
-class SmallMemory:
-    """Stands in for a GPU that has room for so many trainings: `method` fails in one too many."""
-
-    def __init__(self, monkeypatch, room, method="prepare", error=torch.OutOfMemoryError):
-        self.opened, open_now = [], set()
-        prepare, close, fails = CpuEngine.prepare, CpuEngine.close, getattr(CpuEngine, method)
-
-        def opening(engine):
-            open_now.add(engine)
-            self.opened.append(len(open_now))
-            return failing(engine) if method == "prepare" else prepare(engine)
-
-        def failing(engine, *arguments):
-            if len(open_now) > room and (method == "prepare" or engine.epoch == 1):
-                raise error("MPS backend out of memory (MPS allocated: 18.13 GB)")
-            return fails(engine, *arguments)
-
-        def closing(engine):
-            open_now.discard(engine)
-            close(engine)
-
-        monkeypatch.setattr(CpuEngine, method, failing)
-        monkeypatch.setattr(CpuEngine, "prepare", opening)
-        monkeypatch.setattr(CpuEngine, "close", closing)
-
-
-@pytest.mark.parametrize("method", ["prepare", "collect"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # CUDA's and Apple's
-@pytest.mark.parametrize("room", [1, 2])
-def test_where_memory_is_short_fewer_are_trained_at_once(
-    method, error, room, tiny, tiny_network, monkeypatch
-):
-    expected = [fit(tiny_network("gn", seed), tiny) for seed in range(3)]
-    memory = SmallMemory(monkeypatch, room, method, error)
-    runs = fit_together(three_jobs(tiny_network), tiny)
-    for run, alone in zip(runs, expected, strict=True):
-        assert_same_run(run, alone)
-    assert memory.opened[0] == 1
-    assert len(memory.opened) > 3
-
-
-def test_one_that_is_too_large_by_itself_is_named(tiny, tiny_network, tmp_path, monkeypatch):
-    jobs = three_jobs(tiny_network, tmp_path)
-
-    def prepare(engine):
-        if engine.network is jobs[1].build():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return ""
-
-    monkeypatch.setattr(CpuEngine, "prepare", prepare)
-    with pytest.raises(RuntimeError, match=r"too small for number 1 in batches of 16: use a small"):
-        fit_together(jobs, tiny)
-    finished = [RunFolder(job.directory).is_finished() for job in jobs]
-    assert finished == [True, False, True]
-
-
-def test_networks_that_draw_random_numbers_get_ready_one_after_another(
-    tiny, tiny_network, monkeypatch
-):
-    memory = SmallMemory(monkeypatch, room=3)
-    jobs = [job_of(tiny_network(dropout=0.3), RECIPE.replace(epochs=1)) for _ in range(3)]
-    fit_together(jobs, tiny)
-    assert memory.opened == [1, 1, 1]
-
-
 # --- warnings --------------------------------------------------------------------------------
 
 
@@ -603,15 +470,6 @@ def test_labels_that_are_all_the_same_are_what_the_warning_is_about(tiny, tiny_n
     with pytest.warns(UserWarning, match="all training images have the label 'b'") as caught:
         fit(tiny_network(), same, RECIPE.replace(epochs=5))
     assert len(caught) == 1
-
-
-@pytest.mark.parametrize(("accuracy", "warned"), [(0.95, 1), (0.965, 0), (1.0, 0)])
-def test_chance_is_that_of_the_most_frequent_class(tiny, recwarn, accuracy, warned):
-    labels = torch.zeros_like(tiny.train_labels)
-    labels[:5] = 1  # 91 of 96 are of class 0: 0.948
-    history = [{"train_accuracy": accuracy}] * 5
-    warn_if_at_chance(job_of(None, label="it"), history, replace(tiny, train_labels=labels))
-    assert len(recwarn) == warned
 
 
 # --- modes -----------------------------------------------------------------------------------
@@ -709,18 +567,6 @@ def test_a_network_of_inference_mode_cannot_be_trained(tiny, tiny_network):
         network = tiny_network()
     with pytest.raises(ValueError, match=r"TinyNetwork was built under torch\.inference_mode"):
         fit(network, tiny)
-
-
-def test_to_ask_whether_a_run_is_done_changes_nothing(tiny, tiny_network, tmp_path):
-    recipe = RECIPE.replace(epochs=1, dtype="float64")
-    network = tiny_network()
-    assert not job_of(network, recipe, tmp_path).is_done(tiny)
-    fit(tiny_network(), tiny, recipe, tmp_path)
-    assert job_of(network, recipe, tmp_path).is_done(tiny)
-    assert network.training
-    assert {(w.device.type, w.dtype) for w in network.parameters()} == {("cpu", torch.float32)}
-    with pytest.raises(ValueError, match="'float64' is not available on device 'mps'"):
-        check_jobs([job_of(network, recipe)], tiny, torch.device("mps"))
 
 
 def test_a_norm_without_running_statistics_is_worth_a_warning(tiny, tiny_network):
@@ -840,25 +686,6 @@ def test_fresh_does_not_touch_a_folder_in_use(tiny, tiny_assignment, tmp_path):
     ):
         nl.run_assignment(tiny_assignment, fresh=True, **options)
     assert before == {file: file.read_bytes() for file in before}
-
-
-def test_two_trainings_of_one_process_in_one_folder_are_refused(tiny, tiny_network, tmp_path):
-    jobs = [job_of(tiny_network(seed=seed), RECIPE, tmp_path / "run") for seed in (0, 1)]
-    with pytest.raises(ValueError, match=r"two networks would be kept in .*run: give each its"):
-        fit_together(jobs, tiny)
-    errors = []
-
-    def in_a_thread():
-        with pytest.raises(InUse, match="in use by another training here: choose another") as error:
-            fit(tiny_network(), tiny, directory=tmp_path / "run")
-        errors.append(error)
-
-    with locked(tmp_path / "run"):
-        thread = threading.Thread(target=in_a_thread)
-        thread.start()
-        thread.join()
-    assert errors
-    assert not (tmp_path / "run").exists()
 
 
 def test_without_locks_it_goes_on_and_says_so(tiny, tiny_network, tmp_path, monkeypatch, capsys):

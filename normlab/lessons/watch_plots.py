@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -200,8 +201,8 @@ def _draw_bands(ax: Axes, percentiles: list) -> None:
 def _compress(axes: np.ndarray) -> None:
     """Makes a row's axis logarithmic far from 0 if the narrowest panel would be flat otherwise."""
     widest = [np.abs(ax.dataLim.intervaly).max() for ax in axes]
-    edge = float(f"{min(widest):.0e}")  # a round number
-    if edge and max(widest) > _BESIDE * edge:
+    if max(widest) > _BESIDE * min(widest) > 0:
+        edge = 10.0 ** round(math.log10(min(widest)))  # else its ticks would write over each other
         axes[0].set_yscale("symlog", linthresh=edge)  # of all panels of the row
         for ax in axes:
             for height in (-edge, edge):
