@@ -134,9 +134,10 @@ def make_jobs(
     assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
 ) -> list[Job]:
     """A job for each variant and seed; a first seed of everything before the second of anything."""
+    shape = {"classes": len(data.classes), "input_shape": data.input_shape}
     return [
         Job(
-            partial(_build, assignment, variant, seed, data),
+            partial(build_variant, assignment, variant, seed=seed, **shape),
             assignment.recipe_for(variant, seed=seed, epochs=epochs),
             place / variant.folder / f"seed-{seed}",
             f"{variant.label}, seed {seed}",
@@ -145,13 +146,6 @@ def make_jobs(
         for seed in seeds
         for variant in assignment.variants
     ]
-
-
-def _build(assignment: Assignment, variant: Variant, seed: int, data: Dataset) -> nn.Module:
-    shape = {"classes": len(data.classes), "input_shape": data.input_shape}
-    network = build_variant(assignment, variant, seed=seed, **shape)
-    check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
-    return network
 
 
 @torch.inference_mode(False)  # what is built in inference mode could not be trained
@@ -166,7 +160,9 @@ def build_variant(
     """The untrained network of one variant, with the same initial weights for the same seed."""
     if assignment.build is not None:
         with seeded(seed, "weights"):
-            return assignment.build(variant.norm)
+            network = assignment.build(variant.norm)
+        check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
+        return network
     return build_network(
         assignment.network,
         variant.norm,
