@@ -10,7 +10,7 @@ from normlab.data import Dataset
 from normlab.history import Run
 from normlab.support.checks import one_of, whole_number
 from normlab.support.module_state import evaluating
-from normlab.support.network_checks import check_network, warn_of_batch_statistics
+from normlab.support.tensor_checks import check_network, warn_of_batch_statistics
 
 Predictor = nn.Module | Run
 """A network, or a run, which remembers what its network predicted for the test images."""

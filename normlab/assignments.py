@@ -43,8 +43,8 @@ class Assignment:
     dataset: str  # name of its data set
     variants: tuple[Variant, ...]  # what is compared
     recipe: Recipe = field(default_factory=Recipe)  # how all are trained, but for their changes
-    network: str | None = None  # name of a network of `build_network`; or
-    build: Callable[[str], nn.Module] | None = None  # a function from a norm to one's own network
+    network: str | None = None  # a name in `NETWORKS`; give this, or
+    build: Callable[[str], nn.Module] | None = None  # what makes your network of a norm's name
     dropout: float | None = None  # for `build_network`; None takes the network's own
     parameter_limit: int | None = None  # what the assignment allows at most, if anything
     epoch_limit: int | None = None

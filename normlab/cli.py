@@ -271,7 +271,7 @@ DATA = {
     "name": {"metavar": "NAME", "help": "a data set, or a folder of images"},
     "--data-root": {"type": _path, "help": "the folder that holds or receives it"},
 }
-# For each: its arguments, what checks them, what works then, and what that is.
+# Of each command: its arguments, what checks them, what does the work, and its help.
 COMMANDS = {
     "run": (RUN, _check_run, _run, "train all variants of an assignment and draw the comparison"),
     "sweep": (SWEEP, _check_sweep, _sweep, "train all combinations of norms, batches and rates"),

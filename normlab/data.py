@@ -17,6 +17,7 @@ from normlab.augment import parse_augmentation
 from normlab.support.checks import number, whole_number
 from normlab.support.files import write_bytes
 from normlab.support.seeding import generator
+from normlab.support.tensor_checks import as_images, as_labels, check_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +48,9 @@ class Dataset:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
         for part in ("train", "test"):
-            images = _as_images(getattr(self, f"{part}_images"), f"{part}_images")
-            labels = _as_labels(getattr(self, f"{part}_labels"), f"{part}_labels")
-            _check_labels(labels, f"{part}_labels", len(images), len(self.classes))
+            images = as_images(getattr(self, f"{part}_images"), f"{part}_images")
+            labels = as_labels(getattr(self, f"{part}_labels"), f"{part}_labels")
+            check_labels(labels, f"{part}_labels", len(images), len(self.classes))
             object.__setattr__(self, f"{part}_images", images)
             object.__setattr__(self, f"{part}_labels", labels)
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
@@ -211,47 +212,6 @@ class Dataset:
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _VALUES = torch.arange(256, dtype=torch.float64) / 255  # of the shades, as numbers in [0, 1]
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def _as_images(images: object, what: str) -> Tensor:
-    """uint8 images (N, C, H, W), of a tensor or of a numpy array, which is copied."""
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
-        images = torch.from_numpy(np.array(images, order="C"))
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        kind = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(
-            f"{what} must be a uint8 tensor or numpy array with values from 0 to 255, not {kind}"
-        )
-    shape = tuple(images.shape)
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"{what} must be of shape (N, C, H, W), not {shape}")
-    if shape[3] in (1, 3) and shape[1] > 4:
-        raise ValueError(
-            f"{what} must be of shape (N, C, H, W), not {shape} with the channels last: move them "
-            "by images.transpose(0, 3, 1, 2), or permute if it is a tensor"
-        )
-    return images
-
-
-def _as_labels(labels: object, what: str) -> Tensor:
-    """int64 labels, of whole numbers in a tensor, an array, a Series or a list."""
-    values = labels if isinstance(labels, Tensor) else np.asarray(labels)
-    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
-        values = torch.from_numpy(values.astype(np.int64))
-    if not isinstance(values, Tensor) or values.dtype not in _WHOLE:
-        kind = getattr(labels, "dtype", f"{type(labels).__name__} of {values.dtype}")
-        raise TypeError(f"{what} must be whole numbers, best an int64 tensor, not {kind}")
-    return values.long()
-
-
-def _check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
-    if labels.shape != (images,):
-        raise ValueError(f"{what} must be of shape ({images},), not {tuple(labels.shape)}")
-    for extreme in (int(labels.min()), int(labels.max())):
-        if not 0 <= extreme < classes:
-            classes_are = f"{classes} classes have labels 0 to {classes - 1}"
-            raise ValueError(f"{what} holds {extreme}: {classes_are}")
 
 
 def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:

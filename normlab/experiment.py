@@ -104,11 +104,11 @@ def run_assignment(
 ) -> Results:
     """Trains every variant of an assignment with every seed and returns the `Results`.
 
-    On a GPU up to eight of them are in flight together, those with dropout one by one; on a CPU
-    they run side by side in processes of one thread each, where there is enough to do. These train
-    the networks that `build` gives here, with what the session defined or changed; a network that
-    cannot be sent to them is trained in this process, with a warning. Where a loss diverges, the
-    other runs are trained before that error is raised, if a directory keeps them.
+    A GPU trains up to eight of them at once, those with dropout one at a time. A CPU trains them in
+    processes of one thread each where that is quicker; they get the networks that are built here,
+    with all that the session defined or changed. What cannot be sent to a process is trained in
+    this one, with a warning. Where a loss diverges, the other runs are trained before that error is
+    raised, if a directory keeps them.
 
     Args:
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.

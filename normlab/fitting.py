@@ -39,7 +39,8 @@ def fit(
             loaded, an interrupted one goes on after its last finished epoch, to the same result.
             On a CPU with as many threads that is so bit for bit. On a GPU it is up to rounding
             errors, which grow: cuDNN picks the algorithms of each process by timing them.
-            Another run there is refused, also one whose network differs in its logits alone.
+            A folder that holds another run is refused; so is one whose network, with equal
+            weights, gives other logits.
         device: "cpu", "cuda", "cuda:1", "mps"; without it, the fastest there is.
         progress: whether to say how far it is.
         label: what the progress calls the run.

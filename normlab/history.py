@@ -55,8 +55,7 @@ class Run:
     def provenance(self) -> dict:
         """Where, when and with which versions it was trained.
 
-        It describes the last epochs; for earlier ones that were computed in another way, "before"
-        holds a dict each.
+        If it was resumed under other conditions, "before" lists the earlier ones.
         """
         return self.config["from"]
 

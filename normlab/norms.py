@@ -1,14 +1,14 @@
 """Normalizations: the table of them, and the layers that networks use.
 
-Every normalization subtracts a mean and divides by a standard deviation, then scales and shifts.
-They differ in one thing only, the set of axes that share a mean. For images (N, C, H, W):
+Most subtract a mean and divide by a standard deviation, then scale and shift. They differ in one
+thing only, the set of axes that share a mean. For images (N, C, H, W):
 
     batch normalization     one mean for each channel            averaged over N, H, W
     instance normalization  one for each image and channel       averaged over H, W
     layer normalization     one for each image                   averaged over C, H, W
     group normalization     one for each image and group         averaged over C/G, H, W
 
-`NORMS` holds that table as data. Nothing else in normlab depends on the name of a norm: to add one,
+`NORMS` holds that table as data. No network and no loop depends on the name of a norm: to add one,
 add an entry there.
 """
 
@@ -35,8 +35,9 @@ class NormKind:
         source: who described it.
         make: makes the layer for (channels, groups, size).
         aliases: other names for `make_norm`, without the word "norm".
-        moment: the statistic over the axes of which there are so many, such as "mean square".
-        learned: the learned parameters, each with a number for every place along `learned_axes`.
+        moment: the name of its statistic, such as "mean square".
+        learned: names of the learned parameters; each has a number for every place along
+            `learned_axes`.
     """
 
     title: str

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from normlab.penalties import WEIGHT_LAYERS
-from normlab.support.network_checks import own_weight
+from normlab.support.tensor_checks import own_weight
 
 PLAIN_FACTOR = 5.0  # times the rate, for the parameters that Muon does not orthogonalise
 
@@ -99,18 +99,20 @@ class Muon(Optimizer):
     # Lists at a time: with filters as small as ours a call costs more than what it computes.
 
     def _move_filters(self, weights: list[Tensor], gradients: list[Tensor], group: dict) -> None:
-        buffers, share, rate = self._buffers(weights), group["momentum"], group["lr"]
-        torch._foreach_lerp_(buffers, gradients, 1 - share)
-        updates = [_even_step(step) for step in torch._foreach_lerp(gradients, buffers, share)]
+        buffers, momentum, rate = self._buffers(weights), group["momentum"], group["lr"]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = [
+            _orthogonal_step(step) for step in torch._foreach_lerp(gradients, buffers, momentum)
+        ]
         torch._foreach_mul_(updates, rate)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         torch._foreach_sub_(weights, updates)
 
     def _move_plain(self, weights: list[Tensor], gradients: list[Tensor], group: dict) -> None:
-        buffers, share = self._buffers(weights), group["momentum"]
-        torch._foreach_mul_(buffers, share)
+        buffers, momentum = self._buffers(weights), group["momentum"]
+        torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
-        updates = torch._foreach_add(gradients, buffers, alpha=share)
+        updates = torch._foreach_add(gradients, buffers, alpha=momentum)
         torch._foreach_mul_(updates, PLAIN_FACTOR * group["lr"])
         torch._foreach_sub_(weights, updates)
 
@@ -121,7 +123,7 @@ class Muon(Optimizer):
         return [self.state[weight]["momentum_buffer"] for weight in weights]
 
 
-def _even_step(step: Tensor) -> Tensor:
+def _orthogonal_step(step: Tensor) -> Tensor:
     """A filter bank's step, orthogonalised, and larger where there are more filters than inputs."""
     matrix = step.flatten(1)
     wide = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
@@ -164,8 +166,8 @@ def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe
 
 
 # Each makes an optimiser from the weights to train, the learning rate and the rest of the recipe;
-# those in BY_FILTER also get the `filters` among the weights. On a GPU the rate is a tensor, which
-# of torch's own only fused optimisers read there, and a step may change nothing but tensors: it is
-# replayed as a CUDA graph, without Python.
+# those in BY_FILTER also get the `filters` among the weights. On a GPU a step is replayed as a CUDA
+# graph, without Python: take the rate as a tensor (torch's own do if they are fused), and keep all
+# state in tensors.
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
 BY_FILTER = {"muon"}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normlab.support.network_checks import check_weights
+from normlab.support.tensor_checks import check_weights
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normlab.augment import parse_augmentation
 from normlab.optimizers import BY_FILTER, OPTIMIZERS, centralize_gradients, filters
 from normlab.support.checks import number, one_of, whole_number
-from normlab.support.network_checks import trained_parameters
+from normlab.support.tensor_checks import trained_parameters
 
 # What weights and images are kept in. "bfloat16" is mixed precision: its weights are in float32.
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}

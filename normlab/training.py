@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normlab.penalties import l1_penalty
 from normlab.support.checks import number
 from normlab.support.module_state import device_of, evaluating, set_training
-from normlab.support.network_checks import check_logits, images_and_labels
+from normlab.support.tensor_checks import check_logits, images_and_labels
 
 
 @dataclass(frozen=True)

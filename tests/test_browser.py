@@ -97,6 +97,7 @@ def clean_outputs(path: Path) -> list:
     return outputs
 
 
+pytestmark = pytest.mark.browser
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
 

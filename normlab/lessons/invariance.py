@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from normlab.support.checks import check_instance, number, whole_number
 from normlab.support.module_state import copied
-from normlab.support.network_checks import check_weights
 from normlab.support.seeding import seeded
+from normlab.support.tensor_checks import check_weights
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from normlab.support.figures import (
     shortened,
 )
 from normlab.support.module_state import copied, set_training
-from normlab.support.network_checks import check_weights
 from normlab.support.seeding import seeded
+from normlab.support.tensor_checks import check_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

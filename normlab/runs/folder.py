@@ -149,7 +149,7 @@ class RunFolder:
         """Keeps everything that the next epoch needs; random states follow from its number."""
         tensors = _prefixed("network", network.state_dict())
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= _prefixed(f"optimizer.{index}", state)
+            tensors |= _prefixed(f"optimizer.{index}", _kept_whole(state))
         about = {"history": json.dumps(history), "is": json.dumps(self._identity)}
         about["digest"] = _json_digest(about | {"tensors": weights_digest(tensors)})
         write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
@@ -290,6 +290,18 @@ def remove_runs(*directories: Path, first: Callable[[], None] = lambda: None) ->
     for directory in there:
         with suppress(OSError):  # there is something else
             directory.rmdir()
+
+
+def _kept_whole(state: Mapping[str, object]) -> Mapping[str, object]:
+    """An optimiser's state, if a checkpoint keeps all of it; raises `TypeError` otherwise."""
+    for name, value in state.items():
+        if value is not None and not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(
+                f"the optimiser keeps {name!r} as a {kind}, which a checkpoint does not hold: keep "
+                "it as a tensor, or train without a directory"
+            )
+    return state
 
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from normlab.runs.identity import description, digest_of, identity
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
 from normlab.support.module_state import device_of, evaluating
-from normlab.support.network_checks import check_network
 from normlab.support.seeding import seeded
+from normlab.support.tensor_checks import check_network
 
 # How far apart the mean probability of the predicted classes may be where the same network with the
 # same weights predicts on another processor, after a training that a GPU may have done.

@@ -160,14 +160,12 @@ class _Training:
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        train = training_batches(self.data, self.recipe, self.device)
-        test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=train.dtype)
-        engine, why = make_engine(self.choice, self.network, self.recipe, train, test)
+        engine, why = make_engine(self.choice, *self._ingredients())
         if problem := self._take(engine):
             warn(f"{self.job.label} takes the plain path: {problem}")
             engine.close()
             why = problem
-            self._take(PlainEngine(self.network, self.recipe, train, test))
+            self._take(PlainEngine(*self._ingredients()))  # the engine has changed its batches
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
@@ -176,6 +174,12 @@ class _Training:
         }
         if self.folder is not None:
             self.folder.start(self.job.identity, self.provenance, len(self.history))
+
+    def _ingredients(self) -> tuple:
+        """What an engine is made of: network, recipe, and batches to train and to test on."""
+        train = training_batches(self.data, self.recipe, self.device)
+        test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=train.dtype)
+        return self.network, self.recipe, train, test
 
     def _take(self, engine: PlainEngine) -> str:
         """Has an engine go on after the epochs that are kept; says what is in its way, if so."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from normlab.support.checks import image_shape
 from normlab.support.module_state import copied, modes_kept
-from normlab.support.network_checks import check_weights
 from normlab.support.seeding import fork_random_state
+from normlab.support.tensor_checks import check_weights
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -180,7 +180,7 @@ def kept_by_workers() -> list[Path]:
 
 def three_with_an_epoch() -> list[Path]:
     """The folders of unfinished runs, once there are three and each has an epoch."""
-    for _ in range(600):
+    for _ in range(6000):
         folders = [file.parent for file in cluster._place("").glob("*/checkpoint.safetensors")]
         if len(folders) == 3:
             return folders

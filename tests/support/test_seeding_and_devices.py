@@ -83,6 +83,7 @@ def draw_seeded() -> None:
         torch.rand(4)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "work",
