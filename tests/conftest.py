@@ -52,6 +52,15 @@ def own_cache(monkeypatch, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """Sums are in one order, so that results repeat bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def no_figure_left():
     """Closes what a test drew: a figure that stays open would be the next test's figure too."""

@@ -40,14 +40,6 @@ def machine() -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", nl.ASSIGNMENTS)
 def test_two_epochs_give_what_they_gave(name, one_thread):
     kept = json.loads(KEPT.read_text())

@@ -69,14 +69,6 @@ def facts(results: nl.Results, data) -> dict:
 
 
 @pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def apart_and_here(tiny, monkeypatch, one_thread):
     """Trains an assignment in two processes and in this one; returns the facts of both.
 
