@@ -47,7 +47,14 @@ def trained(request, tiny_network):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     with nl.watch(network, every=2) as watched:
-        nl.train_epoch(network, batches(5), optimizer, scheduler=scheduler, l1=1e-2)
+        nl.train_epoch(
+            network,
+            batches(5),
+            optimizer,
+            scheduler=scheduler,
+            scheduler_steps="batch",
+            l1=1e-2,
+        )
     return watched, by_hand(twin, batches(5), l1=1e-2)
 
 
