@@ -45,6 +45,9 @@ class History(list):
     `History.of` makes one of what other loops keep. What is not known is NaN.
     """
 
+    def __init__(self, rows: Iterable[dict] = ()) -> None:
+        super().__init__(rows)
+
     def add(
         self, train: EpochResult, test: EpochResult | None = None, *, lr: float = math.nan
     ) -> dict:
