@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, label: str, epochs: int, steps: int, *, show: bool = True) -> None:
         self.label, self.epochs, self.steps = label, epochs, steps
         self.done = 0  # batches
-        in_notebook = _in_notebook()
+        in_notebook = notebook_shell() is not None
         on_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._as_lines = show and not (in_notebook or on_terminal)
         # tqdm's hidden bar would start a thread all the same.
@@ -70,11 +70,11 @@ class Progress:
             print(f"{self.label}: {epoch}, {numbers}", flush=True)
 
 
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this; without importing IPython where nobody else did."""
+def notebook_shell() -> object | None:
+    """What runs this in a Jupyter kernel; without importing IPython where nobody else did."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")
+    return shell if hasattr(shell, "kernel") else None
 
 
 class _NotebookLine:
