@@ -64,28 +64,28 @@ def rescale_weights(
     check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
     if not len(images):
         raise ValueError("rescale_weights needs at least one image")
-    number(factor, "factor", positive=True)
+    factor = number(factor, "factor", positive=True)
     check_weights(network)
-    name, weight = _find(network, layer)
-    rows = list(range(len(weight))) if filters is None else _checked(filters, len(weight), name)
+    name, count = _find(network, layer)
+    rows = list(range(count)) if filters is None else _checked(filters, count, name)
     before, slope = _output_and_gradient(network, images, name, rows, 1.0)
     after, new_slope = _output_and_gradient(network, images, name, rows, factor)
     return Rescaled(
         layer=name,
-        factor=float(factor),
+        factor=factor,
         output_change=float((after - before).abs().max() / before.abs().max()),
         gradient_ratio=float(new_slope.norm() / slope.norm()),
         gradient_cosine=float(torch.cosine_similarity(slope, new_slope, dim=0)),
     )
 
 
-def _find(network: nn.Module, layer: str | None) -> tuple[str, Tensor]:
-    """Name and weight of the layer asked for, or of the first convolution."""
+def _find(network: nn.Module, layer: str | None) -> tuple[str, int]:
+    """The layer asked for, or the first convolution: its name, and how many filters it has."""
     for name, each in network.named_modules():
         wanted = isinstance(each, nn.modules.conv._ConvNd) if layer is None else name == layer
         weight = dict(each.named_parameters(recurse=False)).get("weight")  # not a computed one
         if wanted and weight is not None:
-            return name, weight
+            return name, len(weight)
     what = "convolution" if layer is None else f"layer {layer!r} with a weight"
     raise ValueError(f"{type(network).__name__} has no {what}, whose weights could be multiplied")
 

@@ -86,9 +86,7 @@ class Watch:
         self.network, self.every, self.steps = network, every, 0
         self._layers = _layers_of(network)
         self._rows: dict[tuple[int, str, str], Tensor] = {}  # by step, layer and quantity
-        self._values: dict[tuple[str, str], Tensor] = {}  # of the last forward pass
-        self._step: int | None = None  # the number of its step, if that is to be recorded
-        self._awaited = False  # whether its step is yet to come
+        self._awaited = False  # whether a pass has been, and its step is yet to come
         self._relus: _Relus | None = None  # there only while a pass is being recorded
         self._last: nn.Module | None = None  # the layer with channels that ran last
         self._hooks = [
@@ -117,23 +115,24 @@ class Watch:
         """
         import pandas as pd
 
-        if not self._rows:
-            raise ValueError(
-                "nothing was recorded: a watch sees steps in which the network itself is called in "
-                "training mode and a torch.optim optimiser then changes its weights"
-            )
         kinds = dict(self._layers.values())
         rows = [
             (step, layer, kinds[layer], quantity, float(value))
             for (step, layer, quantity), value in self._rows.items()
+            if step < self.steps  # and not what was computed since the last one
         ]
+        if not rows:
+            raise ValueError(
+                "nothing was recorded: a watch sees steps in which the network itself is called in "
+                "training mode and a torch.optim optimiser then changes its weights"
+            )
         return pd.DataFrame(rows, columns=["step", "layer", "kind", "quantity", "value"])
 
     def _before(self, module: nn.Module, _: object) -> None:
         if module is not self.network or not (module.training and torch.is_grad_enabled()):
             return
         self._end_pass()  # one that was interrupted
-        self._awaited, self._step = True, None
+        self._awaited, self._last = True, None
         if self.steps % self.every:
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -141,15 +140,14 @@ class Watch:
                 "watch cannot record inside a CUDA graph, whose steps are replayed without Python: "
                 "take the steps one by one, or call fit after watch, which then does"
             )
-        self._step, self._values, self._last = self.steps, {}, None
         self._relus = _Relus(self._add_dead)
         self._relus.__enter__()
 
     def _after(self, module: nn.Module, _: object, output: object) -> None:
         if self._relus is not None and module in self._layers and isinstance(output, Tensor):
-            name, kind = self._layers[module]
-            self._last = module if kind != NORM else self._last
-            self._add(name, _distribution(output))
+            self._last = module if self._layers[module][1] != NORM else self._last
+            for quantity, value in _distribution(output).items():
+                self._rows[self.steps, self._layers[module][0], quantity] = value
         if module is self.network:
             self._end_pass()
 
@@ -162,30 +160,26 @@ class Watch:
         """Of a ReLU's output, for the layer before it, if none came between."""
         if self._last is None:
             return
-        name, kind = self._layers[self._last]
-        axis = 1 if kind == CONVOLUTION else -1
-        channels = self._last.out_channels if kind == CONVOLUTION else self._last.out_features
-        if output.dim() > (2 if kind == CONVOLUTION else 1) and output.shape[axis] == channels:
+        (name, kind), layer = self._layers[self._last], self._last
+        axis, least = (1, 3) if kind == CONVOLUTION else (-1, 2)
+        channels = layer.out_channels if kind == CONVOLUTION else layer.out_features
+        if output.dim() >= least and output.shape[axis] == channels:
             highest = output.detach().movedim(axis, 0).flatten(1).amax(dim=1)
-            self._add(name, {"dead": (highest == 0).double().mean()})
+            self._rows[self.steps, name, "dead"] = (highest == 0).double().mean()
             self._last = None
-
-    def _add(self, layer: str, values: dict[str, Tensor]) -> None:
-        self._values |= {(layer, quantity): value for quantity, value in values.items()}
 
     def _at_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Before an optimiser's step; where several share the network, each adds its part."""
         rates = _rates(optimizer)
         if not any(id(weight) in rates for weight in self.network.parameters()):
             return
-        if self._step is not None:
-            for layer, (name, kind) in self._layers.items():
-                self._add(name, _weights(layer, kind, rates))
-            for (layer, quantity), value in self._values.items():
-                # What is there stays: a second optimiser comes after the first one's changes.
-                self._rows.setdefault((self._step, layer, quantity), value)
         self.steps += self._awaited
-        self._awaited = False
+        self._awaited, step = False, self.steps - 1
+        if step >= 0 and step % self.every == 0:
+            for layer, (name, kind) in self._layers.items():
+                for quantity, value in _weights(layer, kind, rates).items():
+                    # What is there stays: a second optimiser comes after the first one's changes.
+                    self._rows.setdefault((step, name, quantity), value)
 
 
 def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
