@@ -9,7 +9,7 @@ import numpy as np
 
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import NORMS, NormKind, norm_name
-from normlab.support.checks import check_groups, plain, whole_number
+from normlab.support.checks import check_groups, plain, sizes
 from normlab.support.figures import drawn, literal, new_axes
 
 if TYPE_CHECKING:
@@ -48,11 +48,9 @@ def plot_norm_axes(
     """
     from matplotlib import pyplot
 
-    shape, groups = plain(shape), plain(groups)
-    if len(shape) != 3 or not kinds:
-        raise ValueError(f"cubes need kinds and a shape (N, C, H·W), not {kinds} and {shape}")
-    for name, side in zip(("N", "C", "H·W"), shape, strict=True):
-        whole_number(side, name)
+    shape, groups = sizes(shape, "N, C, H·W", "shape"), plain(groups)
+    if not kinds:
+        raise ValueError("there are no kinds of norms to draw")
     check_groups(groups, shape[1])
     figure = pyplot.figure(figsize=(2.9 * len(kinds), 2.9))
     for place, name in enumerate(kinds, start=1):

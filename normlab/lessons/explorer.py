@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normlab.lessons.by_hand import example_batch
 from normlab.lessons.diagrams import draw_cube, plot_shared, table_size
 from normlab.norms import NORMS, NormKind, make_norm, norm_name
-from normlab.support.checks import check_groups, divisors, one_of, plain, warn, whole_number
+from normlab.support.checks import check_groups, divisors, one_of, plain, sizes, warn
 from normlab.support.figures import drawn
 from normlab.support.progress import notebook_shell
 from normlab.support.seeding import generator
@@ -47,19 +47,16 @@ def explore_norm(
     Raises `ValueError` for an unknown kind, sizes out of range, groups that do not divide C.
     """
     kind = one_of(norm_name(kind), explorable(), "norm to explore")
-    shape, groups = plain(shape), plain(groups)
-    if not isinstance(shape, (tuple, list)) or len(shape) != 4:
-        raise ValueError(f"shape must be (N, C, H, W), not {shape!r}")
-    for name, side, most in zip("NCHW", shape, LIMITS, strict=True):
-        if whole_number(side, name) > most:
-            raise ValueError(f"{name} must be at most {most} here, not {side}")
+    shape, groups = sizes(shape, "N, C, H, W", "shape"), plain(groups)
+    if any(side > most for side, most in zip(shape, LIMITS, strict=True)):
+        raise ValueError(f"shape must be at most {LIMITS} here, not {shape}")
     if "C/G" in NORMS[kind].averaged:
         check_groups(groups, shape[1])
     wanted = _has_reader() if form is None else form
     if wanted and find_spec("ipywidgets") is None:
         warn("the sliders of explore_norm need ipywidgets: pip install ipywidgets")
         wanted = False
-    return _form(kind, shape, groups) if wanted else _picture(kind, tuple(shape), groups)
+    return (_form if wanted else _picture)(kind, shape, groups)
 
 
 def explorable() -> list[str]:

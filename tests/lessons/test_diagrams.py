@@ -42,7 +42,7 @@ def test_groups_must_divide_the_channels():
         ({"shape": (0, 4, 4)}, "N must be at least 1"),
         ({"groups": 0}, "groups must be at least 1"),
         ({"shape": (4, 4)}, r"shape \(N, C, H·W\), not .*\(4, 4\)"),
-        ({"kinds": ()}, "cubes need kinds"),
+        ({"kinds": ()}, "there are no kinds of norms"),
     ],
 )
 def test_a_cube_of_nothing_is_one_sentence(options, says):

@@ -94,8 +94,8 @@ def test_wide_tables_stand_one_above_the_other():
         ({"kind": "none"}, "unknown norm to explore 'none': it must be one of bn, ln, gn"),
         ({"kind": "grup"}, "unknown norm 'grup'.*did you mean 'gn'"),
         ({"shape": (4, 4, 2)}, r"shape must be \(N, C, H, W\), not \(4, 4, 2\)"),
-        ({"shape": (4, 9, 2, 2)}, "C must be at most 8 here, not 9"),
-        ({"shape": (0, 4, 2, 2)}, "N must be at least 1, not 0"),
+        ({"shape": (4, 9, 2, 2)}, r"at most \(4, 8, 3, 3\) here, not \(4, 9, 2, 2\)"),
+        ({"shape": (0, 4, 2, 2)}, "each number of shape must be at least 1, not 0"),
         ({"groups": 3}, "groups=3 does not divide 4 channels: it must be one of 1, 2, 4"),
     ],
 )
