@@ -69,7 +69,7 @@ def train(
     Args:
         apart: has workers do jobs, whatever they are worth, instead of processes of this machine.
     """
-    if apart is None and device.type == "cpu" and engine == "auto" and are_worthwhile(jobs, data):
+    if apart is None and device.type == "cpu" and engine != "plain" and are_worthwhile(jobs, data):
         apart = functools.partial(in_processes, data, progress=progress)
     if apart is not None:
         sent, stay = pack_all(left, data)

@@ -10,7 +10,7 @@ import torch
 
 from normlab.analysis import class_and_probability, predict
 from normlab.data import Dataset
-from normlab.engines.choice import ENGINES, make_engine
+from normlab.engines.choice import ENGINES, disagreement_of, make_engine
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
@@ -161,7 +161,7 @@ class _Training:
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
         engine, why = make_engine(self.choice, *self._ingredients())
-        if problem := self._take(engine):
+        if problem := disagreement_of(engine, self.choice) or self._take(engine):
             warn(f"{self.job.label} takes the plain path: {problem}")
             engine.close()
             why = problem
