@@ -179,9 +179,6 @@ def _where_cut(network: nn.Module, images: Tensor, rows: int) -> str:
     )
 
 
-WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
 def as_images(images: object, what: str) -> Tensor:
     """uint8 images (N, C, H, W), of a tensor or of a numpy array, which is copied."""
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
@@ -191,26 +188,21 @@ def as_images(images: object, what: str) -> Tensor:
         raise TypeError(
             f"{what} must be a uint8 tensor or numpy array with values from 0 to 255, not {kind}"
         )
-    shape = tuple(images.shape)
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"{what} must be of shape (N, C, H, W), not {shape}")
-    if shape[3] in (1, 3) and shape[1] > 4:
-        raise ValueError(
-            f"{what} must be of shape (N, C, H, W), not {shape} with the channels last: move them "
-            "by images.transpose(0, 3, 1, 2), or permute if it is a tensor"
-        )
+    shape, hint = tuple(images.shape), ""
+    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] > 4:
+        hint = " with the channels last: move them by images.transpose(0, 3, 1, 2), or permute"
+    if len(shape) != 4 or 0 in shape or hint:
+        raise ValueError(f"{what} must be of shape (N, C, H, W), not {shape}{hint}")
     return images
 
 
 def as_labels(labels: object, what: str) -> Tensor:
     """int64 labels, of whole numbers in a tensor, an array, a Series or a list."""
-    values = labels if isinstance(labels, Tensor) else np.asarray(labels)
-    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
-        values = torch.from_numpy(values.astype(np.int64))
-    if not isinstance(values, Tensor) or values.dtype not in WHOLE_NUMBERS:
+    values = np.asarray(labels)
+    if values.dtype.kind not in "iu":
         kind = getattr(labels, "dtype", f"{type(labels).__name__} of {values.dtype}")
         raise TypeError(f"{what} must be whole numbers, best an int64 tensor, not {kind}")
-    return values.long()
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
@@ -218,5 +210,5 @@ def check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
         raise ValueError(f"{what} must be of shape ({images},), not {tuple(labels.shape)}")
     for extreme in (int(labels.min()), int(labels.max())):
         if not 0 <= extreme < classes:
-            classes_are = f"{classes} classes have labels 0 to {classes - 1}"
-            raise ValueError(f"{what} holds {extreme}: {classes_are}")
+            allowed = f"{classes} classes have labels 0 to {classes - 1}"
+            raise ValueError(f"{what} holds {extreme}: {allowed}")
