@@ -42,6 +42,8 @@ class GraphEngine(PlainEngine):
         self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
         self.step_number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.row = torch.zeros((), dtype=torch.int64, device=self.device)
+        largest = max(train.batch_size, test.batch_size)
+        self.places = torch.arange(largest, device=self.device)  # in a batch
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
         self.order, self.draws = train.draw_epoch()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -139,11 +141,12 @@ class GraphEngine(PlainEngine):
 
     def _train_step(self, size: int) -> None:
         set_training(self.network)
-        rows = self.row + torch.arange(size, device=self.device)
+        rows = self.row + self.places[:size]
         draws = [drawn[rows] for drawn in self.draws]
         images, labels = self.batches.batch(self.order[rows], draws)
+        rate = self.rates[self.step_number].squeeze()
         for group in self.optimizer.param_groups:
-            group["lr"].copy_(self.rates[self.step_number].squeeze())
+            group["lr"].copy_(rate)
         logits, penalty = training.train_step(
             self.network, images, labels, self.optimizer, **self.step_options
         )
@@ -152,7 +155,7 @@ class GraphEngine(PlainEngine):
 
     @torch.no_grad()
     def _test_step(self, size: int) -> None:
-        rows = self.row + torch.arange(size, device=self.device)
+        rows = self.row + self.places[:size]
         images, labels = self.tests.batch(rows, [])
         with evaluating(self.network):
             self._add(1, self.network(images), labels, 0.0)
