@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normlab.data import Dataset
 from normlab.history import Run
 from normlab.support.checks import as_list, one_of, whole_number
-from normlab.support.module_state import device_of, evaluating
+from normlab.support.module_state import evaluating
 from normlab.support.tensor_checks import (
     check_labels,
     check_logits,
@@ -55,18 +55,18 @@ def predict(
     batch normalization keeps no running statistics: then the logits of an image depend on the
     others of its batch, and so on `batch_size`.
     """
-    place = {"device": device_of(network)}
     if isinstance(data, Dataset):
         check_network(network, data.input_shape, len(data.classes))
-        place["dtype"] = next(network.parameters(), torch.zeros(())).dtype
+        example = next(network.parameters(), torch.zeros(()))
+        place = {"device": example.device, "dtype": example.dtype}
         data = data.loader(train, batch_size, shuffle=False, **place)
     elif train:
         raise ValueError("train=True is for a Dataset, which has two parts: give the one loader")
     warn_of_batch_statistics(network)
     found = [torch.empty(0, 0)]
     with evaluating(network):
-        for images, _ in map(images_and_labels, data):
-            images = images.to(place["device"])
+        for batch in data:
+            images, _ = images_and_labels(batch, network)
             found.append(network(images))
             check_logits(network, images, found[-1])
     if not len(found) > 1:
