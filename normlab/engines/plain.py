@@ -34,7 +34,7 @@ class PlainEngine:
         self.all_steps = recipe.epochs * self.steps
         self.optimizer = self.make_optimizer()
         self.step_options = step_options(recipe)
-        self.epoch = 0
+        self.epoch, self.scale = 0, 1.0
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser, whose state is kept in checkpoints."""
