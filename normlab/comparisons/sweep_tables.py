@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +12,12 @@ import torch
 
 from normlab.comparisons.report import csv_text, escaped, in_markdown, percent
 from normlab.data import Dataset
+from normlab.history import Run
 from normlab.runs.folder import RunFolder, remove_runs
+from normlab.runs.identity import digest_of
 from normlab.runs.jobs import Job, find_runs
 from normlab.support.files import remove_leftovers, user_path, write_text
 from normlab.support.locks import locked
-from normlab.support.summaries import count_parameters
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,33 +38,23 @@ TABLE = "sweep.csv"
 
 
 class SweepTable:
-    """The rows of the runs that are done, in the order of the jobs, and the file that has them."""
+    """The rows of the runs that are done, in the order of the jobs, and the file that has them.
+
+    Args:
+        bases: of each variant's label that of the assignment's own, and the rate before scaling.
+        file: may hold rows of other sweeps, which stay in it.
+    """
 
     def __init__(
         self,
         jobs: Sequence[Job],
-        bases: Sequence[tuple[str, float]],
+        bases: Mapping[str, tuple[str, float]],
         data: Dataset,
         file: Path | None,
-        show: bool,
-        after_each: Callable[[DataFrame], object] | None,
     ) -> None:
-        """`show` prints a line for each run; the rest is as for `run_sweep`.
-
-        Args:
-            jobs: for each seed, one for each of `bases`.
-            bases: of each the label of the assignment's variant, and the rate before scaling.
-            file: may hold rows of other sweeps, which stay in it.
-        """
-        self.data, self.file, self.show, self.after_each = data, file, show, after_each
-        self.jobs, self.done = jobs, set()
-        each = zip(jobs, cycle(bases), strict=False)
-        self.rows = {job.directory: _row(job, data, *base) for job, base in each}
-
-    @property
-    def runs(self) -> set[str]:
-        """The digests of all its runs."""
-        return {row["run"] for row in self.rows.values()}
+        self.jobs, self.data, self.file = jobs, data, file
+        self._rows = {job.directory: _row(job, *bases[job.variant.label]) for job in jobs}
+        self.runs = {row["run"] for row in self._rows.values()}  # the digests of all of them
 
     def start_anew(self) -> None:
         """Removes this sweep's rows from the file, and its runs; those of other sweeps stay.
@@ -72,8 +62,9 @@ class SweepTable:
         Raises `ValueError` if the file is no table of a sweep, `InUse` if one of the runs is being
         trained; then nothing is removed.
         """
-        # The rows first: one whose run is gone would pass for done.
-        remove_runs(*self.rows, first=self._write)
+        with locked(*self._rows, wait=False):
+            self._write()  # first: a row whose run is gone would pass for done
+            remove_runs(*self._rows)
 
     def take_finished(self, device: torch.device, kept: str | Path | None) -> list[Job]:
         """Takes the rows of finished runs, of those that diverged, and of `kept`.
@@ -85,59 +76,46 @@ class SweepTable:
         there, here = _read(kept and user_path(kept)), self._read()
         left = []
         for job in self.jobs:
-            run = self.rows[job.directory]["run"]
-            if find_runs([job], self.data, device):
-                self._set_results(job, _last(job))
+            run = self._rows[job.directory]["run"]
+            if found := find_runs([job], self.data, device):
+                self._take(job, _last(found[job]))
             elif run in here and self._has_diverged(job, here[run]):
-                self._set_results(job, {})
+                self._take(job, {})
             elif run in there:
-                self._set_results(job, there[run])
+                self._take(job, there[run])
             else:
                 left.append(job)
-        if self.done and self.show:
-            done = f"{len(self.done)} of {len(self.jobs)} runs are loaded"
-            print(f"{done}, {len(left)} trained")
         self._write()
         return left
 
-    def add(self, job: Job, outcome: object) -> None:
+    def add(self, job: Job, outcome: Run | FloatingPointError) -> str:
         """Takes the row of a run that has just ended, or whose loss diverged, and says so."""
-        if isinstance(outcome, FloatingPointError):
-            self._set_results(job, {})
-            result = str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
-        else:
-            row = self._set_results(job, _last(job))
-            result = f"{row['test_accuracy']:.2%} in {row['seconds']:.0f} s"
-        if self.show:
-            print(f"{len(self.done)} of {len(self.jobs)}: {job.label}: {result}", flush=True)
+        self._take(job, _last(outcome) if isinstance(outcome, Run) else {})
         self._write()
-        if self.after_each is not None:
-            self.after_each(self.frame())
+        if isinstance(outcome, Run):
+            return f"{outcome.last['test_accuracy']:.2%} in {outcome.seconds:.0f} s"
+        return str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
 
     def frame(self) -> DataFrame:
         """The rows so far, in the order of the jobs; its `attrs` say what the images are."""
-        frame = _typed(self._own())
+        frame = _typed(self._done())
         frame.attrs["source"] = self.data.source
         return frame
 
-    def _own(self) -> list[dict]:
-        return [row for directory, row in self.rows.items() if directory in self.done]
+    def _done(self) -> list[dict]:
+        return [row for row in self._rows.values() if RESULTS[0] in row]
 
-    def _set_results(self, job: Job, measured: Mapping[str, float]) -> dict:
-        """The row of a run with its results, of which one that diverged has none."""
-        row = self.rows[job.directory]
-        row |= {name: measured.get(name, math.nan) for name in RESULTS}
-        self.done.add(job.directory)
-        return row
+    def _take(self, job: Job, measured: Mapping[str, float]) -> None:
+        """Results for a row, of which that of a run that diverged has none."""
+        self._rows[job.directory] |= {name: measured.get(name, math.nan) for name in RESULTS}
 
     def _has_diverged(self, job: Job, row: dict) -> bool:
         """Whether a row of the file says so, and is that of this run."""
-        own = self.rows[job.directory]
-        identity = job.prepared(self.data, torch.device("cpu")).identity
+        own = self._rows[job.directory]
         return (
             math.isnan(row["test_accuracy"])
             and all(row[name] == own[name] for name in OF_THE_RUN)
-            and RunFolder(job.directory).holds_no_other(identity)
+            and RunFolder(job.directory).holds_no_other(job.identity)
         )
 
     def _read(self) -> dict[str, dict]:
@@ -153,20 +131,19 @@ class SweepTable:
         with locked(self.file.parent):
             remove_leftovers(self.file.parent, of=self.file.name)
             others = [row for run, row in self._read().items() if run not in self.runs]
-            write_text(self.file, csv_text(_typed([*self._own(), *others])))
+            write_text(self.file, csv_text(_typed([*self._done(), *others])))
 
 
-def _row(job: Job, data: Dataset, label: str, base_lr: float) -> dict:
+def _row(job: Job, label: str, base_lr: float) -> dict:
     """What is known of a run before it is trained."""
     recipe = {name: getattr(job.recipe, name) for name in ("batch_size", "lr", "seed", "epochs")}
-    about = {"run": job.digest(data), "variant": label, "norm": job.variant.norm}
-    return about | recipe | {"base_lr": base_lr, "parameters": count_parameters(job.build())}
+    about = {"run": digest_of(job.identity), "variant": label, "norm": job.variant.norm}
+    return about | recipe | {"base_lr": base_lr, "parameters": job.identity["parameters"]}
 
 
-def _last(job: Job) -> dict:
+def _last(run: Run) -> dict:
     """What a finished run has measured in its last epoch, and its seconds in all."""
-    history = RunFolder(job.directory).finished_history()
-    return history[-1] | {"seconds": sum(row["seconds"] for row in history)}
+    return run.last | {"seconds": run.seconds}
 
 
 def _typed(rows: Sequence[dict]) -> DataFrame:

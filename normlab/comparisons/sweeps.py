@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -16,17 +16,17 @@ from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.comparisons.sweep_tables import TABLE, SweepTable
 from normlab.data import Dataset
 from normlab.datasets.loading import load_assignment_data
-from normlab.runs.jobs import Job, check_jobs, finish, make_jobs, seed_numbers
-from normlab.runs.processes import train
-from normlab.support.checks import as_list, check_instance, number, one_of, whole_number
+from normlab.experiment import check_epochs, load_images, train
+from normlab.history import Run
+from normlab.runs.identity import digest_of
+from normlab.runs.jobs import Job, make_jobs, seed_numbers, without_errors
+from normlab.support.checks import as_list, number, one_of, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
 from normlab.support.locks import scratch_folder
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from normlab.runs.cluster import Cluster
 
 SCALINGS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # the power of batch size in the rate
 
@@ -76,67 +76,64 @@ def run_sweep(
     Returns a DataFrame with a row for each run and `sweep_tables.COLUMNS`, those of the last epoch;
     the accuracies and losses of a run whose loss diverged are NaN.
     """
-    assignment = find_assignment(name)
+    assignment, numbers = find_assignment(name), seed_numbers(seeds)
     wanted, device = device, pick_device(device)  # a worker picks its own
-    variants, bases = _combinations(assignment, norms, batch_sizes, lrs, scaling)
-    load, data = _images(data, assignment, for_workers=dask is not None)
+    swept = _combinations(assignment, norms, batch_sizes, lrs, scaling)
+    sweep = replace(assignment, variants=tuple(variant for variant, _ in swept))
+    bases = {variant.label: base for variant, base in swept}
+    check_epochs(sweep, epochs)
+    load = partial(load_assignment_data, assignment) if data is None else data
+    if dask is not None and not callable(load):
+        raise ValueError(
+            "a cluster's workers load the images themselves: give data as a function, such as "
+            "functools.partial(nl.load_dataset, 'mnist')"
+        )
+    data = load_images(load)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
-        # Before files change.
-        cluster = stack.enter_context(_cluster(dask, load, data)) if dask else None
-        sweep = replace(assignment, variants=tuple(variants))
-        jobs = make_jobs(sweep, data, seed_numbers(seeds), epochs, place / "runs")
-        check_jobs(jobs, data, device)
-        jobs = [_in_own_folder(job, data) for job in jobs]
-        file = place / TABLE if directory else None
-        table = SweepTable(jobs, bases, data, file, progress, after_each)
+        cluster = None
+        if dask is not None:  # before files change
+            from normlab.runs.cluster import connected
+
+            cluster = stack.enter_context(connected(dask, load, data))
+        jobs = make_jobs(sweep, data, numbers, epochs, place / "runs")
+        jobs = [_in_own_folder(job.identified(data, device)) for job in jobs]
+        table = SweepTable(jobs, bases, data, place / TABLE if directory else None)
         if fresh and cluster is not None:
             cluster.check_images()
             cluster.forget(table.runs)
         if fresh:
             table.start_anew()
         left = table.take_finished(device, None if fresh else kept)
+        if progress and len(left) < len(jobs):
+            done = len(jobs) - len(left)
+            print(f"{done} of {len(jobs)} runs are loaded, {len(left)} trained")
         left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest
-        apart = None if cluster is None else partial(cluster.train, wanted)
-        outcomes = train(left, jobs, data, device=device, progress=False, apart=apart)
+        workers = None if cluster is None else partial(cluster.train, wanted)
+        outcomes = train(left, jobs, data, device=device, progress=False, workers=workers)
         # A loss that diverges is a result of a sweep like any other.
-        finish(outcomes, len(left), table.add, results=FloatingPointError)
+        ended = without_errors(outcomes, len(left), results=(Run, FloatingPointError))
+        with closing(ended):
+            for count, (job, outcome) in enumerate(ended, len(jobs) - len(left) + 1):
+                said = table.add(job, outcome)
+                if progress:
+                    print(f"{count} of {len(jobs)}: {job.label}: {said}", flush=True)
+                if after_each is not None:
+                    after_each(table.frame())
         if cluster is not None:
             with suppress(OSError):  # the sweep is complete, even if its scheduler has gone
                 cluster.forget(table.runs)  # and what came home before this call
         return table.frame()
 
 
-def _in_own_folder(job: Job, data: Dataset) -> Job:
+def _in_own_folder(job: Job) -> Job:
     """The job with a folder that no other run has, whatever they differ in: sweeps may share.
 
     Another sweep may have given the same run another label.
     """
-    name = f"{job.directory.name}-{job.digest(data)}"
+    name = f"{job.directory.name}-{digest_of(job.identity)}"
     there = sorted(job.directory.parents[1].glob(f"*/{name}"))
     return replace(job, directory=there[0] if there else job.directory.with_name(name))
-
-
-def _images(
-    data: Dataset | Callable[[], Dataset] | None, assignment: Assignment, *, for_workers: bool
-) -> tuple[Callable[[], Dataset] | None, Dataset]:
-    """The images, and the function that gives them, which a cluster's workers must have."""
-    data = partial(load_assignment_data, assignment) if data is None else data
-    load = data if callable(data) else None
-    if for_workers and load is None:
-        raise ValueError(
-            "a cluster's workers load the images themselves: give data as a function, such as "
-            "functools.partial(nl.load_dataset, 'mnist')"
-        )
-    data = load() if load else data
-    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
-    return load, data
-
-
-def _cluster(address: str, load: Callable[[], Dataset], data: Dataset) -> Cluster:
-    from normlab.runs.cluster import Cluster
-
-    return Cluster(address, load, data)
 
 
 def _combinations(
@@ -145,54 +142,46 @@ def _combinations(
     batch_sizes: Sequence[int] | None,
     lrs: Sequence[float] | None,
     scaling: str,
-) -> tuple[list[Variant], list[tuple[str, float]]]:
-    """The variants of a sweep; for each the assignment's own label, and its rate before scaling."""
-    norms, batch_sizes, lrs = check_axes(assignment, norms, batch_sizes, lrs, scaling)
-    variants, bases = [], []
-    for base in _variants_of(assignment, norms):
-        recipe = assignment.recipe_for(base, seed=0)
-        for size, lr in product(batch_sizes or [recipe.batch_size], lrs or [recipe.lr]):
-            words = [base.label]
-            words += [f"batch {size}"] if batch_sizes else []
-            words += [f"rate {lr:g}"] if lrs else []
-            scaled = lr * (size / recipe.batch_size) ** SCALINGS[scaling]
-            changes = {**base.changes, "batch_size": size, "lr": scaled}
-            variants.append(replace(base, label=", ".join(words), changes=changes))
-            bases.append((base.label, lr))
-    return variants, bases
-
-
-def check_axes(
-    assignment: Assignment,
-    norms: Sequence[str] | None,
-    batch_sizes: Sequence[int] | None,
-    lrs: Sequence[float] | None,
-    scaling: str,
-) -> tuple[list | None, ...]:
-    """Norms, batch sizes and rates as lists, those that are given.
+) -> list[tuple[Variant, tuple[str, float]]]:
+    """The variants of a sweep; with each the assignment's own label, and its rate before scaling.
 
     Raises `ValueError` or `TypeError` that names what cannot be swept, or not here.
     """
     one_of(scaling, SCALINGS, "scaling of the rate")
-    given = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs}
-    axes = {what: None if each is None else as_list(each) for what, each in given.items()}
-    _variants_of(assignment, axes["norms"])
-    for each in axes["batch_sizes"] or ():
-        whole_number(each, "each of batch_sizes")
-    for each in axes["lrs"] or ():
-        number(each, "each of lrs", positive=True)
-    for what, values in axes.items():
-        if values == []:
-            raise ValueError(f"{what} is empty: that is a sweep without runs")
-        if values is not None and len(set(values)) < len(values):
-            raise ValueError(f"{what} names a value twice: {', '.join(map(str, values))}")
-    return tuple(axes.values())
-
-
-def _variants_of(assignment: Assignment, norms: Sequence[str] | None) -> list[Variant]:
-    if norms is None:
-        return list(assignment.variants)
+    norms, sizes = _axis("norms", norms), _axis("batch_sizes", batch_sizes)
+    rates = _axis("lrs", lrs)
+    for size in sizes:
+        whole_number(size, "each of batch_sizes")
+    for rate in rates:
+        number(rate, "each of lrs", positive=True)
     found = []
+    for base in _variants_of(assignment, norms):
+        recipe = assignment.recipe_for(base, seed=0)
+        for size, lr in product(sizes or [recipe.batch_size], rates or [recipe.lr]):
+            words = [base.label]
+            words += [f"batch {size}"] if sizes else []
+            words += [f"rate {lr:g}"] if rates else []
+            scaled = lr * (size / recipe.batch_size) ** SCALINGS[scaling]
+            changes = {**base.changes, "batch_size": size, "lr": scaled}
+            variant = replace(base, label=", ".join(words), changes=changes)
+            found.append((variant, (base.label, lr)))
+    return found
+
+
+def _axis(what: str, values: object) -> list:
+    """The values of an axis; none if it is not given."""
+    if values is None:
+        return []
+    values = as_list(values)
+    if not values:
+        raise ValueError(f"{what} is empty: that is a sweep without runs")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{what} names a value twice: {', '.join(map(str, values))}")
+    return values
+
+
+def _variants_of(assignment: Assignment, norms: Sequence[str]) -> list[Variant]:
+    found = [] if norms else list(assignment.variants)
     for norm in norms:
         made = assignment.variant_of(norm)
         found += [each for each in assignment.variants if each.norm == made.norm] or [made]

@@ -38,12 +38,6 @@ COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch",
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     """What a run computes, as JSON can hold it."""
-    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
-    return description(network, data, recipe) | {"logits": logits}
-
-
-def description(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
-    """The part of an identity that is known without computing logits."""
     weights = network.named_parameters()
     return {
         "recipe": _named("recipe", recipe.as_dict(), RECIPE_FIELDS),
@@ -57,6 +51,7 @@ def description(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
             "train_images": len(data.train_images),
             f"{data.test_name}_images": len(data.test_images),
         },
+        "logits": probe(network, data.input_shape, DTYPES[recipe.dtype]),
     }
 
 

@@ -18,7 +18,7 @@ from normlab.model import build_network
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.runs.folder import RunFolder, another_run
-from normlab.runs.identity import description, digest_of, identity
+from normlab.runs.identity import identity
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
 from normlab.support.module_state import device_of, evaluating
@@ -46,8 +46,8 @@ class Job:
         directory: where the run is kept, if anywhere.
         label: what progress and warnings call it.
         variant: of which variant of an assignment the network is, if of any.
-        identity: the run's `identity`, if it is known already: a process that the network was sent
-            to could not tell from what source it comes.
+        identity: the run's `identity`, once `identified` has told it: a process that the network
+            was sent to could not, since the source is not there.
         only_read: whether the directory holds the finished run and nothing in it may be changed.
     """
 
@@ -59,24 +59,29 @@ class Job:
     identity: dict | None = None
     only_read: bool = False
 
-    def prepared(self, data: Dataset, device: torch.device) -> Job:
-        """The job with its identity and a network that is built, checked and on the device."""
+    def identified(self, data: Dataset, device: torch.device) -> Job:
+        """The job with its identity; raises an error of one sentence if it cannot be done.
+
+        To be called before any job is done or run removed; it touches no file.
+        """
         network = self.build()
         check_trainable(network, data, self.recipe)
+        check_dtype(device, self.recipe.dtype)
+        return replace(self, identity=self.identity or identity(network, data, self.recipe))
+
+    def prepared(self, data: Dataset, device: torch.device) -> Job:
+        """The same with a network that is built, and on the device."""
+        network = self.build()
+        job = replace(self, build=lambda: network).identified(data, device)
         move(network, device, self.recipe)
-        found = self.identity or identity(network, data, self.recipe)
-        return replace(self, build=lambda: network, identity=found)
+        return job
 
-    def digest(self, data: Dataset) -> str:
-        """The digest of the run's identity."""
-        return digest_of(self.identity or description(self.build(), data, self.recipe))
-
-    def is_done(self, data: Dataset) -> bool:
+    def is_done(self) -> bool:
         """Whether its directory holds the finished run; raises `ValueError` if it holds another."""
-        if self.directory is None or RunFolder(self.directory).is_empty():
+        if self.directory is None:
             return False
         folder = RunFolder(self.directory)
-        done = folder.open(self.identity or identity(self.build(), data, self.recipe))
+        done = folder.open(self.identity)
         if done and not self.only_read:
             folder.tidy()
         return done
@@ -195,52 +200,34 @@ def with_kept(
     return found
 
 
-def check_jobs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> None:
-    """Raises an error of one sentence unless every job can be done; touches no file.
-
-    To be called before the first one is done, and before any run is removed.
-    """
-    for job in jobs:
-        check_trainable(job.build(), data, job.recipe)
-        check_dtype(device, job.recipe.dtype)
-
-
 def find_runs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> dict[Job, Run]:
     """The runs of the jobs that are done.
 
     Raises `ValueError` if a directory holds another run, or a damaged one.
     """
-    return {job: job.load(data, device) for job in jobs if job.is_done(data)}
+    return {job: job.load(data, device) for job in jobs if job.is_done()}
 
 
 # --- what becomes of jobs ---------------------------------------------------------------------
 
 
-def finish(
-    outcomes: Outcomes,
-    jobs: int,
-    after_each: Callable[[Job, Run | Exception], object],
-    *,
-    keep_going: bool = True,
-    results: type[Exception] | tuple = (),
-) -> None:
-    """Takes the outcomes of so many jobs; raises the first error when the others are done.
+def without_errors(
+    outcomes: Outcomes, count: int, *, keep_going: bool = True, results: type | tuple = Run
+) -> Outcomes:
+    """Hands on those of `count` outcomes that are results; raises the first of the others.
 
-    Args:
-        after_each: called with a job and its outcome, if that is no error.
-        keep_going: without it an error is raised at once.
-        results: errors that count as results.
+    At the end, or without `keep_going` at once.
     """
     errors = []
     with closing(outcomes):
         for number, (job, outcome) in enumerate(outcomes, 1):
-            if not isinstance(outcome, Exception) or isinstance(outcome, results):
-                after_each(job, outcome)
+            if isinstance(outcome, results):
+                yield job, outcome
                 continue
             if not keep_going:
                 raise outcome
             errors.append(outcome)
-            if number < jobs:
+            if number < count:
                 warn(f"{outcome}; the others go on")
     if errors:
         raise errors[0]

@@ -22,6 +22,7 @@ import normlab as nl
 from normlab.cli import main
 from normlab.runs import cluster
 from normlab.runs.folder import RunFolder
+from normlab.runs.identity import digest_of
 from normlab.runs.jobs import make_jobs
 from normlab.runs.transfer import pack_all
 from normlab.support.files import read_json
@@ -199,17 +200,17 @@ def threads_put_back():
 @pytest.mark.usefixtures("threads_put_back")
 def test_what_could_not_be_delivered_is_not_trained_again(tmp_path, monkeypatch):
     data = few_digits()
-    job = make_jobs(ASSIGNMENT, data, [0], 1, tmp_path)[0]
+    job = make_jobs(ASSIGNMENT, data, [0], 1, tmp_path)[0].identified(data, torch.device("cpu"))
     task = partial(cluster._train_away, "cpu", few_digits, data.fingerprint)
     ((sent,), _) = (each.values() for each in pack_all([job], data))
-    lost, again = (task(nl.__version__, sent) for _ in range(2))
+    lost, again = (task(sent) for _ in range(2))
     assert again == lost  # the seconds of another training would differ
     assert set(lost) == FILES
     version = nl.__version__
     monkeypatch.setattr(nl, "__version__", "99.0")
-    assert task("99.0", sent) != lost  # another version may compute something else
+    assert task(sent) != lost  # another version may compute something else
     monkeypatch.setattr(nl, "__version__", version)
-    cluster._forget([job.digest(data)])
+    cluster._forget([digest_of(job.identity)])
     assert kept_by_workers() == []
 
 
@@ -235,7 +236,7 @@ def test_fresh_and_an_interruption_leave_nothing_at_the_workers(one_worker, tmp_
     assert kept_by_workers() == []
     for job in make_jobs(ASSIGNMENT, few_digits(), [0, 1], None, tmp_path / "runs"):
         if job.variant.norm == "gn":  # as if those had been interrupted before they came home
-            digest = job.digest(few_digits())
+            digest = digest_of(job.identified(few_digits(), torch.device("cpu")).identity)
             own = job.directory.with_name(f"{job.directory.name}-{digest}")
             shutil.copytree(own, cluster._place(digest))
     assert kept_by_workers() != []
@@ -300,13 +301,13 @@ def test_the_command_has_the_workers_train(one_worker, tmp_path, monkeypatch, ca
 def test_a_data_root_that_only_the_client_has(one_worker, tmp_path, monkeypatch, capsys):
     root = tmp_path / "root"
     root.mkdir()
-    check = cluster.check_size
+    connect = cluster._connect
 
     def hidden(*arguments):  # the images here are loaded; the worker finds no such folder
         root.rmdir()
-        check(*arguments)
+        return connect(*arguments)
 
-    monkeypatch.setattr(cluster, "check_size", hidden)
+    monkeypatch.setattr(cluster, "_connect", hidden)
     options = ["--dataset", "digits", "--data-root", str(root), "--norms", "gn", "--epochs", "1"]
     command = ["sweep", "mnist-l1", *options, "--dask", one_worker, "--out", str(tmp_path / "out")]
     assert main(command) == 1
@@ -325,9 +326,6 @@ def test_a_task_is_small(one_worker, tmp_path, monkeypatch):
     sweep(one_worker, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])
     assert len(sizes) == 40
     assert max(sizes) < 100_000
-    data = few_digits()
-    with pytest.raises(ValueError, match="a function that loads the images, not one that holds"):
-        sweep(one_worker, tmp_path / "held", data=lambda: data)
 
 
 def test_a_scheduler_that_ends_is_said(tmp_path):
@@ -419,8 +417,7 @@ def test_workers_train_what_the_session_has(one_worker, tmp_path, threads_put_ba
     assert kept_by_workers() == []
 
 
-def test_threads_that_only_wait_are_counted(scheduler, workers, tmp_path):
+def test_threads_of_a_worker_train_one_after_another(scheduler, workers, tmp_path):
     workers(1, threads=3)
-    with pytest.warns(UserWarning, match="2 threads will only wait"):
-        table = sweep(scheduler, tmp_path, seeds=3)
+    table = sweep(scheduler, tmp_path, seeds=3)
     assert table["test_accuracy"].notna().all()

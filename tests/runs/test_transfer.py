@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from torch import nn
 
 import normlab as nl
+from normlab import experiment
 from normlab.runs import processes as parallel
 from normlab.runs import transfer
 from normlab.runs.jobs import make_jobs
@@ -76,13 +77,13 @@ def apart_and_here(tiny, monkeypatch, one_thread):
     """
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
     here = []
-    fit_each = parallel.fit_each
+    fit_each = experiment.fit_each
 
     def noted(jobs, *arguments, **options):
         here.extend(job.label for job in jobs)
         return fit_each(jobs, *arguments, **options)
 
-    monkeypatch.setattr(parallel, "fit_each", noted)
+    monkeypatch.setattr(experiment, "fit_each", noted)
 
     def train(assignment, *, stay=()):
         found = []
