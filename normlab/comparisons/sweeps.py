@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -99,9 +99,6 @@ def run_sweep(
         jobs = make_jobs(sweep, data, numbers, epochs, place / "runs")
         jobs = [_in_own_folder(job.identified(data, device)) for job in jobs]
         table = SweepTable(jobs, bases, data, place / TABLE if directory else None)
-        if fresh and cluster is not None:
-            cluster.check_images()
-            cluster.forget(table.runs)
         if fresh:
             table.start_anew()
         left = table.take_finished(device, None if fresh else kept)
@@ -120,9 +117,6 @@ def run_sweep(
                     print(f"{count} of {len(jobs)}: {job.label}: {said}", flush=True)
                 if after_each is not None:
                     after_each(table.frame())
-        if cluster is not None:
-            with suppress(OSError):  # the sweep is complete, even if its scheduler has gone
-                cluster.forget(table.runs)  # and what came home before this call
         return table.frame()
 
 

@@ -1,31 +1,27 @@
 """The workers of a Dask cluster, which Dask's own commands start, as the ones who train.
 
-A worker is sent what to train and how to come by the images, never the images; it trains in a
-cache folder of its own machine, and sends the finished run's files home.
+A worker is sent what to train and how to come by the images, never the images; it sends the
+finished run's files home.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import normlab
 from normlab.data import Dataset
-from normlab.datasets.cache import cache_folder
-from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.identity import digest_of
+from normlab.runs.folder import RunFolder
 from normlab.runs.jobs import Job
 from normlab.runs.trainer import fit_job
 from normlab.runs.transfer import Ended, as_they_end, attempt, quiet, unpack
 from normlab.support.checks import warn
-from normlab.support.locks import InUse, locked
+from normlab.support.locks import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -41,25 +37,10 @@ class Cluster:
         self.client, self.load, self.fingerprint = client, load, fingerprint
         self._said_alone = False
 
-    def check_images(self) -> None:
-        """Raises `RuntimeError` that names a worker whose `load()` does not give these images."""
-        found = self.client.run(_load_there, self.load, self.fingerprint, on_error="return")
-        for address, error in found.items():
-            if isinstance(error, Exception):
-                raise RuntimeError(f"worker {address}: {error}") from error
-
-    def forget(self, digests: Iterable[str]) -> None:
-        """Removes what the workers' machines have of the runs with these digests.
-
-        A run that is just being trained, for another client, stays.
-        """
-        self.client.run(_forget, list(digests), on_error="ignore")  # a worker may just be dying
-
     def train(self, device: str | torch.device | None, sent: dict[Job, bytes]) -> Ended:
         """Has the workers do jobs, each on the device, or the fastest that it has.
 
-        Dask gives a job whose worker dies to another one, which goes on from the last finished
-        epoch if it is on the same machine.
+        Dask gives a job whose worker dies to another one.
         Raises `ConnectionError` or `RuntimeError` if the cluster fails.
         """
         executor = self.client.get_executor(pure=False)
@@ -164,42 +145,17 @@ _images: dict[str, Dataset] = {}  # in a worker: its images by their fingerprint
 def _train_away(
     device: str | torch.device | None, load: Callable[[], Dataset], fingerprint: str, sent: bytes
 ) -> dict[str, bytes]:
-    """Trains on a worker; returns the files of the finished run.
-
-    They stay there until the client has all: what could not be delivered is not trained again.
-    """
-    with _one_at_a_time, quiet():
+    """Trains on a worker; returns the files of the finished run."""
+    with _one_at_a_time, quiet(), scratch_folder() as folder:
         try:
             data = _images_here(load, fingerprint)
         except (OSError, ValueError) as error:
             from distributed import get_worker
 
             raise RuntimeError(f"worker {get_worker().address}: {error}") from error
-        job = unpack(sent, data)
-        place = _place(digest_of(job.identity))
-        with locked(place):  # which another process may train in that Dask took for dead
-            fit_job(replace(job, directory=place), data, device=device, progress=False)
-            return RunFolder(place).pack()
-
-
-def _place(digest: str) -> Path:
-    """The same for every worker on a machine, so that another one can go on there.
-
-    But not for another version of normlab, which may compute something else.
-    """
-    return cache_folder() / "sweeps" / normlab.__version__ / digest
-
-
-def _forget(digests: Sequence[str]) -> None:
-    """Removes runs from a worker's machine, but for one that is just being trained there."""
-    for digest in digests:
-        with suppress(InUse):
-            remove_runs(_place(digest))
-
-
-async def _load_there(load: Callable[[], Dataset], fingerprint: str) -> None:
-    """In a thread: the worker must go on telling the scheduler that it lives."""
-    await asyncio.to_thread(_images_here, load, fingerprint)
+        job = replace(unpack(sent, data), directory=folder)
+        fit_job(job, data, device=device, progress=False)
+        return RunFolder(folder).pack()
 
 
 def _images_here(load: Callable[[], Dataset], fingerprint: str) -> Dataset:

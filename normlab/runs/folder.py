@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,15 +91,8 @@ class RunFolder:
         """The epochs that are done, none if there is no run; the file is taken as it is."""
         return self._read_history() if self._history.is_file() else []
 
-    def finished_history(self) -> list[dict]:
-        """All epochs of the finished run; raises `ValueError` if any of its files is damaged."""
-        self._check_results(self._read_config())
-        return self._read_history()
-
     def pack(self) -> dict[str, bytes]:
         """The files of a finished run by their names, for `receive` elsewhere."""
-        if not self.is_finished():
-            return {}
         return {file.name: file.read_bytes() for file in (*self._results, self._config)}
 
     def receive(self, files: Mapping[str, bytes]) -> None:
@@ -108,7 +101,7 @@ class RunFolder:
         If somebody else has finished the run here in the meantime, that one stays.
         """
         with locked(self.directory):
-            if files and not self.is_finished():
+            if not self.is_finished():
                 config = json.loads(files[self._config.name])  # without it files are damage
                 self._write_config({"is": config["is"], "from": config["from"]})
                 for name, content in files.items():
@@ -277,14 +270,13 @@ def _file_digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def remove_runs(*directories: Path, first: Callable[[], None] = lambda: None) -> None:
-    """Calls `first`, and removes the runs in these folders, but not if one of them is in use.
+def remove_runs(*directories: Path) -> None:
+    """Removes the runs in these folders, and the folders in which there is nothing else.
 
-    Then it raises `InUse`. Folders in which there is nothing else are removed, too.
+    Raises `InUse` if one of them is in use; then nothing is removed.
     """
     there = [directory for directory in map(Path, directories) if directory.is_dir()]
     with locked(*there, wait=False):
-        first()
         for directory in there:
             RunFolder(directory).clear()
     for directory in there:
