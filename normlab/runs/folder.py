@@ -56,9 +56,7 @@ class RunFolder:
         return finished
 
     def _read_config(self) -> dict:
-        if not self._config.is_file():
-            raise self._damaged(self._config)
-        config = read_json(self._config)
+        config = read_json(self._config) if self._config.is_file() else None
         whole = _is_config(config) and config.get("digest", "") in ("", _json_digest(config))
         if whole and "digest" not in config and "final_weights" not in config:
             # As earlier versions wrote it: then only a checkpoint comes before the weights.
@@ -78,10 +76,6 @@ class RunFolder:
     def holds_no_other(self, identity: dict) -> bool:
         """Whether nothing lies here but, perhaps, the beginning of the run with this identity."""
         return self.is_empty() or not differences(self._read_config()["is"], identity)
-
-    def provenance(self) -> dict:
-        """The provenance of the run so far; empty if there is none."""
-        return self._read_config().get("from", {}) if self._config.is_file() else {}
 
     def is_finished(self) -> bool:
         """Whether the run that lies here is done."""
@@ -124,8 +118,9 @@ class RunFolder:
             provenance: of what goes on with the run; how the epochs so far were computed is added.
             epochs: how many are finished.
         """
-        if before := earlier_computations(self.provenance(), provenance, epochs):
-            provenance["before"] = before
+        if epochs:
+            before = self._read_config().get("from", {})
+            provenance |= earlier_computations(before, provenance, epochs)
         remove_leftovers(self.directory)
         self._identity = identity
         self._write_config({"is": identity, "from": provenance})

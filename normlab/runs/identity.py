@@ -209,20 +209,15 @@ def provenance(data: Dataset, device: torch.device) -> dict:
     }
 
 
-def earlier_computations(kept: dict, now: dict, epochs: int) -> list[dict]:
-    """How the finished epochs of a run were computed, where the next ones are computed otherwise.
+def earlier_computations(kept: dict, now: dict, epochs: int) -> dict:
+    """What the provenance `now` of a run is to add of the one that it has `kept` so far.
 
-    Args:
-        kept: the provenance of the run so far.
-        now: the provenance of the process that goes on with it.
-        epochs: how many epochs are finished.
-
-    Returns a dict for each sequence of epochs that were computed alike: "until_epoch" is the last
-    of them, the rest is what is known of `COMPUTATION`.
+    That is "before", a list with a dict for each sequence of epochs that were computed alike, if
+    not like those that follow: "until_epoch" is the last of them, `epochs` that of the latest.
     """
     before = list(kept.get("before", []))
     computation = {key: kept[key] for key in COMPUTATION if key in kept}
     told = before[-1]["until_epoch"] if before else 0
     if epochs > told and computation != {key: now[key] for key in COMPUTATION if key in now}:
         before.append({"until_epoch": epochs, **computation})
-    return before if epochs else []
+    return {"before": before} if before else {}

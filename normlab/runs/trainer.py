@@ -122,41 +122,38 @@ class _Training:
         self.history: list[dict] = []
 
     def turns(self) -> Generator[None, None, Run]:
-        """Trains, from each `next` to another for an epoch; returns the `Run`."""
-        with _explaining(self.job, self.device), self._open():
-            yield  # when it is ready, as those beside it shall be before its first epoch
-            while len(self.history) < self.recipe.epochs:
-                self.engine.launch(len(self.history))
-                yield
-                self._collect()
-            self._close_engine()  # predictions are those of the network as a student gets it
-            run = self._finish()
-        self.network.eval()
-        return run
+        """Resumes or begins, and trains from each `next` to another for an epoch; returns the run.
 
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """Resumes what the folder holds; leaving the context closes engine and display.
-
-        Layers then are in the modes they were in, so that the same call trains the same again. If
-        an exception leaves it, the network gets its initial weights back where a folder keeps
-        the trained ones, so that the same call with the same network resumes; and where memory was
-        wanting, since it may be tried again.
+        If an exception ends it, layers are in the modes they were in, so that the same call trains
+        the same again. The network then gets its initial weights back where a folder keeps the
+        trained ones, and where memory was wanting, since it may be tried again.
         """
         initial = {name: value.clone() for name, value in self.network.state_dict().items()}
         try:
-            with modes_kept(self.network), ExitStack() as stack:
+            with (
+                _explaining(self.job, self.device),
+                modes_kept(self.network),
+                ExitStack() as stack,
+            ):
                 stack.callback(self._close_engine)
                 self._start()
-                steps = self.engine.steps
-                shown = Progress(self.job.label, self.recipe.epochs, steps, show=self.progress)
-                self.shown = stack.enter_context(shown)
-                self.shown.start_at(len(self.history))
-                yield
+                shown = Progress(
+                    self.job.label, self.recipe.epochs, self.engine.steps, show=self.progress
+                )
+                stack.enter_context(shown).start_at(len(self.history))
+                yield  # when it is ready, as those beside it shall be before its first epoch
+                while len(self.history) < self.recipe.epochs:
+                    self.engine.launch(len(self.history))
+                    yield
+                    self._collect(shown)
+                self._close_engine()  # predictions are those of the network as a student gets it
+                run = self._finish()
         except BaseException as error:
-            if self.folder is not None or is_out_of_memory(error):
+            if self.folder is not None or isinstance(error, _NoRoom):
                 self.network.load_state_dict(initial)
             raise
+        self.network.eval()
+        return run
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
@@ -194,10 +191,10 @@ class _Training:
             self.engine.close()
             self.engine = None  # and with it the memory of its captured steps
 
-    def _collect(self) -> None:
-        """Waits for the epoch, checks and keeps it."""
+    def _collect(self, shown: Progress) -> None:
+        """Waits for the epoch, checks, keeps and shows it."""
         epoch = len(self.history)
-        train, test = self.engine.collect(self.shown.counted)
+        train, test = self.engine.collect(shown.counted)
         for which, loss in (("training", train.loss + train.penalty), ("test", test.loss)):
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -219,7 +216,7 @@ class _Training:
         self.history.append(row)
         if self.folder is not None:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
-        self.shown.finish_epoch(row)
+        shown.finish_epoch(row)
         if len(self.history) == CHANCE_EPOCHS:
             warn_if_at_chance(self.job, self.history, self.data)
 
