@@ -23,9 +23,9 @@ from normlab.runs.jobs import (
     Job,
     Outcomes,
     find_runs,
+    kept_runs,
     make_jobs,
     seed_numbers,
-    with_kept,
     without_errors,
 )
 from normlab.runs.processes import are_worthwhile, in_processes
@@ -135,11 +135,13 @@ def run_assignment(
         place = user_path(directory or stack.enter_context(scratch_folder()))
         jobs = make_jobs(assignment, data, numbers, epochs, place)
         jobs = [job.identified(data, device) for job in jobs]
+        runs: dict[Path, Run] = {}
         if fresh:
             remove_runs(*(job.directory for job in jobs))
         elif kept is not None:
-            jobs = with_kept(jobs, place, user_path(kept), data, device)
-        runs = {job.directory: run for job, run in find_runs(jobs, data, device).items()}
+            runs = kept_runs(jobs, place, user_path(kept), data, device)
+        own = find_runs([job for job in jobs if job.directory not in runs], data, device)
+        runs |= {job.directory: run for job, run in own.items()}
         left = [job for job in jobs if job.directory not in runs]
         if progress and runs:
             print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")

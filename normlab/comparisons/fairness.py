@@ -94,8 +94,8 @@ def _initial_filters(results: Results, variant: Variant) -> str:
     """
     digests = []
     for run in results.runs[variant.label]:
-        images = {"classes": len(results.data.classes), "input_shape": results.data.input_shape}
-        network = build_variant(results.assignment, variant, seed=run.recipe.seed, **images)
+        which = (results.assignment, variant, results.data)
+        network = build_variant(*which, seed=run.recipe.seed)
         network.to(DTYPES[run.recipe.dtype])
         if run.identity["initial_weights"] != weights_digest(network.state_dict()):
             return "not the assignment's"

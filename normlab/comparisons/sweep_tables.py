@@ -15,7 +15,7 @@ from normlab.data import Dataset
 from normlab.history import Run
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
-from normlab.runs.jobs import Job, find_runs
+from normlab.runs.jobs import Job
 from normlab.support.files import remove_leftovers, user_path, write_text
 from normlab.support.locks import locked
 
@@ -77,8 +77,8 @@ class SweepTable:
         left = []
         for job in self.jobs:
             run = self._rows[job.directory]["run"]
-            if found := find_runs([job], self.data, device):
-                self._take(job, _last(found[job]))
+            if found := job.find(self.data, device):
+                self._take(job, _last(found))
             elif run in here and self._has_diverged(job, here[run]):
                 self._take(job, {})
             elif run in there:

@@ -48,7 +48,6 @@ class Job:
         variant: of which variant of an assignment the network is, if of any.
         identity: the run's `identity`, once `identified` has told it: a process that the network
             was sent to could not, since the source is not there.
-        only_read: whether the directory holds the finished run and nothing in it may be changed.
     """
 
     build: Callable[[], nn.Module]
@@ -57,7 +56,6 @@ class Job:
     label: str = ""
     variant: Variant | None = None
     identity: dict | None = None
-    only_read: bool = False
 
     def identified(self, data: Dataset, device: torch.device) -> Job:
         """The job with its identity; raises an error of one sentence if it cannot be done.
@@ -76,27 +74,23 @@ class Job:
         move(network, device, self.recipe)
         return job
 
-    def is_done(self) -> bool:
-        """Whether its directory holds the finished run; raises `ValueError` if it holds another."""
-        if self.directory is None:
-            return False
-        folder = RunFolder(self.directory)
-        done = folder.open(self.identity)
-        if done and not self.only_read:
-            folder.tidy()
-        return done
-
-    def load(self, data: Dataset, device: torch.device) -> Run:
-        """The finished run that lies in its directory, in evaluation mode.
+    def find(self, data: Dataset, device: torch.device, *, only_read: bool = False) -> Run | None:
+        """The finished run that lies in its directory, in evaluation mode; None if there is none.
 
         A network of one's own must predict what the run keeps: it may depend on more than its
         identity tells, such as a number that it counted up while it was trained.
-        Raises `ValueError` if it does not; then the network has its own weights again.
+        Raises `ValueError` if it does not, or if the directory holds another run or a damaged one;
+        then the network has its own weights.
         """
+        folder = None if self.directory is None else RunFolder(self.directory)
+        if folder is None or not folder.open(self.identity):
+            return None
+        if not only_read:
+            folder.tidy()
         network = self.build()
         move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
-        run = RunFolder(self.directory).load(network)
+        run = folder.load(network)
         if "class" in run.identity["network"] and not _predicts_what_is_kept(run, data):
             network.load_state_dict(initial)
             raise another_run(self.directory, "its network predicted otherwise, with its weights")
@@ -139,10 +133,9 @@ def make_jobs(
     assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
 ) -> list[Job]:
     """A job for each variant and seed; a first seed of everything before the second of anything."""
-    shape = {"classes": len(data.classes), "input_shape": data.input_shape}
     return [
         Job(
-            partial(build_variant, assignment, variant, seed=seed, **shape),
+            partial(build_variant, assignment, variant, data, seed=seed),
             assignment.recipe_for(variant, seed=seed, epochs=epochs),
             place / variant.folder / f"seed-{seed}",
             f"{variant.label}, seed {seed}",
@@ -155,12 +148,7 @@ def make_jobs(
 
 @torch.inference_mode(False)  # what is built in inference mode could not be trained
 def build_variant(
-    assignment: Assignment,
-    variant: Variant,
-    *,
-    seed: int,
-    classes: int,
-    input_shape: tuple[int, int, int],
+    assignment: Assignment, variant: Variant, data: Dataset, *, seed: int
 ) -> nn.Module:
     """The untrained network of one variant, with the same initial weights for the same seed."""
     if assignment.build is not None:
@@ -174,38 +162,34 @@ def build_variant(
         groups=variant.groups,
         dropout=assignment.dropout,
         skip=variant.skip,
-        classes=classes,
-        input_shape=input_shape,
+        classes=len(data.classes),
+        input_shape=data.input_shape,
         seed=seed,
     )
 
 
-def with_kept(
+def find_runs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> dict[Job, Run]:
+    """The runs of the jobs that are done; raises `ValueError` as `Job.find`."""
+    return {job: run for job in jobs if (run := job.find(data, device))}
+
+
+def kept_runs(
     jobs: Iterable[Job], place: Path, kept: Path, data: Dataset, device: torch.device
-) -> list[Job]:
-    """The jobs, those whose finished run lies in `kept` with its folder there for their own.
+) -> dict[Path, Run]:
+    """The finished runs that lie in `kept` as those of the jobs in `place`, by their directories.
 
     Says why runs there are not taken, if there are any.
     """
-    found, problem = [], ""
+    found, problem = {}, ""
     for job in jobs:
-        there = replace(job, directory=kept / job.directory.relative_to(place), only_read=True)
+        there = replace(job, directory=kept / job.directory.relative_to(place))
         try:
-            found.append(there if find_runs([there], data, device) else job)
+            found[job.directory] = there.find(data, device, only_read=True)
         except ValueError as error:
-            found.append(job)
             problem = problem or str(error).partition(": choose another")[0]
     if problem:
         print(f"Not taken from the kept runs: {problem}")
-    return found
-
-
-def find_runs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> dict[Job, Run]:
-    """The runs of the jobs that are done.
-
-    Raises `ValueError` if a directory holds another run, or a damaged one.
-    """
-    return {job: job.load(data, device) for job in jobs if job.is_done()}
+    return {directory: run for directory, run in found.items() if run is not None}
 
 
 # --- what becomes of jobs ---------------------------------------------------------------------

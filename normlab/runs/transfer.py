@@ -169,8 +169,10 @@ def as_they_end(
 def load_home(job: Job, data: Dataset) -> Run | NotSendable:
     """The run that another process has finished; removes it if it is none of this one's."""
     try:
-        run = job.load(data, CPU)
+        run = job.find(data, CPU)
     except (RuntimeError, ValueError):  # its weights do not fit, or predict otherwise
+        run = None
+    if run is None:
         remove_runs(job.directory)
         return NotSendable("its network predicts otherwise here, with the weights another found")
     warn_if_at_chance(job, run.history, data)  # other processes are silent

@@ -154,9 +154,8 @@ def test_to_ask_whether_a_run_is_done_changes_nothing(tiny, tiny_network, tmp_pa
     recipe = RECIPE.replace(epochs=1, dtype="float64")
     network = tiny_network()
     job = job_of(network, recipe, tmp_path).identified(tiny, torch.device("cpu"))
-    assert not job.is_done()
+    assert job.find(tiny, torch.device("cpu")) is None
     fit(tiny_network(), tiny, recipe, tmp_path)
-    assert job.is_done()
     assert network.training
     assert {(w.device.type, w.dtype) for w in network.parameters()} == {("cpu", torch.float32)}
     with pytest.raises(ValueError, match="'float64' is not available on device 'mps'"):

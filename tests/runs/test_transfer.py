@@ -337,6 +337,7 @@ def test_weights_that_give_other_predictions_are_not_taken(tiny, tiny_network, t
     assignment = assignment_of(tiny_network, "bn")
     nl.run_assignment(assignment, data=tiny, directory=tmp_path, device="cpu", progress=False)
     (job,) = make_jobs(assignment, tiny, [0], None, tmp_path)
+    job = job.identified(tiny, torch.device("cpu"))
     assert transfer.load_home(job, tiny).last["epoch"] == 1
     other = replace(tiny, test_images=tiny.test_images.flip(0))
     assert "predicts otherwise here" in str(transfer.load_home(job, other))
@@ -349,7 +350,10 @@ def test_weights_that_do_not_fit_are_not_taken(tiny, tiny_network, tmp_path):
         progress=False,
     )  # fmt: skip
     other = assignment_of(lambda _: nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), "bn")
-    (job,) = make_jobs(other, tiny, [0], None, tmp_path)
+    identity = read_json(tmp_path / "bn" / "seed-0" / "config.json")["is"]
+    (job,) = (
+        replace(job, identity=identity) for job in make_jobs(other, tiny, [0], None, tmp_path)
+    )
     assert "predicts otherwise here" in str(transfer.load_home(job, tiny))
 
 
