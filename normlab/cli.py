@@ -102,8 +102,7 @@ def _run(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     from normlab.assignments import find_assignment
     from normlab.comparisons.sweep_plots import save_sweep_plot
-    from normlab.comparisons.sweep_tables import TABLE, summary_table
-    from normlab.comparisons.sweeps import run_sweep
+    from normlab.comparisons.sweeps import TABLE, run_sweep, summary_table
 
     assignment = find_assignment(options.assignment)
     load = _loader(options, assignment, assignment.dataset, prefix="sweep-")

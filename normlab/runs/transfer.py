@@ -24,8 +24,8 @@ from normlab.engines.plain import step_options, training_batches
 from normlab.history import Run
 from normlab.recipes import make_optimizer
 from normlab.runs.folder import remove_runs
+from normlab.runs.identity import are_apart
 from normlab.runs.jobs import Job, warn_if_at_chance
-from normlab.runs.probe import are_apart
 from normlab.support.checks import warn
 from normlab.support.module_state import copied, evaluating
 from normlab.support.seeding import seeded

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 import normlab as nl
 from normlab import experiment
-from normlab.comparisons.sweep_tables import COLUMNS, MEASURED, _read
+from normlab.comparisons.sweeps import COLUMNS, MEASURED, _read
 from normlab.runs import cluster
 from normlab.runs import processes as parallel
 from normlab.runs.folder import remove_runs

@@ -10,8 +10,7 @@ from torch import nn
 
 import normlab as nl
 from normlab.runs.folder import RunFolder
-from normlab.runs.identity import differences, digest_of, identity
-from normlab.runs.probe import LOGITS_APART, are_apart, probe
+from normlab.runs.identity import LOGITS_APART, are_apart, differences, digest_of, identity, probe
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)
 SLOPE = {"slope": 0.01}
