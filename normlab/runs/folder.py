@@ -125,19 +125,14 @@ class RunFolder:
         self._identity = identity
         self._write_config({"is": identity, "from": provenance})
 
-    def clear(self) -> None:
-        """Removes a run, if there is one: its files, and nothing else that lies here."""
-        remove_leftovers(self.directory)
-        for file in self._files:
-            file.unlink(missing_ok=True)
-
     def save_epoch(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]
     ) -> None:
         """Keeps everything that the next epoch needs; random states follow from its number."""
         tensors = _prefixed("network", network.state_dict())
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= _prefixed(f"optimizer.{index}", _kept_whole(state))
+            _check_kept_whole(state)
+            tensors |= _prefixed(f"optimizer.{index}", state)
         about = {"history": json.dumps(history), "is": json.dumps(self._identity)}
         about["digest"] = _json_digest(about | {"tensors": weights_digest(tensors)})
         write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
@@ -157,15 +152,18 @@ class RunFolder:
             raise self._damaged(self._checkpoint)
         if found := differences(json.loads(about["is"]), identity):
             raise self._damaged(self._checkpoint, f"of another run ({'; '.join(found)})")
-        states: dict[int, dict] = {}
-        for key, value in _unprefixed("optimizer", tensors).items():
-            index, _, name = key.partition(".")
-            states.setdefault(int(index), {})[name] = value
-        groups = optimizer.state_dict()["param_groups"]
+        states, weights = {}, {}
         try:
-            history = json.loads(about["history"])
+            for key, value in tensors.items():
+                part, _, name = key.partition(".")
+                index, _, quantity = name.partition(".")
+                if part == "network":
+                    weights[name] = value
+                else:
+                    states.setdefault(int(index), {})[quantity] = value
+            history, groups = json.loads(about["history"]), optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": states, "param_groups": groups})
-            network.load_state_dict(_unprefixed("network", tensors))
+            network.load_state_dict(weights)
         except (RuntimeError, KeyError, ValueError) as error:
             raise self._damaged(self._checkpoint) from error
         return history
@@ -183,7 +181,9 @@ class RunFolder:
     def load(self, network: nn.Module) -> Run:
         """The finished run that lies here, its weights put into `network`."""
         config = self._read_config()
-        self._check_results(config)
+        for file in self._results:
+            if not file.is_file() or _file_digest(file) != config.get("digests", {}).get(file.name):
+                raise self._damaged(file)
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
         try:
@@ -194,12 +194,6 @@ class RunFolder:
         predicted, probability = guesses["predicted"].long(), guesses["probability"]
         results = (self._read_history(), predicted, probability)
         return Run(network, recipe, *results, config, self.directory)
-
-    def _check_results(self, config: dict) -> None:
-        digests = config.get("digests", {})
-        for file in self._results:
-            if not file.is_file() or _file_digest(file) != digests.get(file.name):
-                raise self._damaged(file)
 
     def _write_history(self, history: list[dict]) -> None:
         lines = [",".join(COLUMNS)]
@@ -273,22 +267,22 @@ def remove_runs(*directories: Path) -> None:
     there = [directory for directory in map(Path, directories) if directory.is_dir()]
     with locked(*there, wait=False):
         for directory in there:
-            RunFolder(directory).clear()
+            remove_leftovers(directory)
+            for name in FILES:
+                (directory / name).unlink(missing_ok=True)
     for directory in there:
         with suppress(OSError):  # there is something else
             directory.rmdir()
 
 
-def _kept_whole(state: Mapping[str, object]) -> Mapping[str, object]:
-    """An optimiser's state, if a checkpoint keeps all of it; raises `TypeError` otherwise."""
+def _check_kept_whole(state: Mapping[str, object]) -> None:
+    """Raises `TypeError` unless a checkpoint keeps all of an optimiser's state."""
     for name, value in state.items():
         if value is not None and not isinstance(value, Tensor):
-            kind = type(value).__name__
             raise TypeError(
-                f"the optimiser keeps {name!r} as a {kind}, which a checkpoint does not hold: keep "
-                "it as a tensor, or train without a directory"
+                f"the optimiser keeps {name!r} as a {type(value).__name__}, which a checkpoint "
+                "does not hold: keep it as a tensor, or train without a directory"
             )
-    return state
 
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -297,11 +291,4 @@ def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         f"{prefix}.{name}".lstrip("."): value.detach().cpu().clone().contiguous()
         for name, value in state.items()
         if isinstance(value, Tensor)
-    }
-
-
-def _unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {
-        key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
     }
