@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
-from normlab.assignments import Assignment, find_assignment
+from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.data import Dataset
 from normlab.datasets.loading import load_assignment_data
 from normlab.engines.choice import ENGINES
 from normlab.history import Run
+from normlab.model import build_network
 from normlab.runs.folder import remove_runs
 from normlab.runs.jobs import (
     Job,
     Outcomes,
     find_runs,
     kept_runs,
-    make_jobs,
     seed_numbers,
     without_errors,
 )
@@ -35,6 +36,7 @@ from normlab.support.checks import check_instance, one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
 from normlab.support.locks import scratch_folder
+from normlab.support.seeding import seeded
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -155,6 +157,45 @@ def run_assignment(
         run.directory = run.directory if directory else None
         results[job.variant.label].append(run)
     return Results(assignment, data, results)
+
+
+def make_jobs(
+    assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
+) -> list[Job]:
+    """A job for each variant and seed; a first seed of everything before the second of anything."""
+    return [
+        Job(
+            partial(build_variant, assignment, variant, data, seed=seed),
+            assignment.recipe_for(variant, seed=seed, epochs=epochs),
+            place / variant.folder / f"seed-{seed}",
+            f"{variant.label}, seed {seed}",
+            variant,
+        )
+        for seed in seeds
+        for variant in assignment.variants
+    ]
+
+
+@torch.inference_mode(False)  # what is built in inference mode could not be trained
+def build_variant(
+    assignment: Assignment, variant: Variant, data: Dataset, *, seed: int
+) -> nn.Module:
+    """The untrained network of one variant, with the same initial weights for the same seed."""
+    if assignment.build is not None:
+        with seeded(seed, "weights"):
+            network = assignment.build(variant.norm)
+        check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
+        return network
+    return build_network(
+        assignment.network,
+        variant.norm,
+        groups=variant.groups,
+        dropout=assignment.dropout,
+        skip=variant.skip,
+        classes=len(data.classes),
+        input_shape=data.input_shape,
+        seed=seed,
+    )
 
 
 def check_epochs(assignment: Assignment, epochs: int | None) -> None:

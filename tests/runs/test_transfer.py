@@ -16,9 +16,9 @@ from torch import nn
 
 import normlab as nl
 from normlab import experiment
+from normlab.experiment import make_jobs
 from normlab.runs import processes as parallel
 from normlab.runs import transfer
-from normlab.runs.jobs import make_jobs
 from normlab.support.files import read_json
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)
