@@ -46,10 +46,9 @@ class RunFolder:
         if self.is_empty():
             return False
         config = self._read_config()
-        kept, finished = dict(config["is"]), "final_weights" in config
+        kept, finished = config["is"], "final_weights" in config
         if identity["initial_weights"] == config.get("final_weights"):  # the run's own network
-            kept["initial_weights"] = identity["initial_weights"]
-            kept["logits"] = config.get("final_logits", {})
+            kept = kept | {"initial_weights": identity["initial_weights"], "logits": {}}
         found = differences(kept, identity)
         if found and (finished or self._checkpoint.is_file()):
             raise another_run(self.directory, "; ".join(found))

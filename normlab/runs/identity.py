@@ -9,19 +9,14 @@ import inspect
 import json
 import math
 import platform
-import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from types import CodeType
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from normlab.data import Dataset
 from normlab.model import Network, build_network
@@ -45,8 +40,8 @@ PROBED_IMAGES = 2
 # and versions of torch add in other orders: 10⁻⁶ for a few layers, 10⁻⁴ for many of them.
 LOGITS_APART = 1e-3
 
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-_DROPOUTS += (F.alpha_dropout, F.feature_alpha_dropout)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_DROPOUTS += (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 # The part of a provenance on which the last bits of the results may depend.
 COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch", "normlab")
@@ -69,18 +64,6 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
         },
         "logits": probe(network, data.input_shape, DTYPES[recipe.dtype]),
     }
-
-
-def trained_identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
-    """What tells that a network is the one a run has trained: its weights and logits.
-
-    Its layers are all in evaluation mode, which hides what was frozen: so there are no logits of
-    training mode.
-    """
-    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
-    logits.pop("training", None)
-    weights = weights_digest(network.state_dict())
-    return {"final_weights": weights, "final_logits": logits}
 
 
 def digest_of(identity: dict) -> str:
@@ -136,20 +119,12 @@ def _builds(arguments: Mapping, network: nn.Module) -> bool:
 
 
 def _source(thing: type | Callable) -> str:
-    """The source of a class or function; without a file, as in a notebook, that of its methods."""
+    """The source of a class or function, as far as there is any: in a notebook of the methods."""
     try:
         return inspect.getsource(thing)
     except (OSError, TypeError):
-        if inspect.isfunction(thing):
-            return _compiled(thing.__code__)
-        methods = filter(inspect.isfunction, vars(thing).values())
+        methods = filter(inspect.isfunction, getattr(thing, "__dict__", {}).values())
         return "".join([thing.__qualname__, *map(_source, methods)])
-
-
-def _compiled(code: CodeType) -> str:
-    """What the code does, without the file and the addresses that its text would name."""
-    constants = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_name} {code.co_code.hex()} {constants} {code.co_names}"
 
 
 # --- what a network computes ------------------------------------------------------------------
@@ -158,11 +133,10 @@ def _compiled(code: CodeType) -> str:
 
 
 def probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[float]]:
-    """Logits for images of a shape (C, H, W) in "evaluation" and "training", one after another.
+    """Logits for images of a shape (C, H, W): in evaluation, and in training without dropout.
 
-    They are computed on the CPU by copies of the network, which stays as and where it is, like all
-    random states. Left out is what cannot be computed, is no number, or depends on chance: all but
-    dropout, whose place a fixed pattern takes.
+    They are computed on the CPU by copies of the network, which stays as and where it is. Left out
+    is what cannot be computed, is no number, or depends on chance.
     """
     images = torch.rand(PROBED_IMAGES, *shape, generator=generator(0, "probe")).to(dtype)
     first, second = (_in_both_modes(network, images, seed) for seed in (0, 1))
@@ -187,7 +161,7 @@ def are_apart(one: object, other: object, limit: float = LOGITS_APART) -> bool:
 def _in_both_modes(network: nn.Module, images: Tensor, seed: int) -> dict[str, list[float]]:
     """The logits by mode, those that are numbers; none if the network cannot be copied."""
     found = {}
-    with torch.no_grad(), warnings.catch_warnings(), _seeded(seed), _PatternForDropout():
+    with torch.no_grad(), warnings.catch_warnings(), seeded(seed, "probe"):
         warnings.simplefilter("ignore")
         with suppress(Exception):  # of a student's code, which may raise anything
             twin = copied(network).to("cpu", images.dtype)
@@ -195,7 +169,9 @@ def _in_both_modes(network: nn.Module, images: Tensor, seed: int) -> dict[str, l
             with evaluating(twin):
                 found["evaluation"] = _six_digits(twin(images))
             set_training(twin)
-            found["training"] = _six_digits(twin(images))
+            for layer in twin.modules():
+                layer.training &= not isinstance(layer, _DROPOUTS)
+            found["training_without_dropout"] = _six_digits(twin(images))
     return {mode: logits for mode, logits in found.items() if all(map(math.isfinite, logits))}
 
 
@@ -208,38 +184,6 @@ def _fill(network: nn.Module) -> None:
     for weight in network.parameters():
         if not weight.any():
             weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view(weight.shape))
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside, the random numbers of torch, Python and NumPy follow from the seed."""
-    # NumPy's old generator, since that is the one that a network may use without holding it.
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with seeded(seed, "probe"):
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-
-
-class _PatternForDropout(TorchFunctionMode):
-    """Inside, dropout multiplies by fixed numbers: random ones differ between processors."""
-
-    def __torch_function__(
-        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        function = _faded if function in _DROPOUTS else function
-        return function(*args, **(kwargs or {}))
-
-
-def _faded(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or not p:
-        return input
-    factors = torch.linspace(1 - p, 1 + p, input.numel(), dtype=input.dtype)
-    return input * factors.view(input.shape)
 
 
 # --- differences ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from normlab.history import Run
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.runs.folder import RunFolder, another_run
-from normlab.runs.identity import identity
+from normlab.runs.identity import identity, weights_digest
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
 from normlab.support.module_state import device_of, evaluating
@@ -75,8 +75,8 @@ class Job:
     def find(self, data: Dataset, device: torch.device, *, only_read: bool = False) -> Run | None:
         """The finished run that lies in its directory, in evaluation mode; None if there is none.
 
-        A network of one's own must predict what the run keeps: it may depend on more than its
-        identity tells, such as a number that it counted up while it was trained.
+        A network of one's own, or a trained one, must predict what the run keeps: it may depend on
+        more than its identity tells, such as a number that it counted up while it was trained.
         Raises `ValueError` if it does not, or if the directory holds another run or a damaged one;
         then the network has its own weights.
         """
@@ -89,7 +89,9 @@ class Job:
         move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
         run = folder.load(network)
-        if "class" in run.identity["network"] and not _predicts_what_is_kept(run, data):
+        trained = weights_digest(initial) == run.config["final_weights"]
+        ask = trained or "class" in run.identity["network"]
+        if ask and not _predicts_what_is_kept(run, data):
             network.load_state_dict(initial)
             raise another_run(self.directory, "its network predicted otherwise, with its weights")
         network.eval()

@@ -15,7 +15,7 @@ from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
 from normlab.runs.folder import RunFolder
-from normlab.runs.identity import provenance, trained_identity
+from normlab.runs.identity import provenance, weights_digest
 from normlab.runs.jobs import CHANCE_EPOCHS, Job, Outcomes, find_runs, warn_if_at_chance
 from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
@@ -157,12 +157,12 @@ class _Training:
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        engine, why = make_engine(self.choice, *self._ingredients())
-        if problem := self._take(engine):
+        why = self._open_engine(self.choice)
+        if problem := self.engine.prepare():
             warn(f"{self.job.label} takes the plain path: {problem}")
-            engine.close()
             why = problem
-            self._take(PlainEngine(*self._ingredients()))  # the engine has changed its batches
+            self._close_engine()
+            self._open_engine("plain")  # with batches of its own: the other has changed its
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
@@ -172,19 +172,15 @@ class _Training:
         if self.folder is not None:
             self.folder.start(self.job.identity, self.provenance, len(self.history))
 
-    def _ingredients(self) -> tuple:
-        """What an engine is made of: network, recipe, and batches to train and to test on."""
+    def _open_engine(self, choice: str) -> str:
+        """Has an engine go on after the epochs that are kept; says why this one."""
         train = training_batches(self.data, self.recipe, self.device)
         test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=train.dtype)
-        return self.network, self.recipe, train, test
-
-    def _take(self, engine: PlainEngine) -> str:
-        """Has an engine go on after the epochs that are kept; says what is in its way, if so."""
-        self.engine = engine
+        self.engine, why = make_engine(choice, self.network, self.recipe, train, test)
         if self.folder is not None:
-            kept = self.folder.load_epoch(self.network, engine.optimizer, self.job.identity)
-            self.history = kept
-        return engine.prepare()
+            about = (self.network, self.engine.optimizer, self.job.identity)
+            self.history = self.folder.load_epoch(*about)
+        return why
 
     def _close_engine(self) -> None:
         if self.engine is not None:
@@ -224,7 +220,7 @@ class _Training:
         with seeded(self.recipe.seed, "predictions", device=self.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
         config = {"is": self.job.identity, "from": self.provenance}
-        config |= trained_identity(self.network, self.data, self.recipe)
+        config["final_weights"] = weights_digest(self.network.state_dict())
         about = (self.network, self.recipe, self.history, predicted, probability, config)
         run = Run(*about, self.job.directory)
         if self.folder is not None:

@@ -544,21 +544,19 @@ class Halved(nn.Module):
 """
 
 
-def defined_in_a_cell(number: int, divisor: int, *, with_source: bool) -> dict:
+def defined_in_a_cell(number: int, divisor: int) -> dict:
     """How a network is described whose class a notebook's cell defines, as IPython compiles it."""
     source, file = IN_A_NOTEBOOK.format(divisor), f"/tmp/ipykernel_{number}/{number}.py"
-    if with_source:
-        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names = {"nn": nn, "torch": torch, "__name__": "__main__"}
     exec(compile(source, file, "exec"), names)
     return _describe(nn.Sequential(nn.Linear(2, 2), names["Halved"]()))
 
 
-@pytest.mark.parametrize("with_source", [True, False])
-def test_a_network_of_a_notebook_is_the_same_when_the_notebook_is_run_again(with_source):
-    first = defined_in_a_cell(1, 2, with_source=with_source)
-    assert defined_in_a_cell(2, 2, with_source=with_source) == first
-    assert defined_in_a_cell(3, 4, with_source=with_source) != first
+def test_a_network_of_a_notebook_is_the_same_when_the_notebook_is_run_again():
+    first = defined_in_a_cell(1, 2)
+    assert defined_in_a_cell(2, 2) == first
+    assert defined_in_a_cell(3, 4) != first
 
 
 # --- what came later -------------------------------------------------------------------------
