@@ -46,6 +46,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "analysis": (
         "Mistakes",
+        "class_accuracy",
         "confusion_matrix",
         "find_common_mistakes",
         "find_mistakes",
@@ -82,7 +83,7 @@ _HOMES = {
     "lessons.range_test": ("RateTest", "find_rate", "plot_rates"),
     "recipes": ("Recipe",),
     "comparisons.report": ("write_report",),
-    "history": ("Run",),
+    "history": ("History", "Run"),
     "lessons.sharing": ("shared_statistics",),
     "datasets.loading": ("load_dataset",),
     "lessons.sparsity": ("penalty_share", "small_weights"),

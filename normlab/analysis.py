@@ -1,19 +1,28 @@
 """What a trained network predicts, and where it is wrong."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from normlab.data import Dataset
 from normlab.history import Run
-from normlab.support.checks import one_of, whole_number
-from normlab.support.module_state import evaluating
-from normlab.support.tensor_checks import check_network, warn_of_batch_statistics
+from normlab.support.checks import as_list, one_of, whole_number
+from normlab.support.module_state import device_of, evaluating
+from normlab.support.tensor_checks import (
+    check_labels,
+    check_logits,
+    check_network,
+    images_and_labels,
+    warn_of_batch_statistics,
+)
 
 Predictor = nn.Module | Run
 """A network, or a run, which remembers what its network predicted for the test images."""
+Tested = Dataset | Iterable[tuple[Tensor, Tensor]]
+"""What to test on: a data set, or the (images, labels) of any `DataLoader`."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +46,32 @@ class Mistakes:
 
 @torch.no_grad()
 def predict(
-    network: nn.Module, data: Dataset, *, train: bool = False, batch_size: int = 512
+    network: nn.Module, data: Tested, *, train: bool = False, batch_size: int = 512
 ) -> Tensor:
     """Logits (N, classes) on the CPU for the test images (or, with `train`, the training images).
 
+    Of a `DataLoader`, whose images are taken as it gives them, for all its batches in their order.
     The network is in evaluation mode meanwhile and in its former mode afterwards. Warns where its
     batch normalization keeps no running statistics: then the logits of an image depend on the
     others of its batch, and so on `batch_size`.
     """
-    check_network(network, data.input_shape, len(data.classes))
+    place = {"device": device_of(network)}
+    if isinstance(data, Dataset):
+        check_network(network, data.input_shape, len(data.classes))
+        place["dtype"] = next(network.parameters(), torch.zeros(())).dtype
+        data = data.loader(train, batch_size, shuffle=False, **place)
+    elif train:
+        raise ValueError("train=True is for a Dataset, which has two parts: give the one loader")
     warn_of_batch_statistics(network)
-    example = next(network.parameters(), torch.zeros(()))
-    place = {"device": example.device, "dtype": example.dtype}
-    batches = data.loader(train, batch_size, shuffle=False, **place)
+    found = [torch.empty(0, 0)]
     with evaluating(network):
-        return torch.cat([network(images) for images, _ in batches]).cpu()
+        for images, _ in map(images_and_labels, data):
+            images = images.to(place["device"])
+            found.append(network(images))
+            check_logits(network, images, found[-1])
+    if not len(found) > 1:
+        raise ValueError("there were no batches to loop over")
+    return torch.cat(found[1:]).cpu()
 
 
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,66 +88,168 @@ def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
     return predicted, probability
 
 
-def _predictions(predictor: Predictor, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Class and probability for the test images: kept in a run, computed for a network."""
-    if isinstance(predictor, Run):
-        if predictor.identity["data"]["fingerprint"] == data.fingerprint:
-            return predictor.predicted, predictor.probability
-        predictor = predictor.network
-    return class_and_probability(predict(predictor, data))
+@dataclass(frozen=True)
+class _Images:
+    """The images that predictors are tested on, wherever they come from."""
+
+    batches: Tested  # what `predict` takes
+    labels: Tensor
+    pictures: Callable[[Tensor], Tensor]  # of the indices (K,): uint8 (K, C, H, W)
+    classes: tuple[str, ...]  # none if only the labels are known
+    source: str
+    part: str = "test"
+
+    def predictions(self, predictor: Predictor) -> tuple[Tensor, Tensor, int]:
+        """Class and probability, kept in a run of these images or computed; how many classes."""
+        if isinstance(predictor, Run):
+            kept = predictor.identity.get("data", {}).get("fingerprint")
+            if isinstance(self.batches, Dataset) and kept == self.batches.fingerprint:
+                return predictor.predicted, predictor.probability, len(self.classes)
+            predictor = predictor.network
+        logits = predict(predictor, self.batches)
+        check_labels(self.labels, "the labels", len(logits), logits.shape[1])
+        return *class_and_probability(logits), logits.shape[1]
 
 
-def find_mistakes(
-    network: Predictor, data: Dataset, count: int = 10, *, order: str = "confident"
-) -> Mistakes:
+def _images_of(
+    data: Tested,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    show: Callable[[Tensor], Tensor] | None = None,
+) -> _Images:
+    """The test images of a data set, or all of a `DataLoader`, which are held in memory."""
+    if isinstance(data, Dataset):
+        changes = {"classes": classes, "mean": mean, "std": std}
+        if changes := {name: value for name, value in changes.items() if value is not None}:
+            data = replace(data, **changes)
+        labels, pictures = data.test_labels, data.test_images.__getitem__
+        return _Images(data, labels, pictures, data.classes, data.source, data.test_name)
+    batches = [images_and_labels(batch) for batch in data]
+    if not batches:
+        raise ValueError("there were no batches to loop over")
+    images, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    named = classes if classes is not None else getattr(_dataset_of(data), "classes", ())
+    source = type(_dataset_of(data)).__name__
+    show = show or partial(_unnormalised, mean=mean, std=std)
+    return _Images(
+        list(zip(images.split(512), labels.split(512), strict=True)),
+        labels,
+        lambda index: _as_bytes(show(images[index])),
+        tuple(map(str, named)),
+        "images" if source in ("list", "TensorDataset", "Subset") else source,
+    )
+
+
+def _dataset_of(loader: object) -> object:
+    """The data set that a `DataLoader` draws from, also where it takes a part of it."""
+    found = getattr(loader, "dataset", loader)
+    while isinstance(found, torch.utils.data.Subset):
+        found = found.dataset
+    return found
+
+
+def _unnormalised(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Tensor:
+    """Images (K, C, H, W) in [0, 1] as they were before torchvision's `Normalize(mean, std)`."""
+    for values, change in ((std, torch.Tensor.mul), (mean, torch.Tensor.add)):
+        if values is not None:
+            images = change(images, torch.tensor(as_list(values)).view(1, -1, 1, 1))
+    return images
+
+
+def _as_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8; such are returned as they are. Others are refused."""
+    if images.dtype == torch.uint8:
+        return images
+    low, high = (float(end) for end in images.aminmax()) if images.numel() else (0.0, 1.0)
+    if not (low > -0.01 and high < 1.01):
+        raise ValueError(
+            f"the images go from {low:.2f} to {high:.2f}, so they are normalised: give mean= and "
+            "std= of that, or show=, a function that makes them numbers from 0 to 1"
+        )
+    return (images.clamp(0, 1) * 255).round().byte()
+
+
+def find_mistakes(network: Predictor, data: Tested, count: int = 10, **options: object) -> Mistakes:
     """Up to `count` test images that the network, or the run's network, gets wrong.
 
-    `order` is "confident" for the highest probabilities first, or "first" for the order of the test
-    set. If there are fewer than `count` mistakes, all are returned.
+    Takes the options of `find_common_mistakes`.
     """
-    return find_common_mistakes([network], data, count, order=order)
+    return find_common_mistakes([network], data, count, **options)
 
 
 def find_common_mistakes(
     networks: Mapping[str, Predictor] | Iterable[Predictor],
-    data: Dataset,
+    data: Tested,
     count: int = 10,
     *,
     order: str = "confident",
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    show: Callable[[Tensor], Tensor] | None = None,
 ) -> Mistakes:
     """Up to `count` test images that all the networks or runs get wrong.
 
     The predicted class, its probability and the order are those of the first network.
+
+    Args:
+        data: a `Dataset`, or any batches of (images, labels), which are held in memory.
+        count: how many; if there are fewer mistakes, all are returned.
+        order: "confident" for the highest probabilities first, "first" for the order of the images.
+        classes: their names, where the data do not tell them.
+        mean, std: by which the network's images in [0, 1] were normalised. A data set is then
+            normalised by these; the images of a `DataLoader` are shown without.
+        show: makes the images (K, C, H, W) of a `DataLoader` numbers from 0 to 1, in another way.
     """
     whole_number(count, "count")
     one_of(order, ("confident", "first"), "order of mistakes")
     predictors = list(networks.values() if isinstance(networks, Mapping) else networks)
     if not predictors:
         raise ValueError("there is no network to look for mistakes of")
-    guesses = [_predictions(predictor, data) for predictor in predictors]
-    missed = torch.stack([predicted != data.test_labels for predicted, _ in guesses]).all(0)
+    images = _images_of(data, classes, mean, std, show)
+    guesses = [images.predictions(predictor) for predictor in predictors]
+    missed = torch.stack([predicted != images.labels for predicted, *_ in guesses]).all(0)
     wrong = missed.nonzero().flatten()
-    predicted, probability = guesses[0]
+    predicted, probability, classes = guesses[0]
     if order == "confident":
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
     chosen = wrong[:count]
     return Mistakes(
-        images=data.test_images[chosen],
-        true=data.test_labels[chosen],
+        images=images.pictures(chosen),
+        true=images.labels[chosen],
         predicted=predicted[chosen],
         probability=probability[chosen],
         index=chosen,
-        classes=data.classes,
+        classes=images.classes or tuple(map(str, range(classes))),
         total=len(wrong),
-        tested=len(data.test_labels),
-        source=data.source,
-        part=data.test_name,
+        tested=len(images.labels),
+        source=images.source,
+        part=images.part,
     )
 
 
-def confusion_matrix(network: Predictor, data: Dataset) -> Tensor:
-    """Counts, int64 (classes, classes): row the true class, column the predicted one."""
-    predicted, _ = _predictions(network, data)
-    classes = len(data.classes)
-    pairs = data.test_labels * classes + predicted
+def confusion_matrix(network: Predictor, data: Tested) -> Tensor:
+    """Counts, int64 (classes, classes): row the true class, column the predicted one.
+
+    `data` is a `Dataset`, or any batches of (images, labels).
+    """
+    return _confusion(network, _images_of(data))
+
+
+def _confusion(network: Predictor, images: _Images) -> Tensor:
+    predicted, _, classes = images.predictions(network)
+    pairs = images.labels * classes + predicted
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def class_accuracy(
+    network: Predictor, data: Tested, classes: Sequence[str] | None = None
+) -> dict[str, float]:
+    """The fraction of images classified correctly, by class; NaN for a class without images."""
+    images = _images_of(data, classes)
+    counts = _confusion(network, images)
+    shares = (counts.diagonal() / counts.sum(1)).tolist()
+    return dict(zip(images.classes or map(str, range(len(shares))), shares, strict=True))

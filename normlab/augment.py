@@ -40,16 +40,61 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
     Bilinear interpolation; what comes in at the corners is black. Returns float images, unrounded.
     """
+    still = torch.zeros(len(degrees), 3, device=degrees.device)
+    return affine(images, torch.cat([degrees.view(-1, 1), still], 1))
+
+
+def affine(images: Tensor, moves: Tensor) -> Tensor:
+    """Turns, enlarges and shifts each image (B, C, H, W), as `rotate` does, about its centre.
+
+    `moves` (B, 4) are degrees counter-clockwise, the logarithm of the scale, and shifts down and to
+    the right as parts of the height and the width.
+    """
     images = images if images.is_floating_point() else images.float()
     height, width = images.shape[-2:]
-    angle = (degrees * (math.pi / 180)).to(images.dtype)
-    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    degrees, log_scale, down, right = moves.to(images.dtype).unbind(1)
+    angle, shrink = degrees * (math.pi / 180), (-log_scale).exp()
+    cosine, sine = angle.cos() * shrink, angle.sin() * shrink
     # The grid is in units of half a side, so a picture that is not square needs its ratio.
-    first = torch.stack([cosine, -sine * (height / width), zero], dim=1)
-    second = torch.stack([sine * (width / height), cosine, zero], dim=1)
-    turn = torch.stack([first, second], dim=1)  # (B, 2, 3)
+    up, over = sine * (height / width), sine * (width / height)
+    first = torch.stack([cosine, -up, 2 * (up * down - cosine * right)], dim=1)
+    second = torch.stack([over, cosine, -2 * (over * right + cosine * down)], dim=1)
+    turn = torch.stack([first, second], dim=1)  # (B, 2, 3): where each pixel comes from
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def cutout(images: Tensor, places: Tensor, side: int) -> Tensor:
+    """Covers a square of `side` pixels of each image (B, C, H, W) by the image's mean colour.
+
+    `places` (B, 2) in [0, 1) are the square's centre, down and to the right; at the border a part
+    of it lies outside. Source: DeVries & Taylor, "Improved Regularization … with Cutout", 2017.
+    """
+
+    def covered(place: Tensor, size: int) -> Tensor:  # (B, size)
+        first = (place * size).floor().view(-1, 1) - side // 2
+        away = torch.arange(size, device=images.device) - first
+        return (away >= 0) & (away < side)
+
+    rows, columns = (
+        covered(*each) for each in zip(places.unbind(1), images.shape[2:], strict=True)
+    )
+    mean = images.float().mean((2, 3), keepdim=True).to(images.dtype)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], mean, images)
+
+
+def jitter(images: Tensor, changes: Tensor) -> Tensor:
+    """Changes brightness, contrast and saturation of each image (B, C, H, W) by factors (B, 3).
+
+    A factor of 1 changes nothing; contrast is about the image's mean, saturation about grey. Values
+    stay within 0 and 255. Returns float images.
+    """
+    images = images if images.is_floating_point() else images.float()
+    brightness, contrast, saturation = changes.to(images.dtype).view(-1, 3, 1, 1, 1).unbind(1)
+    images = images * brightness
+    for factor, axes in ((contrast, (1, 2, 3)), (saturation, (1,))):
+        images = torch.lerp(images.mean(axes, keepdim=True), images, factor)
+    return images.clamp(0, 255)
 
 
 @dataclass(frozen=True)
@@ -60,6 +105,12 @@ class Kind:
     draw: Callable[[int, float, torch.Generator], Tensor]  # (count, amount, rng) to (count, …)
     apply: Callable[[Tensor, Tensor, float], Tensor]  # (images, drawn, amount) to images
     whole: bool = False  # whether the amount must be a whole number
+
+
+def _affine_moves(count: int, degrees: float, rng: torch.Generator) -> Tensor:
+    """For `affine` (count, 4): a turn either way, 10 % larger or smaller, 10 % of a side away."""
+    most = torch.tensor([degrees, math.log(1.1), 0.1, 0.1])
+    return (2 * torch.rand(count, 4, generator=rng) - 1) * most
 
 
 AUGMENTATIONS = {
@@ -78,6 +129,22 @@ AUGMENTATIONS = {
         (7, 0, 180),
         draw=lambda count, amount, rng: (2 * torch.rand(count, generator=rng) - 1) * amount,
         apply=lambda images, drawn, amount: rotate(images, drawn),
+    ),
+    "affine": Kind(
+        (10, 0, 180),
+        draw=_affine_moves,
+        apply=lambda images, drawn, amount: affine(images, drawn),
+    ),
+    "cutout": Kind(
+        (8, 1, 1024),
+        draw=lambda count, amount, rng: torch.rand(count, 2, generator=rng),
+        apply=lambda images, drawn, amount: cutout(images, drawn, int(amount)),
+        whole=True,
+    ),
+    "jitter": Kind(
+        (0.2, 0, 1),
+        draw=lambda count, amount, rng: 1 + amount * (2 * torch.rand(count, 3, generator=rng) - 1),
+        apply=lambda images, drawn, amount: jitter(images, drawn),
     ),
 }
 
@@ -102,7 +169,9 @@ def parse_augmentation(text: str) -> Augmentation:
     """Reads "shift" or "shift:2": a name and, after a colon, an amount instead of the default.
 
     "shift" moves by up to 4 pixels, "flip" mirrors with probability 0.5, "rotate" turns by up to
-    7 degrees either way. Raises `ValueError` for an unknown name or an amount out of range.
+    7 degrees either way; "affine" turns by up to 10 degrees, scales and moves by up to 10 %;
+    "cutout" covers a square of 8 pixels; "jitter" changes brightness, contrast and saturation by up
+    to 0.2 of them. Raises `ValueError` for an unknown name or an amount out of range.
     """
     name, _, amount = str(text).partition(":")
     kind = AUGMENTATIONS[one_of(name, AUGMENTATIONS, "augmentation")]

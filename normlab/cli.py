@@ -220,7 +220,7 @@ RUN = {
     "assignment": {**ASSIGNMENT, "nargs": "?", "help": "without it: mnist-l1 on bundled digits"},
     "--as-submitted": {**FLAG, "help": "train in the manner of the submission"},
     **TRAINING,
-    "--engine": {"default": "auto", "help": "auto, or plain for the loop as taught"},
+    "--engine": {"default": "auto", "help": "auto, plain for the loop as taught, or untried"},
 }
 SWEEP = {
     "assignment": ASSIGNMENT,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from safetensors.numpy import save as arrays_to_bytes
 from torch import Tensor
 
 from normlab.augment import parse_augmentation
-from normlab.support.checks import number, whole_number
+from normlab.support.checks import as_list, number, whole_number
 from normlab.support.files import write_bytes
 from normlab.support.seeding import generator
 from normlab.support.tensor_checks import as_images, as_labels, check_labels
@@ -32,6 +33,8 @@ class Dataset:
         classes: the name of each class.
         source: what the images are, as figures should name them; never a path.
         test_name: what the second part is, "test" or "validation".
+        mean, std: of each channel, or one for all, by which images in [0, 1] are normalised;
+            without them, those of the training images.
 
     Raises `ValueError` or `TypeError` if they do not fit together.
     """
@@ -44,6 +47,8 @@ class Dataset:
     classes: tuple[str, ...] = field(repr=False)
     source: str
     test_name: str = "test"
+    mean: Sequence[float] | None = field(default=None, repr=False)
+    std: Sequence[float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
@@ -58,6 +63,17 @@ class Dataset:
                 f"train_images are of shape {tuple(self.train_images.shape[1:])} but test_images "
                 f"of {tuple(self.test_images.shape[1:])}: they must have the same shape"
             )
+        given = self.normalization
+        measured = _measured(self.train_images) if None in given.values() else {}
+        for name, values in given.items():
+            values = measured[name] if values is None else _per_channel(values, name, images)
+            object.__setattr__(self, name, values)
+
+    @property
+    def normalization(self) -> dict[str, Sequence[float] | None]:
+        """The mean and the std that were given; None stands for those of the training images."""
+        both = {"mean": self.mean, "std": self.std}
+        return {name: None if isinstance(v, _Measured) else v for name, v in both.items()}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -65,30 +81,11 @@ class Dataset:
         return tuple(self.train_images.shape[1:])
 
     @cached_property
-    def _shades(self) -> Tensor:
-        """How often each of the 256 grey values occurs in each channel of training, (C, 256)."""
-        # Counting is exact and needs no copy of the images as floats.
-        counts = torch.zeros(self.input_shape[0], 256, dtype=torch.float64)
-        for some in self.train_images.split(4096):
-            for channel, values in enumerate(some.unbind(1)):
-                counts[channel] += torch.bincount(values.flatten(), minlength=256)
-        return counts / counts.sum(1, keepdim=True)
-
-    @cached_property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel over the training images, in [0, 1]."""
-        return tuple((self._shades @ _VALUES).tolist())
-
-    @cached_property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel over the training images, in [0, 1]."""
-        variance = self._shades @ _VALUES**2 - (self._shades @ _VALUES) ** 2
-        return tuple(variance.clamp_min(0).sqrt().tolist())
-
-    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over images, labels and class names: equal only for the same data."""
+        """SHA-256 over images, labels, class names and a given `normalization`."""
         digest = hashlib.sha256(repr(self.classes).encode())
+        if given := {name: v for name, v in self.normalization.items() if v is not None}:
+            digest.update(repr(given).encode())
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(repr((tuple(part.shape), str(part.dtype))).encode())
             digest.update(part.contiguous().numpy())
@@ -142,7 +139,8 @@ class Dataset:
         Raises `OSError` if it cannot be written.
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        about = [self.name, self.classes, self.source, self.test_name, self._seal(key)]
+        about = [self.name, self.classes, self.source, self.test_name]
+        about += [self.normalization, self._seal(key)]
         write_bytes(path, arrays_to_bytes(arrays, {"about": json.dumps(about)}))
 
     @classmethod
@@ -154,8 +152,8 @@ class Dataset:
         try:
             with safe_open(path, framework="pt") as file:
                 arrays = [file.get_tensor(name) for name in _ARRAYS]
-                name, *texts, seal = json.loads(file.metadata()["about"])
-            data = cls(name, *arrays, *texts)
+                name, *texts, normalization, seal = json.loads(file.metadata()["about"])
+            data = cls(name, *arrays, *texts, **normalization)
             if data._seal(key) != seal:
                 raise ValueError("what was kept is something else")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -211,7 +209,32 @@ class Dataset:
 
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-_VALUES = torch.arange(256, dtype=torch.float64) / 255  # of the shades, as numbers in [0, 1]
+
+
+class _Measured(tuple):
+    """Means or deviations of the training images: with other images they are measured anew."""
+
+
+def _measured(images: Tensor) -> dict[str, _Measured]:
+    """Mean and standard deviation of each channel of bytes (N, C, H, W), as numbers in [0, 1]."""
+    # Counting how often each of 256 values occurs is exact, and needs no copy as floats.
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
+    for some in images.split(4096):
+        for channel, values in enumerate(some.unbind(1)):
+            counts[channel] += torch.bincount(values.flatten(), minlength=256)
+    share, values = counts / counts.sum(1, keepdim=True), torch.arange(256.0).double() / 255
+    mean = share @ values
+    std = (share @ values**2 - mean**2).clamp_min(0).sqrt()
+    return {"mean": _Measured(mean.tolist()), "std": _Measured(std.tolist())}
+
+
+def _per_channel(values: object, name: str, images: Tensor) -> tuple[float, ...]:
+    """A number for each channel of the images (N, C, H, W); one alone stands for all."""
+    channels, least = images.shape[1], {"least": -math.inf} if name == "mean" else {}
+    found = [number(value, name, positive=name == "std", **least) for value in as_list(values)]
+    if len(found) not in (1, channels):
+        raise ValueError(f"{name} must be {channels} numbers, one for each channel, not {values}")
+    return tuple(found * (channels // len(found)))
 
 
 def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:

@@ -225,7 +225,7 @@ def train(
     Args:
         workers: do the jobs, whatever they are worth, instead of processes of this machine.
     """
-    if workers is None and device.type == "cpu" and engine == "auto":
+    if workers is None and device.type == "cpu" and engine != "plain":
         apart = partial(in_processes, data, progress=progress)
         workers = apart if are_worthwhile(jobs, data) else None
     if workers is not None:

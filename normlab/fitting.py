@@ -45,6 +45,8 @@ def fit(
         progress: whether to say how far it is.
         label: what the progress calls the run.
         engine: "auto" for the fastest way through an epoch, "plain" for the loop of `train_epoch`.
+            On a GPU the fastest first takes a few steps beside the plain loop, which trains if they
+            differ, with a warning; "untried" leaves that out.
 
     Raises:
         ValueError: the network does not fit the data, or `directory` holds another run.

@@ -1,22 +1,105 @@
-"""A finished training in memory: how the network was trained, and what every epoch gave."""
+"""A finished training in memory: how the network was trained, and what every epoch gave.
+
+A loop of one's own keeps its results in a `History`, which the plots take like a `Run`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from normlab.support.checks import one_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor, nn
 
     from normlab.recipes import Recipe
+    from normlab.training import EpochResult
 
 QUANTITIES = (
     *("train_loss", "train_accuracy", "test_loss", "test_accuracy"),
     *("penalty", "lr", "seconds"),
 )
 COLUMNS = ("epoch", *QUANTITIES)
+_SHORT = {  # words of the names that students give their lists
+    **dict.fromkeys(("training", "tr"), "train"),
+    **dict.fromkeys(("testing", "val", "valid", "validation"), "test"),
+    **dict.fromkeys(("acc", "accs", "accuracies"), "accuracy"),
+    **{"losses": "loss", "rate": "lr", "time": "seconds"},
+}
+
+
+class History(list):
+    """The rows of a loop of one's own, one for each epoch, like those of `Run.history`.
+
+        history = nl.History()
+        for epoch in range(20):
+            history.add(nl.train_epoch(network, train, optimizer), nl.test_epoch(network, test))
+        nl.plot_loss_and_accuracy({"mine": history})
+
+    `History.of` makes one of what other loops keep. What is not known is NaN.
+    """
+
+    def __init__(self, rows: Iterable[dict] = ()) -> None:
+        super().__init__(rows)
+
+    def add(
+        self, train: EpochResult, test: EpochResult | None = None, *, lr: float = math.nan
+    ) -> dict:
+        """Appends the row of an epoch, from the results of training and testing, and returns it."""
+        row = {"train_loss": train.loss, "train_accuracy": train.accuracy}
+        if test is not None:
+            row |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
+        seconds = train.seconds + (0.0 if test is None else test.seconds)
+        return self._append(row | {"penalty": train.penalty, "lr": lr, "seconds": seconds})
+
+    def _append(self, values: Mapping[str, float]) -> dict:
+        self.append({"epoch": len(self) + 1} | dict.fromkeys(QUANTITIES, math.nan) | values)
+        return self[-1]
+
+    @classmethod
+    def of(cls, kept: Mapping | Iterable) -> History:
+        """The history in lists by name, or in rows.
+
+        Args:
+            kept: `{"train_loss": [2.3, …], "val_acc": [0.1, …]}` and the like, with accuracies as
+                fractions; `{"train": […], "test": […]}` or pairs (train, test) of `EpochResult`s;
+                or a dict for each epoch.
+
+        Raises `ValueError` for names that are none of `QUANTITIES`, lists of several lengths, and
+        accuracies that are no fractions.
+        """
+        history = cls()
+        if isinstance(kept, Mapping):
+            if len({len(values) for values in kept.values()}) != 1:
+                raise ValueError("the lists of a history must have a value for each epoch")
+            kept = [dict(zip(kept, row, strict=True)) for row in zip(*kept.values(), strict=True)]
+        for row in kept:
+            if isinstance(row, Mapping) and "train" not in row:
+                history._append(_checked(row))
+            else:
+                history.add(*row.values() if isinstance(row, Mapping) else row)
+        return history
+
+
+def _checked(row: Mapping[str, float]) -> dict[str, float]:
+    """An epoch's numbers by the names of `QUANTITIES`."""
+    found = {}
+    for key, value in row.items():
+        words = [_SHORT.get(word, word) for word in re.findall("[a-z]+", str(key).lower())]
+        name = "_".join(words if words not in (["loss"], ["accuracy"]) else ["train", *words])
+        if name == "epoch":
+            continue
+        one_of(name, QUANTITIES, "quantity of a history")
+        if name.endswith("accuracy") and value > 1:
+            raise ValueError(f"{key} must be a fraction from 0 to 1, not {value}: divide by 100")
+        found[name] = float(value)
+    return found
 
 
 @dataclass(repr=False)
@@ -41,6 +124,30 @@ class Run:
     probability: Tensor
     config: dict
     directory: Path | None = None
+
+    @classmethod
+    def from_history(
+        cls,
+        history: Mapping | Iterable,
+        network: nn.Module | None = None,
+        *,
+        recipe: Recipe | None = None,
+        source: str = "",
+    ) -> Run:
+        """The run of a loop of one's own, for plots and tables.
+
+        Args:
+            history: a `History`, or what `History.of` takes.
+            network: the one that was trained.
+            recipe: how it was trained, if a `Recipe` can say it.
+            source: what the images are, for titles.
+        """
+        from torch import empty  # `plot_curves` is to be imported without torch
+
+        weights = [] if network is None else [w for w in network.parameters() if w.requires_grad]
+        about = {"parameters": sum(weight.numel() for weight in weights), "data": {}}
+        config = {"is": about, "from": {"data_source": source}}
+        return cls(network, recipe, History.of(history), empty(0).long(), empty(0), config)
 
     def __repr__(self) -> str:
         accuracy = f"{self.last['test_accuracy']:.4f}"
@@ -84,3 +191,21 @@ class Run:
         import pandas
 
         return pandas.DataFrame(self.history, columns=list(COLUMNS))
+
+
+def runs_of(kept: Run | Mapping | Iterable) -> list[Run]:
+    """The runs, whichever way they are given: one or several, as `Run`s or histories."""
+    if isinstance(kept, Run):
+        return [kept]
+    if isinstance(kept, Mapping):
+        return [Run.from_history(kept)]
+    kept = list(kept)
+    rows = kept and not isinstance(kept[0], Run) and not _is_history(kept[0])
+    return [Run.from_history(kept)] if rows else [run for each in kept for run in runs_of(each)]
+
+
+def _is_history(kept: object) -> bool:
+    """Whether it holds several epochs, not the results of one."""
+    values = list(kept.values()) if isinstance(kept, Mapping) else kept
+    first = next(iter(values), None)
+    return isinstance(first, Mapping | Sequence)

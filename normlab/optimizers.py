@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.support.tensor_checks import own_weight
@@ -153,9 +153,10 @@ def _sgd(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe)
     return SGD(weights, lr, recipe.momentum, nesterov=nesterov, **options)
 
 
-def _adamw(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> AdamW:
+def _adam(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> Adam:
+    kind = AdamW if recipe.optimizer == "adamw" else Adam
     options = {"weight_decay": recipe.weight_decay, "fused": isinstance(lr, Tensor) or None}
-    return AdamW(weights, lr, capturable=isinstance(lr, Tensor) and lr.is_cuda, **options)
+    return kind(weights, lr, capturable=isinstance(lr, Tensor) and lr.is_cuda, **options)
 
 
 def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> Muon:
@@ -169,5 +170,5 @@ def _muon(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe
 # those in BY_FILTER also get the `filters` among the weights. On a GPU a step is replayed as a CUDA
 # graph, without Python: take the rate as a tensor (torch's own do if they are fused), and keep all
 # state in tensors.
-OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "muon": _muon}
 BY_FILTER = {"muon"}

@@ -4,21 +4,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normlab.support.tensor_checks import check_weights
+from normlab.support.checks import one_of
+from normlab.support.tensor_checks import check_weights, trained_parameters
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+L1_OVER = ("weights", "all")  # what `l1_penalty` sums over
 
 
-def l1_penalty(network: nn.Module, layers: tuple[type[nn.Module], ...] = WEIGHT_LAYERS) -> Tensor:
+def l1_penalty(
+    network: nn.Module,
+    layers: tuple[type[nn.Module], ...] = WEIGHT_LAYERS,
+    *,
+    over: str = "weights",
+) -> Tensor:
     """The sum of |w| over the weights of convolution and linear layers: a scalar, differentiable.
 
     A sum, not a mean for each tensor: its strength does not depend on how weights are split into
-    layers. The scales of norms are left out; `layers=(nn.Module,)` includes every layer's `weight`.
+    layers. The scales of norms are left out; `layers=(nn.Module,)` includes every layer's `weight`,
+    and `over="all"` takes all parameters that are trained, biases and shifts too.
 
     Source: Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     Raises `ValueError` if the network has no such weight.
     """
-    return torch.stack([weight.abs().sum() for weight in penalised_weights(network, layers)]).sum()
+    one_of(over, L1_OVER, "l1_over")
+    every = over == "all"
+    weights = trained_parameters(network) if every else penalised_weights(network, layers)
+    return torch.stack([weight.abs().sum() for weight in weights]).sum()
 
 
 def penalised_weights(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normlab.history import QUANTITIES, Run
+from normlab.history import QUANTITIES, History, Run, runs_of
 from normlab.support.checks import one_of
 from normlab.support.colours import curve_styles, legible
 from normlab.support.figures import (
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from torch import Tensor
 
-Runs = Mapping[str, Run | Sequence[Run]]
-"""What to compare: a run, or several that differ in their seed, for each label; `Results` too."""
+Runs = Mapping[str, Run | History | Sequence[Run] | Sequence[History]]
+"""What to compare: a run, or several that differ in their seed, for each label; `Results` too.
+
+A `History`, or what `History.of` takes, is as good as a run."""
 Panel = tuple[dict[str, list[Run]], str, str]
 """The runs of each label, a quantity, and a title."""
 
@@ -100,12 +102,13 @@ def plot_panels(panels: Mapping[str, Runs], quantity: str = "test_accuracy") -> 
 def _grouped(runs: Runs, quantity: str = "test_loss") -> dict[str, list[Run]]:
     """The runs of each label. Raises `ValueError` for an unknown quantity or no runs."""
     one_of(quantity, QUANTITIES, "quantity")
-    groups = {
-        label: [some] if isinstance(some, Run) else list(some) for label, some in runs.items()
-    }
+    groups = {label: runs_of(some) for label, some in runs.items()}
     empty = [label for label, some in groups.items() if not some]
     if empty or not groups:
         raise ValueError(f"there are no runs to plot{' of ' if empty else ''}{', '.join(empty)}")
+    for label, some in groups.items():
+        if any(run.history and np.isnan(run.history[0][quantity]) for run in some):
+            raise ValueError(f"the history of {label!r} holds no {quantity}")
     return groups
 
 
@@ -115,8 +118,8 @@ def _title(quantity: str, *groups: dict[str, list[Run]]) -> str:
     runs = [run for each in groups for some in each.values() for run in some]
     if all("validation_images" in run.identity["data"] for run in runs):
         name = name.replace("Test", "Validation")
-    sources = {run.provenance["data_source"] for run in runs}
-    return f"{name}, {', '.join(sorted(sources))}"
+    sources = {run.provenance["data_source"] for run in runs} - {""}
+    return ", ".join([name, *sorted(sources)])
 
 
 def _draw_side_by_side(panels: Sequence[Panel], **shared: object) -> Figure:

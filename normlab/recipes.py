@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normlab.augment import parse_augmentation
 from normlab.optimizers import BY_FILTER, OPTIMIZERS, centralize_gradients, filters
+from normlab.penalties import L1_OVER
 from normlab.support.checks import number, one_of, whole_number
 from normlab.support.tensor_checks import trained_parameters
 
@@ -24,16 +25,19 @@ class Recipe:
     Args:
         epochs: passes over the training images.
         batch_size: images in a step; the last batch of an epoch may be shorter.
-        optimizer: "sgd" (with momentum), "adamw", or "muon" (`optimizers.Muon`).
+        optimizer: "sgd" (with momentum), "adam", "adamw", or "muon" (`optimizers.Muon`).
         lr: learning rate; the highest one where the schedule changes it.
-        momentum: of SGD and Muon; 0 turns it off. AdamW ignores it.
+        momentum: of SGD and Muon; 0 turns it off. Adam and AdamW ignore it.
         nesterov: whether SGD's momentum looks ahead (Sutskever et al. 2013); Muon's always does.
         weight_decay: as `torch.optim` applies it, to all parameters; with Muon to filters alone.
         centred: gradient centralization, which keeps the mean of every filter at 0 (Yong et al.
             2020; `optimizers.centralize_gradients`).
         schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
-            2018), "cosine" (Loshchilov & Hutter 2017), "constant"; it changes after every step.
+            2018), "cosine" (Loshchilov & Hutter 2017), "step" (a tenth from half of the steps on,
+            a hundredth from three quarters on: He et al. 2016), "constant"; it changes after every
+            step.
         l1: factor of `l1_penalty` in the loss.
+        l1_over: what that sums over: "weights" of convolutions and linear layers, or "all".
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
         augment: names as for `parse_augmentation`, applied in order: "shift:2", "flip", "rotate".
         dtype: "float32" on every device, without TF32; "float64" for comparisons that must be
@@ -59,6 +63,7 @@ class Recipe:
     augment: tuple[str, ...] = ()
     dtype: str = "float32"
     seed: int = 0
+    l1_over: str = "weights"
 
     def __post_init__(self) -> None:
         for name in ("nesterov", "centred"):
@@ -77,6 +82,7 @@ class Recipe:
             "augment": _checked_augment(self.augment),
             "dtype": one_of(self.dtype, DTYPES, "dtype"),
             "seed": whole_number(self.seed, "seed", least=0),
+            "l1_over": one_of(self.l1_over, L1_OVER, "l1_over"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -138,5 +144,6 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 SCHEDULES = {  # each gives the factor of the recipe's rate at a step, from 0 on, of so many steps
     "one-cycle": _one_cycle,
     "cosine": lambda step, steps: _half_cosine(1.0, 0.0, step / steps),
+    "step": lambda step, steps: 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps)),
     "constant": lambda step, steps: 1.0,
 }

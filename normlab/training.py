@@ -1,18 +1,22 @@
 """The step and the loops that train and test a network, on every device."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import length_hint
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from normlab.penalties import l1_penalty
-from normlab.support.checks import number
+from normlab.support.checks import number, one_of
 from normlab.support.module_state import device_of, evaluating, set_training
-from normlab.support.tensor_checks import check_logits, images_and_labels
+from normlab.support.tensor_checks import check_logits, check_optimizer, images_and_labels
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def train_step(
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     l1: float = 0.0,
+    l1_over: str = "weights",
     autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | float]:
     """One optimisation step on images (B, C, H, W), labels (B,): that of `fit` on every device.
@@ -72,6 +77,7 @@ def train_step(
         network: maps images to logits (B, classes).
         loss: of (logits, labels), averaged over the batch.
         l1: factor of `l1_penalty`, which is added to the loss.
+        l1_over: what it sums over: "weights", or "all" parameters.
         autocast: `torch.bfloat16` for mixed precision: convolutions and linear layers compute in
             it, while weights and loss stay in float32.
 
@@ -86,7 +92,7 @@ def train_step(
         logits = network(images)
     check_logits(network, images, logits)
     logits = logits if autocast is None else logits.float()
-    penalty = l1 * l1_penalty(network) if l1 else 0.0
+    penalty = l1 * l1_penalty(network, over=l1_over) if l1 else 0.0
     optimizer.zero_grad()
     (loss(logits, labels) + penalty).backward()
     optimizer.step()
@@ -100,42 +106,75 @@ def train_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     *,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    l1: float = 0.0,
-    autocast: torch.dtype | None = None,
+    scheduler: LRScheduler | None = None,
+    scheduler_steps: str | None = None,
+    **options: object,
 ) -> EpochResult:
     """Takes a `train_step` for each batch and returns the means over the images.
 
     Args:
         network: maps images (B, C, H, W) to logits (B, classes).
         batches: gives (images, labels); any `DataLoader` or `Dataset.loader`.
-        scheduler: stepped after every batch, not every epoch.
-        loss, l1, autocast: as for `train_step`; the penalty is reported apart from the loss.
+        scheduler: of the learning rate. OneCycleLR and CyclicLR are stepped after every batch;
+            StepLR, MultiStepLR, ExponentialLR, ReduceLROnPlateau, and CosineAnnealingLR with a
+            `T_max` below the number of batches, after the epoch.
+        scheduler_steps: "batch" or "epoch", where the scheduler itself does not tell.
+        options: loss, l1, l1_over and autocast, as for `train_step`; the penalty is reported apart
+            from the loss.
 
-    The reported loss is the plain cross-entropy, whatever `loss` is minimised. Afterwards the
-    network is in training mode; layers frozen by `.eval()` and `.requires_grad_(False)` before keep
-    their mode and their running statistics.
-    Raises `ValueError` for an `l1` below 0, and for batches and logits of other shapes.
+    ReduceLROnPlateau sees the training loss (or accuracy, if its mode is "max"): to show it
+    another, step it yourself. The reported loss is the plain cross-entropy, whatever `loss` is
+    minimised. Afterwards the network is in training mode; layers frozen by `.eval()` and
+    `.requires_grad_(False)` before keep their mode and their running statistics.
+    Warns of trainable parameters that the optimiser leaves out.
+    Raises `ValueError` for an optimiser that holds none of them, a scheduler that may count batches
+    or epochs, an `l1` below 0, and for batches and logits of other shapes.
     """
     device, started, sums = device_of(network), time.perf_counter(), []
+    check_optimizer(network, optimizer)
+    by_epoch = scheduler is not None and _steps_of(scheduler, scheduler_steps, batches) == "epoch"
     set_training(network)
     for batch in batches:
         images, labels = (part.to(device) for part in images_and_labels(batch))
-        logits, penalty = train_step(
-            network, images, labels, optimizer, loss=loss, l1=l1, autocast=autocast
-        )
-        if scheduler is not None:
+        logits, penalty = train_step(network, images, labels, optimizer, **options)
+        if scheduler is not None and not by_epoch:
             scheduler.step()
         sums.append(batch_sums(logits, labels, penalty))
-    return epoch_result(sums, started)
+    result = epoch_result(sums, started)
+    if by_epoch:
+        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        seen = result.accuracy if plateau and scheduler.mode == "max" else result.loss
+        scheduler.step(*[seen] * plateau)
+    return result
+
+
+def _steps_of(scheduler: LRScheduler, told: str | None, batches: Iterable) -> str:
+    """Whether a scheduler is stepped after each "batch" or "epoch"; `ValueError` if unknown."""
+    if told is not None:
+        return one_of(told, ("batch", "epoch"), "scheduler_steps")
+    kind = type(scheduler).__name__
+    short = getattr(scheduler, "T_max", math.inf) < length_hint(batches)
+    if isinstance(scheduler, _BY_EPOCH) or (kind == "CosineAnnealingLR" and short):
+        return "epoch"
+    if isinstance(scheduler, _BY_BATCH):
+        return "batch"
+    raise ValueError(
+        f"{kind} may count batches or epochs: say which by scheduler_steps='batch' or 'epoch'"
+    )
+
+
+_BY_BATCH = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
+_BY_EPOCH = (
+    *(lr_scheduler.StepLR, lr_scheduler.MultiStepLR, lr_scheduler.ExponentialLR),
+    lr_scheduler.ReduceLROnPlateau,
+)
 
 
 @torch.no_grad()
 def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> EpochResult:
     """Measures the network in evaluation mode; afterwards it is in the mode it was in before.
 
-    Arguments and errors are as for `train_epoch`. Batch normalization with
+    The arguments are as for `train_epoch`. Batch normalization with
     `track_running_stats=False` has no other statistics than those of a batch: then the result
     depends on the batches.
     """

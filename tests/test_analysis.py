@@ -7,6 +7,7 @@ import pytest
 import sklearn.metrics
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import normlab as nl
 
@@ -190,3 +191,86 @@ def test_no_class_is_predicted_from_what_is_no_number(tiny, tiny_network):
     for use in (nl.find_mistakes, nl.confusion_matrix):
         with pytest.raises(FloatingPointError, match="logits of 40 of 40 images are no numbers"):
             use(network, tiny)
+
+
+# --- images that are no `Dataset` -----------------------------------------------------------------
+
+MEAN, STD = (0.5,), (0.25,)
+
+
+def as_loader(data: nl.Dataset, *, shuffle: bool = False, mean=MEAN, std=STD) -> DataLoader:
+    """The test images as a student's loader gives them, normalised by numbers of one's own."""
+    images = (data.test_images / 255 - mean[0]) / std[0]
+    return DataLoader(TensorDataset(images, data.test_labels), batch_size=7, shuffle=shuffle)
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_a_loader_gives_what_a_data_set_of_its_normalization_gives(tiny, tiny_network, norm):
+    network, loader = tiny_network(norm), as_loader(tiny)
+    same = replace(tiny, mean=MEAN, std=STD)
+    torch.testing.assert_close(nl.predict(network, loader), nl.predict(network, same))
+    assert torch.equal(nl.confusion_matrix(network, loader), nl.confusion_matrix(network, same))
+    names = {"classes": tiny.classes}
+    found = nl.find_mistakes(network, loader, mean=MEAN, std=STD, **names)
+    for wanted in (
+        nl.find_mistakes(network, same),
+        nl.find_mistakes(network, tiny, mean=MEAN, std=STD),
+        nl.find_mistakes(network, loader, show=lambda images: images * 0.25 + 0.5, **names),
+    ):
+        assert torch.equal(found.images, wanted.images)
+        assert torch.equal(found.index, wanted.index)
+        assert torch.equal(found.true, wanted.true)
+        assert torch.equal(found.predicted, wanted.predicted)
+        assert (found.classes, found.total, found.tested) == (tiny.classes, wanted.total, 40)
+
+
+def test_a_shuffled_loader_keeps_images_and_labels_together(tiny, tiny_network):
+    networks = tiny_network("bn"), tiny_network("gn")
+    found = nl.find_common_mistakes(networks, as_loader(tiny, shuffle=True), 40, mean=MEAN, std=STD)
+    wanted = nl.find_common_mistakes(networks, replace(tiny, mean=MEAN, std=STD), 40)
+    pairs = [
+        {
+            (image.numpy().tobytes(), int(true))
+            for image, true in zip(each.images, each.true, strict=True)
+        }
+        for each in (found, wanted)
+    ]
+    assert pairs[0] == pairs[1]
+    assert len(pairs[0]) > 0
+    assert found.classes == ("0", "1", "2", "3")
+
+
+def test_images_that_are_still_normalised_are_not_shown(tiny, tiny_network):
+    with pytest.raises(
+        ValueError, match=r"the images go from -2.0. to 2.0., so .*: give mean= and"
+    ):
+        nl.find_mistakes(tiny_network(), as_loader(tiny))
+    plain = as_loader(tiny, mean=(0.0,), std=(1.0,))
+    assert nl.find_mistakes(tiny_network(), plain).images.dtype == torch.uint8
+
+
+def test_accuracy_by_class_is_the_share_of_the_diagonal(tiny, tiny_network):
+    network = tiny_network()
+    for data in (tiny, as_loader(tiny)):
+        table = nl.confusion_matrix(network, data).numpy()
+        found = nl.class_accuracy(network, data, tiny.classes)
+        assert list(found) == list(tiny.classes)
+        np.testing.assert_allclose(list(found.values()), table.diagonal() / table.sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        ([], "there were no batches to loop over"),
+        ([torch.zeros(2, 1, 2, 2)], "a batch must be .images, labels."),
+        (
+            [(torch.zeros(2, 1, 2, 2), torch.tensor([0, 7]))],
+            "holds 7: 4 classes have labels 0 to 3",
+        ),
+    ],
+)
+def test_what_is_no_loader_is_refused_in_one_sentence(loader, words):
+    with pytest.raises(ValueError, match=words):
+        nl.find_mistakes(lamp_network(), loader)
+    with pytest.raises(ValueError, match="train=True is for a Dataset"):
+        nl.predict(lamp_network(), loader, train=True)

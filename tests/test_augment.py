@@ -3,9 +3,18 @@
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import rotate as torchvision_rotate
+from torchvision.transforms import functional as torchvision
 
-from normlab.augment import AUGMENTATIONS, flip, parse_augmentation, rotate, shift
+from normlab.augment import (
+    AUGMENTATIONS,
+    affine,
+    cutout,
+    flip,
+    jitter,
+    parse_augmentation,
+    rotate,
+    shift,
+)
 
 SIDES = [(6, 6), (5, 8), (9, 4)]
 
@@ -47,7 +56,7 @@ def test_rotate_equals_torchvision_image_by_image(sides):
     batch = images(*sides)
     degrees = torch.tensor([0.0, 7.0, -7.0, 33.3, 120.0, -170.0])
     expected = [
-        torchvision_rotate(image, angle, InterpolationMode.BILINEAR)
+        torchvision.rotate(image, angle, InterpolationMode.BILINEAR)
         for image, angle in zip(batch, degrees.tolist(), strict=True)
     ]
     torch.testing.assert_close(rotate(batch, degrees), torch.stack(expected), rtol=0, atol=0.01)
@@ -132,7 +141,7 @@ def test_draws_come_from_the_generator_alone(name):
     ("typed", "meant"), [("rotte", "rotate"), ("Flip", "flip"), ("shifts:2", "shift")]
 )
 def test_unknown_augmentation_suggests_the_nearest(typed, meant):
-    with pytest.raises(ValueError, match=f"shift, flip, rotate; did you mean '{meant}'"):
+    with pytest.raises(ValueError, match=f"shift, flip, rotate, .*; did you mean '{meant}'"):
         parse_augmentation(typed)
 
 
@@ -152,3 +161,42 @@ def test_unknown_augmentation_suggests_the_nearest(typed, meant):
 def test_amount_out_of_range_is_refused_with_the_range(text, wanted):
     with pytest.raises(ValueError, match=f"^augmentation '{text}': the amount must be {wanted}$"):
         parse_augmentation(text)
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+def test_affine_equals_torchvision_image_by_image(sides):
+    batch = images(*sides)
+    moves = torch.tensor(
+        [[0, 1, 0, 0], [7, 1, 0, 0], [-20, 1.1, 1, 0], [33, 0.9, 0, -2], [90, 1, 1, 2]]
+    )
+    expected = []
+    for image, (degrees, scale, down, right) in zip(batch, moves.tolist(), strict=False):
+        place = {"angle": -degrees, "scale": scale, "translate": [right, down], "shear": [0.0]}
+        bilinear = InterpolationMode.BILINEAR
+        expected.append(torchvision.affine(image, **place, interpolation=bilinear))
+    moves[:, 1] = moves[:, 1].log()
+    moves[:, 2:] /= torch.tensor(sides)  # pixels as parts of the sides
+    found = affine(batch[: len(moves)], moves.double())
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_cutout_covers_a_square_by_the_mean(dtype):
+    batch = images(6, 8, dtype=dtype, batch=3)
+    found = cutout(batch, torch.tensor([[0.5, 0.5], [0.0, 0.99], [0.99, 0.0]]), 4)
+    squares = [(1, 5, 2, 6), (0, 2, 5, 8), (3, 6, 0, 2)]  # rows and columns; parts lie outside
+    for before, after, (top, bottom, left, right) in zip(batch, found, squares, strict=True):
+        expected = before.clone()
+        mean = before.float().mean((1, 2)).to(dtype)
+        expected[:, top:bottom, left:right] = mean[:, None, None]
+        assert torch.equal(after, expected)
+
+
+def test_jitter_changes_brightness_contrast_and_saturation():
+    batch = images(5, 4, dtype=torch.float32, batch=4)
+    factors = torch.tensor([[1.0, 1, 1], [1.2, 1, 1], [1, 0, 1], [1, 1, 0]])
+    same, brighter, flat, grey = jitter(batch, factors)
+    torch.testing.assert_close(same, batch[0])
+    torch.testing.assert_close(brighter, (batch[1] * 1.2).clamp(max=255))
+    torch.testing.assert_close(flat, batch[2].mean().expand(3, 5, 4))
+    torch.testing.assert_close(grey, batch[3].mean(0).expand(3, 5, 4))

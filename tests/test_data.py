@@ -1,5 +1,6 @@
 """The data set and its batches."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -422,3 +423,44 @@ def test_the_fingerprint_is_that_of_the_values_alone(coloured):
     }
     same = replace(coloured, name="other", source="elsewhere", **copies)
     assert same.fingerprint == coloured.fingerprint
+
+
+def test_a_given_normalization_is_that_of_the_batches_and_of_the_identity(tiny, tmp_path):
+    given = replace(tiny, mean=0.5, std=[0.25])
+    [(images, _), *_] = given.loader(train=False, batch_size=40)
+    torch.testing.assert_close(images, (tiny.test_images / 255 - 0.5) / 0.25)
+    assert (given.mean, given.std) == ((0.5,), (0.25,))
+    assert given.fingerprint != tiny.fingerprint
+    assert replace(given, mean=None, std=None).fingerprint == tiny.fingerprint
+    given.save(tmp_path / "data")
+    again = nl.Dataset.open(tmp_path / "data")
+    assert (again.mean, again.std, again.fingerprint) == (given.mean, given.std, given.fingerprint)
+
+
+def test_a_given_normalization_stays_with_fewer_images_and_a_measured_one_does_not(tiny):
+    given = replace(tiny, mean=0.5, std=0.25)
+    for change in (lambda data: data.subset(30), lambda data: data.with_validation(0.3)):
+        assert (change(given).mean, change(given).std) == ((0.5,), (0.25,))
+        fewer = change(tiny)
+        assert fewer.mean == pytest.approx([float((fewer.train_images / 255).mean())], abs=1e-6)
+        assert fewer.mean != tiny.mean
+    assert replace(tiny, mean=0.5).std == tiny.std
+
+
+@pytest.mark.parametrize(
+    ("normalization", "words"),
+    [
+        ({"mean": (0.1, 0.2)}, "mean must be 1 numbers, one for each channel"),
+        ({"std": 0}, "std must be greater than 0"),
+        ({"mean": math.nan}, "mean must be a finite number"),
+        ({"std": "one"}, "std must be a number"),
+    ],
+)
+def test_a_normalization_that_fits_no_images_is_refused(tiny, normalization, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        replace(tiny, **normalization)
+
+
+def test_load_dataset_takes_a_normalization():
+    data = nl.load_dataset("digits", mean=0.1307, std=0.3081)
+    assert (data.mean, data.std) == ((0.1307,), (0.3081,))

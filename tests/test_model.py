@@ -507,3 +507,35 @@ SHARED = nn.Conv2d(1, 1, 3, padding=1)
 def test_summary_says_where_torchsummary_counts_wrongly(network, parameters, capsys):
     assert summary(network, (1, 6, 6)) == parameters
     assert f"wrongly: it is {parameters}" in capsys.readouterr().out
+
+
+def test_summary_is_called_as_torchsummary_is(capsys):
+    network = build_network("mnist-l1", seed=0)
+    for call in (
+        lambda: summary(network, input_size=(1, 28, 28)),
+        lambda: summary(network, (1, 28, 28), device="cpu"),
+        lambda: summary(network, input_shape=(1, 28, 28)),
+    ):
+        assert call() == summary(network, (1, 28, 28))
+    with pytest.raises(ValueError, match="input_shape must be"):
+        summary(network)
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn", "ln", "none"])
+def test_summary_says_how_far_each_layer_sees(norm, capsys):
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3),  # 3 rows
+        make_norm(norm, 4, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2),  # 3 + 2
+        nn.MaxPool2d(2),  # 5 + 2, since a step is two rows by now
+        nn.Conv2d(4, 4, 1),
+        nn.AdaptiveAvgPool2d(1),  # all that the last outputs see
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
+    summary(network, (1, 20, 16), receptive_field=True)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "-" in line[:27]]
+    seen = {row[0].split("-")[0]: row[-1] for row in rows if row[0][-1].isdigit()}
+    assert (seen["Conv2d"], seen["MaxPool2d"], seen["AdaptiveAvgPool2d"]) == ("7", "7", "19")
+    assert seen["Flatten"] == seen["Linear"].replace("50", "0")  # no images: their last is Param #

@@ -72,3 +72,12 @@ def test_norm_does_not_change_the_penalty_of_a_network():
 def test_nothing_to_penalise_is_an_error(network, layers):
     with pytest.raises(ValueError, match=f"{type(network).__name__} has no weights of"):
         l1_penalty(network, layers=layers)
+
+
+def test_over_all_every_trained_parameter_counts():
+    network = build_network("mnist-l1", "bn", seed=0)
+    network.get_parameter(next(iter(dict(network.named_parameters())))).requires_grad_(False)
+    expected = sum(w.detach().abs().sum().item() for w in network.parameters() if w.requires_grad)
+    assert l1_penalty(network, over="all").item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="unknown l1_over 'everything'"):
+        l1_penalty(network, over="everything")

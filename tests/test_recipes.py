@@ -15,7 +15,7 @@ from normlab.recipes import make_optimizer
 BAD = {  # a type and a bound for each field; `tests/support/test_checks.py` tries the checks
     "epochs": [0, "20"],
     "batch_size": [0, 128.0],
-    "optimizer": ["adam", None],
+    "optimizer": ["adagrad", None],
     "lr": [0, math.nan, "0.1"],
     "momentum": [-0.1, 1, "0.9"],
     "nesterov": ["no", None],
@@ -43,7 +43,7 @@ def test_bad_value_is_refused_in_a_sentence_that_names_the_field(field, value):
     ("field", "typed", "meant"),
     [
         ("optimizer", "SGD", "sgd"),
-        ("optimizer", "adam", "adamw"),
+        ("optimizer", "adamW", "adamw"),
         ("schedule", "onecycle", "one-cycle"),
         ("schedule", "cosinus", "cosine"),
         ("dtype", "flaot32", "float32"),

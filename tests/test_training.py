@@ -1,11 +1,13 @@
 """`train_epoch` and `test_epoch` against plain loops in float64."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from normlab import test_epoch, train_epoch, train_step
@@ -107,14 +109,78 @@ def test_in_mixed_precision_weights_logits_and_losses_are_in_float32():
     assert seen[2] == torch.bfloat16
 
 
-def test_scheduler_moves_after_every_batch():
+def test_a_scheduler_of_batches_moves_after_every_batch():
     network, reference = make_network(), make_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.4)
     halving = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
-    train_epoch(network, BATCHES, optimizer, scheduler=halving)
+    train_epoch(network, BATCHES, optimizer, scheduler=halving, scheduler_steps="batch")
     plain_loop(reference, lrs=[0.4, 0.2, 0.1])
     torch.testing.assert_close(network[4].weight, reference[4].weight, rtol=1e-12, atol=1e-12)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=60), 3),
+        (lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1), 3),
+        (lambda o: lr_scheduler.StepLR(o, 1), 1),
+        (lambda o: lr_scheduler.MultiStepLR(o, [1]), 1),
+        (lambda o: lr_scheduler.ExponentialLR(o, 0.5), 1),
+        (lambda o: lr_scheduler.CosineAnnealingLR(o, 2), 1),
+    ],
+)
+def test_a_scheduler_is_stepped_as_it_counts(make, steps):
+    network = make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scheduler = make(optimizer)
+    train_epoch(network, BATCHES, optimizer, scheduler=scheduler)
+    assert scheduler.last_epoch == steps
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_scheduler_of_plateaus_sees_what_training_gave(mode):
+    network = make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, mode)
+    result = train_epoch(network, BATCHES, optimizer, scheduler=scheduler)
+    assert scheduler.best == (result.loss if mode == "min" else result.accuracy)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 20),  # more than the 3 batches of an epoch
+        lambda o: lr_scheduler.LambdaLR(o, lambda n: 0.9**n),
+    ],
+)
+def test_a_scheduler_that_may_count_either_is_asked_about(make):
+    network = make_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    weights = network[4].weight.clone()
+    scheduler = make(optimizer)
+    with pytest.raises(ValueError, match="LR may count batches or epochs: say which by"):
+        train_epoch(network, BATCHES, optimizer, scheduler=scheduler)
+    assert torch.equal(network[4].weight, weights)
+    train_epoch(network, BATCHES, optimizer, scheduler=scheduler, scheduler_steps="epoch")
+    assert scheduler.last_epoch == 1
+
+
+def test_an_optimiser_of_another_network_is_refused():
+    network, other = make_network(), make_network()
+    with pytest.raises(ValueError, match="holds none of the parameters of this Sequential"):
+        train_epoch(network, BATCHES, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def test_parameters_that_the_optimiser_leaves_out_are_named():
+    network = make_network()
+    optimizer = torch.optim.SGD(network[4].parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="leaves out .* of the .* parameters .* '0.weight' first"):
+        train_epoch(network, BATCHES, optimizer)
+    network[:4].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_epoch(network, BATCHES, optimizer)
 
 
 def test_gradients_from_before_the_epoch_do_not_count():

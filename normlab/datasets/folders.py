@@ -15,12 +15,15 @@ from normlab.data import Dataset
 from normlab.datasets.cache import cached
 from normlab.support.checks import warn
 
+VALIDATION = ("val", "valid", "validation")  # names of the folder of images to validate on
+
 
 def load_folder(
     folder: Path, shape: tuple[int, int, int] | None, *, name: str = "", title: str = ""
 ) -> Dataset:
     """Images below train/<class> and test/<class>; the classes are those of train.
 
+    Without test/, those below val/, valid/ or validation/ take its place, and its name.
     They are taken as they are to be seen: turned as the camera held them, in sRGB where a colour
     profile says what their numbers mean, on white where they are transparent; of several frames
     the first. They have one channel if all of them are grey, else three. What begins with a dot
@@ -28,10 +31,11 @@ def load_folder(
     """
     name = name or readable(folder.resolve().name)
     unread: list[Path] = []
-    train, test = (_list_classes(folder / part, unread) for part in ("train", "test"))
+    second = next((part for part in ("test", *VALIDATION) if (folder / part).is_dir()), "test")
+    train, test = (_list_classes(folder / part, unread) for part in ("train", second))
     if train.keys() != test.keys():
         odd, where = min(train.keys() ^ test.keys()), readable(folder)
-        raise ValueError(f"class {odd!r} of {where} must be both in train and in test")
+        raise ValueError(f"class {odd!r} of {where} must be both in train and in {second}")
     _warn_of_unread(unread, folder)
     files = [file for part in (train, test) for some in part.values() for file in some]
 
@@ -42,7 +46,8 @@ def load_folder(
         ]
         images = _decode(files, shape).split([len(some) for some in labels])
         arrays = images[0], labels[0], images[1], labels[1]
-        return Dataset(name, *arrays, tuple(train), title or name)
+        test_name = "validation" if second in VALIDATION else "test"
+        return Dataset(name, *arrays, tuple(train), title or name, test_name)
 
     return cached(name, files, decode, (shape, title))
 

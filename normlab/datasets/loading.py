@@ -1,6 +1,7 @@
 """Data sets by name: the bundled digits, those of torchvision, a folder of images."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,8 @@ def load_dataset(
     download: bool = True,
     *,
     input_shape: tuple[int, int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Dataset:
     """Loads a data set: from files that are here if possible, else by downloading it.
 
@@ -35,6 +38,7 @@ def load_dataset(
         download: whether to fetch what is nowhere to be found.
         input_shape: (C, H, W) to convert the images to; a folder of images that differ in size
             needs it.
+        mean, std: to normalise by, as for `Dataset`.
 
     The images of a folder, once decoded, are kept as one file in the cache folder, so that the
     next load is quick. MNIST of other files than the original ones is called "MNIST, changed".
@@ -49,11 +53,13 @@ def load_dataset(
                 f"input_shape must be (C, H, W) with 1 or 3 channels, not {input_shape!r}"
             )
     if name == "digits":
-        return _load_digits(input_shape or (1, 28, 28))
-    if name in SOURCES:
+        data = _load_digits(input_shape or (1, 28, 28))
+    elif name in SOURCES:
         data = find_or_download(name, None if root is None else Path(root), download)
-        return data if input_shape in (None, data.input_shape) else _converted(data, input_shape)
-    return load_folder(Path(name).expanduser(), input_shape)
+        data = data if input_shape in (None, data.input_shape) else _converted(data, input_shape)
+    else:
+        data = load_folder(Path(name).expanduser(), input_shape)
+    return data if mean is None and std is None else replace(data, mean=mean, std=std)
 
 
 def check_dataset_name(name: str | os.PathLike) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from normlab.data import BatchLoader
+from normlab.engines.agreement import disagreement
 from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
@@ -12,7 +13,9 @@ from normlab.support.checks import one_of
 from normlab.support.module_state import copied, has_hooks, set_training
 from normlab.support.seeding import fork_random_state
 
-ENGINES = ("auto", "plain")
+ENGINES = ("auto", "plain", "untried")
+
+TRIED_ON = ("cuda",)  # where a quick engine must agree with the plain loop before it is used
 
 
 def make_engine(
@@ -24,9 +27,19 @@ def make_engine(
     """
     one_of(choice, ENGINES, "engine")
     kind, why = PlainEngine, f"asked for by engine={choice!r}"
-    if choice == "auto":
+    if choice != "plain":
         kind, why = _fastest(network, train, train.images.device)
     return kind(network, recipe, train, test), why
+
+
+def disagreement_of(engine: PlainEngine, choice: str) -> str:
+    """What an engine computes otherwise than the plain loop; it is tried on a GPU only.
+
+    The choice "untried" leaves that out.
+    """
+    if engine.device.type not in TRIED_ON or choice == "untried" or type(engine) is PlainEngine:
+        return ""
+    return disagreement(engine)
 
 
 def _fastest(

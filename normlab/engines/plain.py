@@ -52,9 +52,11 @@ class PlainEngine:
         """The results of training and testing in the epoch that was launched."""
         done = self.epoch * self.steps
         scheduler = make_scheduler(self.optimizer, self.recipe, self.all_steps, done=done)
-        batches, options = counted(self.batches), self.step_options | {"scheduler": scheduler}
+        batches, options = counted(self.batches), {"scheduler_steps": "batch", **self.step_options}
         with self.random_state():
-            train = train_epoch(self.network, batches, self.optimizer, **options)
+            train = train_epoch(
+                self.network, batches, self.optimizer, scheduler=scheduler, **options
+            )
             return train, test_epoch(self.network, self.tests)
 
     def close(self) -> None:
@@ -75,7 +77,8 @@ AUTOCAST = {"bfloat16": torch.bfloat16}  # what the forward pass of a step compu
 def step_options(recipe: Recipe) -> dict:
     """What `train_step` is told by the recipe."""
     loss = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-    return {"loss": loss, "l1": recipe.l1, "autocast": AUTOCAST.get(recipe.dtype)}
+    l1 = {"l1": recipe.l1, "l1_over": recipe.l1_over}
+    return {"loss": loss, **l1, "autocast": AUTOCAST.get(recipe.dtype)}
 
 
 def training_batches(data: Dataset, recipe: Recipe, device: torch.device) -> BatchLoader:

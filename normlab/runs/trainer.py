@@ -10,7 +10,7 @@ import torch
 
 from normlab.analysis import class_and_probability, predict
 from normlab.data import Dataset
-from normlab.engines.choice import ENGINES, make_engine
+from normlab.engines.choice import ENGINES, disagreement_of, make_engine
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
@@ -158,11 +158,12 @@ class _Training:
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
         why = self._open_engine(self.choice)
-        if problem := self.engine.prepare():
+        if problem := disagreement_of(self.engine, self.choice) or self._resume():
             warn(f"{self.job.label} takes the plain path: {problem}")
             why = problem
             self._close_engine()
             self._open_engine("plain")  # with batches of its own: the other has changed its
+            self._resume()
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
@@ -173,14 +174,18 @@ class _Training:
             self.folder.start(self.job.identity, self.provenance, len(self.history))
 
     def _open_engine(self, choice: str) -> str:
-        """Has an engine go on after the epochs that are kept; says why this one."""
+        """Makes the engine; says why this one."""
         train = training_batches(self.data, self.recipe, self.device)
         test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=train.dtype)
         self.engine, why = make_engine(choice, self.network, self.recipe, train, test)
+        return why
+
+    def _resume(self) -> str:
+        """Has the engine go on after the epochs that are kept; says what is in its way, if so."""
         if self.folder is not None:
             about = (self.network, self.engine.optimizer, self.job.identity)
             self.history = self.folder.load_epoch(*about)
-        return why
+        return self.engine.prepare()
 
     def _close_engine(self) -> None:
         if self.engine is not None:

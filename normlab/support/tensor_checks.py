@@ -35,6 +35,24 @@ def trained_parameters(network: nn.Module) -> list[Tensor]:
     return weights
 
 
+def check_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `ValueError` for an optimiser of another network; warns of weights it leaves out."""
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    weights = [(name, w) for name, w in network.named_parameters() if w.requires_grad]
+    left = [name for name, weight in weights if id(weight) not in held]
+    kind = type(network).__name__
+    if weights and len(left) == len(weights):
+        raise ValueError(
+            f"the optimiser holds none of the parameters of this {kind}, so it would learn nothing:"
+            f" make it from this network, {type(optimizer).__name__}(network.parameters(), …)"
+        )
+    if left:
+        warn(
+            f"the optimiser leaves out {len(left)} of the {len(weights)} parameters of this {kind},"
+            f" {left[0]!r} first; requires_grad_(False) on them says that this is meant"
+        )
+
+
 def own_weight(name: str, layer: nn.Module) -> Tensor | None:
     """The layer's weight if an optimiser can hold it; None if it is not to be trained."""
     own = dict(layer.named_parameters())

@@ -348,3 +348,16 @@ def test_two_classes_of_one_name_are_refused(tmp_path):
         pytest.skip("this file system takes both for one name")
     with pytest.raises(ValueError, match=f"two folders '{COMPOSED}'"):
         nl.load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["val", "valid", "validation"])
+def test_a_validation_folder_takes_the_place_of_a_test_folder(tmp_path, part):
+    folder = write_folder(tmp_path / "pets")
+    tested = nl.load_dataset(folder)
+    (folder / "test").rename(folder / part)
+    data = nl.load_dataset(folder)
+    assert data.test_name == "validation"
+    assert torch.equal(data.test_images, tested.test_images)
+    (folder / part).rename(folder / "other")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*test"):
+        nl.load_dataset(folder)

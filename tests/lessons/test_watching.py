@@ -47,7 +47,14 @@ def trained(request, tiny_network):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     with nl.watch(network, every=2) as watched:
-        nl.train_epoch(network, batches(5), optimizer, scheduler=scheduler, l1=1e-2)
+        nl.train_epoch(
+            network,
+            batches(5),
+            optimizer,
+            scheduler=scheduler,
+            scheduler_steps="batch",
+            l1=1e-2,
+        )
     return watched, by_hand(twin, batches(5), l1=1e-2)
 
 
@@ -291,7 +298,8 @@ def test_each_watch_sees_its_own_network(tiny_network):
     with nl.watch(one, every=1) as first, nl.watch(other, every=1) as second:
         nl.train_epoch(one, batches(2), optimizers[0])
         nl.train_epoch(other, batches(3), optimizers[1])
-        nl.train_epoch(copy.deepcopy(one), batches(1), optimizers[0])  # steps of a stranger
+        stranger = copy.deepcopy(one)
+        nl.train_epoch(stranger, batches(1), torch.optim.SGD(stranger.parameters(), lr=0.1))
     assert (first.steps, second.steps) == (2, 3)
 
 
