@@ -139,6 +139,7 @@ def _loader(
     check_root(root)
     if side is not None:
         whole_number(side, "--image-size")
+    assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
     # Absolute, since workers are started elsewhere.
     place = dataset if dataset in DATASETS else user_path(dataset).resolve()
     options.out = options.out or Path("runs", f"{prefix}{assignment.name}-{Path(place).name}")

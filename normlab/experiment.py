@@ -131,7 +131,6 @@ def run_assignment(
     numbers = seed_numbers(seeds)
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
-    check_epochs(assignment, epochs)
     data = load_images(partial(load_assignment_data, assignment) if data is None else data)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
@@ -196,11 +195,6 @@ def build_variant(
         input_shape=data.input_shape,
         seed=seed,
     )
-
-
-def check_epochs(assignment: Assignment, epochs: int | None) -> None:
-    """Raises an error of one sentence for what is no number of epochs."""
-    assignment.recipe_for(assignment.variants[0], seed=0, epochs=epochs)
 
 
 def load_images(data: Dataset | Callable[[], Dataset]) -> Dataset:

@@ -18,7 +18,7 @@ from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.comparisons.report import csv_text, escaped, in_markdown, percent
 from normlab.data import Dataset
 from normlab.datasets.loading import load_assignment_data
-from normlab.experiment import check_epochs, load_images, make_jobs, train
+from normlab.experiment import load_images, make_jobs, train
 from normlab.history import Run
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
@@ -97,7 +97,6 @@ def run_sweep(
     swept = _combinations(assignment, norms, batch_sizes, lrs, scaling)
     sweep = replace(assignment, variants=tuple(variant for variant, _ in swept))
     bases = {variant.label: base for variant, base in swept}
-    check_epochs(sweep, epochs)
     load = partial(load_assignment_data, assignment) if data is None else data
     if dask is not None and not callable(load):
         raise ValueError(
