@@ -88,8 +88,10 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{assignment.title}, {data.source}", flush=True)
         return data
 
-    place = {"directory": options.out / "runs", "engine": options.engine}
-    results = run_assignment(assignment, data=load_and_tell, **place, **_common(options))
+    taken = _taken(options, "engine")
+    results = run_assignment(
+        assignment, data=load_and_tell, directory=options.out / "runs", **taken
+    )
     print(f"\n{markdown_table(results)}", flush=True)
     page, data = write_report(results, options.out), results.data
     print(f"\nFigures, tables and {page.name} are in {options.out}")
@@ -107,24 +109,17 @@ def _sweep(options: argparse.Namespace) -> None:
     assignment = find_assignment(options.assignment)
     load = _loader(options, assignment, assignment.dataset, prefix="sweep-")
     figure = options.out / "sweep.png"
-    table = run_sweep(
-        assignment,
-        norms=options.norms,
-        batch_sizes=options.batch_sizes,
-        lrs=options.lr,
-        scaling=options.scaling,
-        data=load,
-        directory=options.out,
-        dask=options.dask,
-        after_each=partial(save_sweep_plot, figure, seconds=20),
-        **_common(options),
-    )
+    taken = _taken(options, "norms", "batch_sizes", "lrs", "scaling", "dask")
+    draw = partial(save_sweep_plot, figure, seconds=20)
+    table = run_sweep(assignment, data=load, directory=options.out, after_each=draw, **taken)
     save_sweep_plot(figure, table)
     print(f"\n{summary_table(table)}\n\n{TABLE}, {figure.name} and the runs are in {options.out}")
 
 
-def _common(options: argparse.Namespace) -> dict:
-    return {name: getattr(options, name) for name in ("seeds", "epochs", "device", "fresh")}
+def _taken(options: argparse.Namespace, *names: str) -> dict:
+    """The options with these names, and those that `run` and `sweep` share."""
+    names += ("seeds", "epochs", "device", "fresh")
+    return {name: getattr(options, name) for name in names}
 
 
 def _loader(
@@ -227,7 +222,7 @@ SWEEP = {
     "assignment": ASSIGNMENT,
     "--norms": {"nargs": "+", "help": "bn, ln, gn, … (the assignment's variants)"},
     "--batch-sizes": {"nargs": "+", "type": int, "help": "images a step (the recipe's)"},
-    "--lr": {"nargs": "+", "type": float, "help": "learning rates (the recipe's)"},
+    "--lr": {"nargs": "+", "type": float, "dest": "lrs", "help": "learning rates (the recipe's)"},
     "--scaling": {"default": "none", "help": "of the rate with the batch: none, sqrt or linear"},
     **TRAINING,
     "--dask": {"metavar": "ADDRESS", "help": "train on the workers of this cluster"},
