@@ -49,12 +49,16 @@ COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch",
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     """What a run computes, as JSON can hold it."""
-    weights = network.named_parameters()
+    weights, dtype = network.named_parameters(), DTYPES[recipe.dtype]
+    state = {  # as it is trained; whole numbers stay such
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
     return {
         "recipe": _named("recipe", recipe.as_dict(), RECIPE_FIELDS),
         "network": _describe(network),
         "parameters": count_parameters(network),
-        "initial_weights": weights_digest(_in_dtype(network.state_dict(), DTYPES[recipe.dtype])),
+        "initial_weights": weights_digest(state),
         "frozen": [name for name, weight in weights if not weight.requires_grad],
         "data": {
             "name": data.name,
@@ -62,7 +66,7 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
             "train_images": len(data.train_images),
             f"{data.test_name}_images": len(data.test_images),
         },
-        "logits": probe(network, data.input_shape, DTYPES[recipe.dtype]),
+        "logits": probe(network, data.input_shape, dtype),
     }
 
 
@@ -86,11 +90,6 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as they are when the network is trained; whole numbers stay such."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-
-
 def recipe_in(identity: dict) -> Recipe:
     """The recipe of a kept run, without the fields that this version does not know."""
     known = Recipe.__dataclass_fields__
@@ -102,8 +101,9 @@ def recipe_in(identity: dict) -> Recipe:
 
 def _describe(network: nn.Module) -> dict:
     """The arguments that build the network, or what there is to know of one of one's own."""
-    arguments = network.description if isinstance(network, Network) else {}
-    if arguments and _builds(arguments, network):
+    arguments = network.description if isinstance(network, Network) else {"norm": None}
+    # With a norm of one's own, or a layer changed, the arguments do not build this network.
+    if arguments["norm"] in NORMS and repr(build_network(**arguments, seed=0)) == repr(network):
         return _named("network", json.loads(json.dumps(arguments)), NETWORK_ARGUMENTS)
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     kinds = {type(layer) for layer in network.modules()}
@@ -111,11 +111,6 @@ def _describe(network: nn.Module) -> dict:
     code = "".join(sorted(map(_source, own)))
     digests = (hashlib.sha256(text.encode()).hexdigest() for text in (layers, code))
     return {"class": type(network).__name__} | dict(zip(("layers", "code"), digests, strict=True))
-
-
-def _builds(arguments: Mapping, network: nn.Module) -> bool:
-    """Whether `build_network` makes this network, with a norm of its own and no layer changed."""
-    return arguments["norm"] in NORMS and repr(build_network(**arguments, seed=0)) == repr(network)
 
 
 def _source(thing: type | Callable) -> str:

@@ -166,7 +166,9 @@ def test_the_precision_of_the_recipe_does_not_matter_much(tiny):
 
 
 @pytest.mark.parametrize(
-    "chance", [lambda: torch.rand(()), random.random, np.random.rand], ids=["torch", "python", "np"]
+    "chance",
+    [lambda: torch.rand(()), random.random, lambda: np.random.rand()],  # noqa: NPY002
+    ids=["torch", "python", "np"],
 )
 def test_of_what_depends_on_chance_nothing_is_said(tiny, chance):
     assert probe(Own(chance=chance), tiny.input_shape, torch.float32) == {}
