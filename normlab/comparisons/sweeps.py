@@ -106,30 +106,25 @@ def run_sweep(
     data = load_images(load)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
-        cluster = None
+        workers = None
         if dask is not None:  # before files change
             from normlab.runs.cluster import connected
 
             cluster = stack.enter_context(connected(dask, load, data))
+            workers = partial(cluster.train, wanted)
         jobs = make_jobs(sweep, data, numbers, epochs, place / "runs")
         jobs = [_in_own_folder(job.identified(data, device)) for job in jobs]
-        table = SweepTable(jobs, bases, data, place / TABLE if directory else None)
+        table = SweepTable(jobs, bases, data, place / TABLE if directory else None, progress)
         if fresh:
             table.start_anew()
         left = table.take_finished(device, None if fresh else kept)
-        if progress and len(left) < len(jobs):
-            done = len(jobs) - len(left)
-            print(f"{done} of {len(jobs)} runs are loaded, {len(left)} trained")
         left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest
-        workers = None if cluster is None else partial(cluster.train, wanted)
         outcomes = train(left, jobs, data, device=device, progress=False, workers=workers)
         # A loss that diverges is a result of a sweep like any other.
         ended = without_errors(outcomes, len(left), results=(Run, FloatingPointError))
         with closing(ended):
-            for count, (job, outcome) in enumerate(ended, len(jobs) - len(left) + 1):
-                said = table.add(job, outcome)
-                if progress:
-                    print(f"{count} of {len(jobs)}: {job.label}: {said}", flush=True)
+            for job, outcome in ended:
+                table.add(job, outcome)
                 if after_each is not None:
                     after_each(table.frame())
         return table.frame()
@@ -206,6 +201,7 @@ class SweepTable:
     Args:
         bases: of each variant's label that of the assignment's own, and the rate before scaling.
         file: may hold rows of other sweeps, which stay in it.
+        show: whether to print a line for each run.
     """
 
     def __init__(
@@ -214,8 +210,9 @@ class SweepTable:
         bases: Mapping[str, tuple[str, float]],
         data: Dataset,
         file: Path | None,
+        show: bool,
     ) -> None:
-        self.jobs, self.data, self.file = jobs, data, file
+        self.jobs, self.data, self.file, self.show = jobs, data, file, show
         self._rows = {job.directory: _row(job, *bases[job.variant.label]) for job in jobs}
         self.runs = {row["run"] for row in self._rows.values()}  # the digests of all of them
 
@@ -248,16 +245,22 @@ class SweepTable:
                 self._take(job, there[run])
             else:
                 left.append(job)
+        if self.show and len(left) < len(self.jobs):
+            print(f"{len(self._done())} of {len(self.jobs)} runs are loaded, {len(left)} trained")
         self._write()
         return left
 
-    def add(self, job: Job, outcome: Run | FloatingPointError) -> str:
+    def add(self, job: Job, outcome: Run | FloatingPointError) -> None:
         """Takes the row of a run that has just ended, or whose loss diverged, and says so."""
-        self._take(job, _last(outcome) if isinstance(outcome, Run) else {})
-        self._write()
         if isinstance(outcome, Run):
-            return f"{outcome.last['test_accuracy']:.2%} in {outcome.seconds:.0f} s"
-        return str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
+            self._take(job, _last(outcome))
+            said = f"{outcome.last['test_accuracy']:.2%} in {outcome.seconds:.0f} s"
+        else:
+            self._take(job, {})
+            said = str(outcome).partition(": try")[0].removeprefix(f"{job.label}: ")
+        if self.show:
+            print(f"{len(self._done())} of {len(self.jobs)}: {job.label}: {said}", flush=True)
+        self._write()
 
     def frame(self) -> DataFrame:
         """The rows so far, in the order of the jobs; its `attrs` say what the images are."""
