@@ -134,12 +134,13 @@ def _variant_as_dict(results: Results, variant: Variant) -> dict:
     runs = results.runs[variant.label]
     spread = results.spread(variant.label)
     same_data = results.data.name == results.assignment.dataset
+    about = runs[0].identity  # of the recipe it names no later field that is at its default
     return {
         "sd": None if math.isnan(spread) else spread,
         "norm": variant.norm,
         "reported": variant.reported if same_data else None,
-        "network": runs[0].identity["network"],
-        "recipe": {k: v for k, v in runs[0].recipe.as_dict().items() if k != "seed"},
+        "network": about["network"],
+        "recipe": {name: value for name, value in about["recipe"].items() if name != "seed"},
         "runs": [
             {"seed": run.recipe.seed, "test_loss": run.last["test_loss"]}
             | {"test_accuracy": run.last["test_accuracy"], "seconds": run.seconds}
@@ -276,7 +277,7 @@ def _caution(results: Results) -> str:
 def _recipe_table(results: Results) -> str:
     """The fields of all recipes: shared ones once, declared differences for each variant."""
     recipes = {
-        label: runs[0].identity["network"] | runs[0].recipe.as_dict()
+        label: runs[0].identity["network"] | runs[0].identity["recipe"]
         for label, runs in results.runs.items()
     }
     every = dict.fromkeys(field for recipe in recipes.values() for field in recipe)

@@ -1,7 +1,6 @@
 """The data sets that torchvision can download: read from files that are here, else fetched."""
 
 import http.client
-import math
 import os
 import shutil
 import socket
@@ -30,6 +29,7 @@ class Source:
     classes: tuple[str, ...] = ()  # if torchvision's class does not name them
     parts: tuple[dict, dict] = ({"train": True}, {"train": False})  # arguments of that class
     jpegs: str = ""  # a folder below the data root that may hold the same images as JPEG files
+    fingerprint: str = ""  # of the original, if torchvision knows no check sums of these files
 
     def open(self, place: Path, **options: object) -> list:
         """The training and the test part, as torchvision has them."""
@@ -41,47 +41,35 @@ class Source:
     def read(self, name: str, place: Path) -> Dataset:
         """The data set whose files are below `place`; torchvision compares their check sums."""
         try:
-            parts = self.open(place)
+            idx = self.files[0].endswith("ubyte")
+            data = Dataset(name, *(self._read_idx(place) if idx else self._read(place)), self.title)
         except Exception as error:  # torchvision raises whatever the damage happens to provoke
             paths = dict.fromkeys(str(place / Path(file).parts[0]) for file in self.files)
-            raise _damaged(" or ".join(paths), str(error) or type(error).__name__) from error
-        arrays = []
+            why = str(error) or type(error).__name__
+            again = "delete it and load the data set again"
+            raise ValueError(f"{' or '.join(paths)} is damaged ({why}): {again}") from error
+        original = self.fingerprint in ("", data.fingerprint)
+        return data if original else replace(data, source=f"{self.title}, changed")
+
+    def _read(self, place: Path) -> list:
+        """Images, labels, images, labels and classes."""
+        found, parts = [], self.open(place)
         for part in parts:
             images = np.asarray(part.data)  # (N, H, W), (N, H, W, C) or (N, C, H, W)
             images = images[:, None] if images.ndim == 3 else images
             channels_last = images.shape[1] not in (1, 3)
-            arrays.append(images.transpose(0, 3, 1, 2) if channels_last else images)
-            arrays.append(part.targets if hasattr(part, "targets") else part.labels)
-        return Dataset(name, *arrays, self.classes or parts[0].classes, self.title)
+            found.append(images.transpose(0, 3, 1, 2) if channels_last else images)
+            found.append(part.targets if hasattr(part, "targets") else part.labels)
+        return [*found, self.classes or parts[0].classes]
 
-
-@dataclass(frozen=True)
-class IdxSource(Source):
-    """MNIST, or one in four files like MNIST's, of which torchvision knows no check sums."""
-
-    fingerprint: str = ""  # of the original
-
-    def read(self, name: str, place: Path) -> Dataset:
-        """The data set whose files are below `place`; a damaged one is named."""
-        arrays = []
-        for path in (place / file for file in self.files):
-            content = np.fromfile(path, np.uint8)
-            shape, magic = ((1, 28, 28), 2051) if "images" in path.name else ((), 2049)
-            start = 8 + 4 * len(shape[1:])
-            count, rest = divmod(len(content) - start, math.prod(shape))
-            header = struct.pack(f">{start // 4}I", magic, max(count, 0), *shape[1:])
-            if count < 1 or rest or bytes(content[:start]) != header:
-                raise _damaged(path, "its header and its size do not fit together")
-            arrays.append(content[start:].reshape(count, *shape))
-            if not shape and (count != len(arrays[-2]) or arrays[-1].max() >= len(self.classes)):
-                raise _damaged(path, "its labels do not fit to the images")
-        data = Dataset(name, *arrays, self.classes, self.title)
-        original = self.fingerprint in ("", data.fingerprint)
-        return data if original else replace(data, source=f"{self.title}, changed")
-
-
-def _damaged(path: Path | str, why: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({why}): delete it and load the data set again")
+    def _read_idx(self, place: Path) -> list:
+        """The same of files like MNIST's, without torchvision, whose import takes a second."""
+        found = []
+        for file in self.files:
+            content = (place / file).read_bytes()
+            start, *shape = 4 + 4 * content[3], *struct.unpack_from(f">{content[3]}I", content, 4)
+            found.append(np.frombuffer(content, np.uint8, offset=start).reshape(shape))
+        return [found[0][:, None], found[1], found[2][:, None], found[3], self.classes]
 
 
 _IDX_FILES = (
@@ -91,14 +79,14 @@ _IDX_FILES = (
 _CIFAR_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
 _DIGITS = tuple("0123456789")
 SOURCES = {
-    "mnist": IdxSource(
+    "mnist": Source(
         "MNIST",
         "http://yann.lecun.com/exdb/mnist/",
         tuple(f"MNIST/raw/{name}" for name in _IDX_FILES),
         _DIGITS,
         fingerprint="a6b692a2344fdfb743f3ad93edd47d328eff4055214ed53a838e3b15387196cc",
     ),
-    "fashion-mnist": IdxSource(
+    "fashion-mnist": Source(
         "Fashion-MNIST",
         "https://github.com/zalandoresearch/fashion-mnist",
         tuple(f"FashionMNIST/raw/{name}" for name in _IDX_FILES),

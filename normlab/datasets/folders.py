@@ -174,12 +174,11 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 def resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Images (N, C, h, w) as uint8 of `shape` (C', H, W): bilinear, grey repeated or averaged."""
-    return torch.cat([_resized(some.float(), *shape) for some in images.split(4096)])
-
-
-def _resized(images: Tensor, channels: int, *sides: int) -> Tensor:
-    if images.shape[2:] != sides:
-        images = F.interpolate(images, size=sides, mode="bilinear", antialias=True)
-    if images.shape[1] != channels:
-        images = images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
-    return images.round().clamp(0, 255).to(torch.uint8)
+    done = []
+    for some in map(Tensor.float, images.split(4096)):
+        if some.shape[2:] != shape[1:]:
+            some = F.interpolate(some, size=shape[1:], mode="bilinear", antialias=True)
+        if some.shape[1] != shape[0]:
+            some = some.mean(1, keepdim=True).repeat(1, shape[0], 1, 1)
+        done.append(some.round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import NORMS, NormKind, norm_name
-from normlab.support.checks import check_groups, plain, whole_number
+from normlab.support.checks import check_groups, plain, sizes
 from normlab.support.figures import drawn, literal, new_axes
 
 if TYPE_CHECKING:
@@ -49,11 +48,9 @@ def plot_norm_axes(
     """
     from matplotlib import pyplot
 
-    shape, groups = plain(shape), plain(groups)
-    if len(shape) != 3 or not kinds:
-        raise ValueError(f"cubes need kinds and a shape (N, C, H·W), not {kinds} and {shape}")
-    for name, side in zip(("N", "C", "H·W"), shape, strict=True):
-        whole_number(side, name)
+    shape, groups = sizes(shape, "N, C, H·W", "shape"), plain(groups)
+    if not kinds:
+        raise ValueError("there are no kinds of norms to draw")
     check_groups(groups, shape[1])
     figure = pyplot.figure(figsize=(2.9 * len(kinds), 2.9))
     for place, name in enumerate(kinds, start=1):
@@ -88,19 +85,18 @@ def heading(kind: NormKind, groups: int = 1) -> str:
 
 def _first_set(kind: NormKind, shape: tuple[int, int, int], groups: int) -> tuple[slice, ...]:
     """The part of the cube that shares statistics with the first element."""
-    whole = [axis in kind.averaged for axis in "NCH"]
-    images, channels, positions = (slice(None) if each else slice(1) for each in whole)
+    sides = [side if axis in kind.averaged else 1 for axis, side in zip("NCH", shape, strict=True)]
     if "C/G" in kind.averaged:
-        channels = slice(shape[1] // groups)
-    return images, channels, positions
+        sides[1] = shape[1] // groups
+    return tuple(map(slice, sides))
 
 
 def tints(count: int) -> list[str]:
     """Light colours "#rrggbb" for `count` sets; after 32 they start again."""
     from matplotlib.colors import to_hex, to_rgb
 
-    mixed = (1 - strength * (1 - np.array(to_rgb(hue))) for strength in STRENGTHS for hue in HUES)
-    return list(itertools.islice(itertools.cycle(map(to_hex, mixed)), count))
+    mixed = [1 - strength * (1 - np.array(to_rgb(hue))) for strength in STRENGTHS for hue in HUES]
+    return [to_hex(mixed[number % len(mixed)]) for number in range(count)]
 
 
 @drawn
@@ -123,41 +119,45 @@ def plot_shared(
     if values.dim() != 4 or values.numel() > MOST_CELLS:
         shape = tuple(values.shape)
         raise ValueError(f"a table needs (N, C, H, W), {MOST_CELLS:,} numbers at most, not {shape}")
-    colours = [OTHER] * values.numel()
+    colours = np.full(values.shape, OTHER)
     if layer is not None:
-        sets = shared_statistics(layer, tuple(values.shape)).flatten()
-        colours = [tints(int(sets.max()) + 1)[number] for number in sets.tolist()]
-    images, channels, height, width = values.shape
-    across, down = 0.45 * channels * (width + GAP), 0.36 * images * (height + GAP)
+        sets = shared_statistics(layer, tuple(values.shape)).numpy()
+        colours = np.array(tints(sets.max() + 1))[sets]
+    across, down = table_size(values.shape)
     ax = ax if ax is not None else new_axes(across + 0.9, down + 0.7)
+    values = values.detach().numpy()
     form = ".0f" if (values == values.round()).all() else ".2f"
-    places = np.ndindex(*values.shape)
-    for place, value, colour in zip(places, values.flatten().tolist(), colours, strict=True):
-        image, channel, row, column = place
-        corner = channel * (width + GAP) + column, image * (height + GAP) + row
-        _draw_cell(ax, corner, f"{value:{form}}", colour)
+    for place in np.ndindex(values.shape):
+        _draw_cell(ax, place, values.shape, f"{values[place]:{form}}", colours[place])
     _label_table(ax, values.shape)
     ax.set_title(literal(title), fontsize=10, pad=8)
     return ax.figure
 
 
-def _draw_cell(ax: Axes, corner: tuple[float, float], text: str, colour: str) -> None:
-    """One number; `corner` is in cells from the left and the top."""
+def table_size(shape: tuple[int, ...]) -> tuple[float, float]:
+    """Width and height in inches of the cells of (N, C, H, W)."""
+    images, channels, height, width = shape
+    return 0.45 * channels * (width + GAP), 0.36 * images * (height + GAP)
+
+
+def _draw_cell(ax: Axes, place: tuple, shape: tuple, text: str, colour: str) -> None:
+    """The number at a place of (N, C, H, W)."""
     from matplotlib.patches import Rectangle
 
-    x, y = corner
+    (image, channel, row, column), (*_, height, width) = place, shape
+    x, y = channel * (width + GAP) + column, image * (height + GAP) + row
     text = text.replace("-0.00", "0.00").replace("-", "−")
     look = {"fontsize": 10 if len(text) < 3 else 8, "ha": "center", "va": "center"}
     number = ax.text(x + 0.5, y + 0.5, text, color="black", **look)  # cells are light in any style
-    cell = Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
+    cell = Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8)
     for artist in (ax.add_patch(cell), number):
         artist.set_in_layout(False)  # the axes hold it anyway; to measure hundreds takes seconds
 
 
 def _label_table(ax: Axes, shape: tuple[int, ...]) -> None:
     images, channels, height, width = shape
-    across = [channel * (width + GAP) + width / 2 for channel in range(channels)]
-    down = [image * (height + GAP) + height / 2 for image in range(images)]
+    across = np.arange(channels) * (width + GAP) + width / 2
+    down = np.arange(images) * (height + GAP) + height / 2
     ax.set_xticks(across, [f"channel {c + 1}" for c in range(channels)], fontsize=8)
     ax.set_yticks(down, [f"image {n + 1}" for n in range(images)], fontsize=8)
     ax.xaxis.tick_top()

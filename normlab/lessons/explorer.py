@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 from importlib.util import find_spec
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from normlab.lessons.by_hand import example_batch
-from normlab.lessons.diagrams import GAP, draw_cube, plot_shared
+from normlab.lessons.diagrams import draw_cube, plot_shared, table_size
 from normlab.norms import NORMS, NormKind, make_norm, norm_name
-from normlab.support.checks import check_groups, divisors, one_of, plain, warn, whole_number
+from normlab.support.checks import check_groups, divisors, one_of, plain, sizes, warn
 from normlab.support.figures import drawn
+from normlab.support.progress import notebook_shell
 from normlab.support.seeding import generator
 
 if TYPE_CHECKING:
@@ -47,20 +47,16 @@ def explore_norm(
     Raises `ValueError` for an unknown kind, sizes out of range, groups that do not divide C.
     """
     kind = one_of(norm_name(kind), explorable(), "norm to explore")
-    shape, groups = plain(shape), plain(groups)
-    if not isinstance(shape, (tuple, list)) or len(shape) != 4:
-        raise ValueError(f"shape must be (N, C, H, W), not {shape!r}")
-    for name, side, most in zip("NCHW", shape, LIMITS, strict=True):
-        if whole_number(side, name) > most:
-            raise ValueError(f"{name} must be at most {most} here, not {side}")
+    shape, groups = sizes(shape, "N, C, H, W", "shape"), plain(groups)
+    if any(side > most for side, most in zip(shape, LIMITS, strict=True)):
+        raise ValueError(f"shape must be at most {LIMITS} here, not {shape}")
     if "C/G" in NORMS[kind].averaged:
         check_groups(groups, shape[1])
-    groups = max(count for count in divisors(shape[1]) if count <= max(groups, 1))
-    wanted = _has_front_end() if form is None else form
+    wanted = _has_reader() if form is None else form
     if wanted and find_spec("ipywidgets") is None:
         warn("the sliders of explore_norm need ipywidgets: pip install ipywidgets")
         wanted = False
-    return _form(kind, shape, groups) if wanted else _picture(kind, tuple(shape), groups)
+    return (_form if wanted else _picture)(kind, shape, groups)
 
 
 def explorable() -> list[str]:
@@ -68,52 +64,42 @@ def explorable() -> list[str]:
     return [name for name, kind in NORMS.items() if kind.averaged]
 
 
-def _has_front_end() -> bool:
+def _has_reader() -> bool:
     """Whether a person looks at the notebook that runs this.
 
     Programs that run a notebook, such as nbclient, say that they answer no questions.
     """
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if not hasattr(shell, "get_parent"):  # no notebook's kernel
-        return False
-    asked = shell.get_parent().get("content", {})
-    return "google.colab" in sys.modules or bool(asked.get("allow_stdin"))
+    shell = notebook_shell()
+    asked = shell.get_parent().get("content", {}) if shell else {}
+    return bool(asked.get("allow_stdin")) or (shell and "google.colab" in sys.modules)
 
 
 def _form(kind: str, shape: Shape, groups: int) -> VBox:
     """The sliders, and the picture that follows them."""
-    import ipywidgets as widgets
+    from IPython.core.pylabtools import print_figure
+    from ipywidgets import Dropdown, Image, IntSlider, VBox, interactive
 
-    names = ("images N", "channels C", "rows H", "columns W")
-    sides = [
-        widgets.IntSlider(side, 1, most, description=name, continuous_update=False)
-        for name, side, most in zip(names, shape, LIMITS, strict=True)
-    ]
-    counts = widgets.SelectionSlider(
-        options=divisors(shape[1]), value=groups, description="groups G"
-    )
     kinds = [(NORMS[name].title.capitalize(), name) for name in explorable()]
-    kinds = widgets.Dropdown(options=kinds, value=kind, layout=widgets.Layout(width="480px"))
-    image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+    names = ("images N", "channels C", "rows H", "columns W", "groups G")
+    sliders = {
+        name: IntSlider(value, 1, most, continuous_update=False)
+        for name, value, most in zip(names, (*shape, groups), (*LIMITS, LIMITS[1]), strict=True)
+    }
 
-    def draw(kind: str, n: int, c: int, h: int, w: int, groups: int) -> None:
-        counts.disabled = "C/G" not in NORMS[kind].averaged
-        figure, content = _picture(kind, (n, c, h, w), groups), io.BytesIO()
-        options = {"format": "png", "dpi": 80, "bbox_inches": "tight"}
-        figure.savefig(content, facecolor=figure.get_facecolor(), **options)
-        image.value = content.getvalue()
+    image = Image(
+        layout={"max_width": "100%"}
+    )  # what the first call shows would be lost in Jupyter
 
-    def offer_divisors(change: dict) -> None:
-        kept = max(count for count in divisors(change["new"]) if count <= counts.value)
-        counts.unobserve(form.update, "value")  # the channels' own change draws
-        counts.options, counts.value = divisors(change["new"]), kept
-        counts.observe(form.update, "value")
+    def draw(kind: str, **numbers: int) -> None:
+        *shape, groups = numbers.values()
+        fitting = max(count for count in divisors(shape[1]) if count <= groups)
+        sliders["groups G"].disabled = "C/G" not in NORMS[kind].averaged
+        sliders["groups G"].value = fitting  # where it is another one, that change draws
+        if fitting == groups:
+            image.value = print_figure(_picture(kind, tuple(shape), groups), dpi=80)
 
-    sides[1].observe(offer_divisors, "value")
-    named = dict(zip("nchw", sides, strict=True))
-    form = widgets.interactive(draw, kind=kinds, **named, groups=counts)
-    return widgets.VBox([form, image])
+    kinds = Dropdown(options=kinds, value=kind, layout={"width": "480px"})
+    return VBox([interactive(draw, kind=kinds, **sliders), image])
 
 
 @drawn
@@ -122,26 +108,25 @@ def _picture(kind: str, shape: Shape, groups: int) -> Figure:
     from matplotlib import pyplot
 
     images, channels, height, width = shape
-    across, down = 0.45 * channels * (width + GAP) + 0.9, 0.36 * images * (height + GAP) + 0.8
+    across, down = table_size(shape)
     wide = channels * width > 10  # then the tables stand one above the other
+    rows = [["cube", "before"], ["cube", "after"]] if wide else [["cube", "before", "after"]]
+    widths = (3.4, *[across + 0.9] * (len(rows[0]) - 1))
     figure, axes = pyplot.subplot_mosaic(
-        [["cube", "before"], ["cube", "after"]] if wide else [["cube", "before", "after"]],
-        figsize=(3.4 + across * (1 if wide else 2), max(3.2, down * (2 if wide else 1)) + 0.4),
-        width_ratios=(3.4, across) if wide else (3.4, across, across),
+        rows,
+        figsize=(sum(widths), max(3.2, (down + 0.8) * len(rows)) + 0.4),
+        width_ratios=widths,
         per_subplot_kw={"cube": {"projection": "3d"}},
         layout="constrained",
     )
     draw_cube(axes["cube"], NORMS[kind], (images, channels, height * width), groups)
     layer, x = make_norm(kind, channels, groups=groups, size=(height, width)), _numbers(shape)
     if numbers_a_mean(NORMS[kind], shape, groups) == 1 and NORMS[kind].moment == "mean":
-        plot_shared(nn.Identity(), x, ax=axes["before"], title="before")  # BN of one number fails
-        text = "Each number is its own mean,\nso x − mean is 0 everywhere."
-        axes["after"].set_axis_off()
-        axes["after"].text(0.5, 0.5, text, ha="center", va="center")
+        layer, y = nn.Identity(), torch.zeros(shape)  # x − mean; torch refuses to compute it
     else:
-        plot_shared(layer, x, ax=axes["before"], title="before")
-        with torch.no_grad():
-            plot_shared(layer, layer(x), ax=axes["after"], title="after")
+        y = layer(x).detach()
+    plot_shared(layer, x, ax=axes["before"], title="before")
+    plot_shared(layer, y, ax=axes["after"], title="after")
     figure.suptitle(counts_in_words(NORMS[kind], shape, groups), fontsize=11)
     pyplot.close(figure)  # it is returned: a notebook would show it a second time
     return figure
@@ -151,7 +136,7 @@ def _numbers(shape: Shape) -> Tensor:
     """Whole numbers from 0 to 9; where the worked example reaches they are its own."""
     x = torch.randint(0, 10, LIMITS, generator=generator(0, "explore")).float()
     x[:4, :4, :2, :2] = example_batch()
-    return x[tuple(slice(side) for side in shape)]
+    return x[tuple(map(slice, shape))]
 
 
 def numbers_a_mean(kind: NormKind, shape: Shape, groups: int) -> int:
@@ -165,14 +150,10 @@ def counts_in_words(kind: NormKind, shape: Shape, groups: int) -> str:
     product = " · ".join(own)
     if len(own) > 1:
         product += " = " + " · ".join(map(str, own.values()))
-    means = _several(kind.statistics(shape, groups=groups), kind.moment)
-    each = _several(numbers_a_mean(kind, shape, groups), "number")
+    count, each = kind.statistics(shape, groups=groups), numbers_a_mean(kind, shape, groups)
     learned = " · ".join((str(len(kind.learned)), *kind.learned_axes)).removeprefix("1 · ")
     return (
-        f"{kind.title.split(',')[0].capitalize()}: {product} = {means} of {each}; "
+        f"{kind.title.split(',')[0].capitalize()}: {product} = {count} {kind.moment}"
+        f"{'s' * (count > 1)} of {each} number{'s' * (each > 1)}; "
         f"{learned} = {kind.parameters(shape)} learned numbers"
     )
-
-
-def _several(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"

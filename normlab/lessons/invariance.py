@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import check_instance, number, whole_number
+from normlab.support.checks import check_instance, number
 from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
 from normlab.support.tensor_checks import check_weights
@@ -59,51 +59,42 @@ def rescale_weights(
 
     The gradient is that of a fixed random weighting of the outputs. Source: van Laarhoven, "L2
     Regularization versus Batch and Weight Normalization", 2017.
-    Raises `ValueError` if there is no such layer, no such filter, or no image.
+    Raises `ValueError` if there is no such layer, no filter or no image, `IndexError` for a filter
+    that the layer does not have.
     """
     check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
     if not len(images):
         raise ValueError("rescale_weights needs at least one image")
-    number(factor, "factor", positive=True)
+    factor = number(factor, "factor", positive=True)
     check_weights(network)
-    name, weight = _find(network, layer)
-    rows = list(range(len(weight))) if filters is None else _checked(filters, len(weight), name)
+    name, count = _find(network, layer)
+    rows = torch.arange(count)[... if filters is None else list(filters)]
+    if not len(rows):
+        raise ValueError("filters must name at least one filter")
     before, slope = _output_and_gradient(network, images, name, rows, 1.0)
     after, new_slope = _output_and_gradient(network, images, name, rows, factor)
     return Rescaled(
         layer=name,
-        factor=float(factor),
+        factor=factor,
         output_change=float((after - before).abs().max() / before.abs().max()),
         gradient_ratio=float(new_slope.norm() / slope.norm()),
         gradient_cosine=float(torch.cosine_similarity(slope, new_slope, dim=0)),
     )
 
 
-def _find(network: nn.Module, layer: str | None) -> tuple[str, Tensor]:
-    """Name and weight of the layer asked for, or of the first convolution."""
+def _find(network: nn.Module, layer: str | None) -> tuple[str, int]:
+    """The layer asked for, or the first convolution: its name, and how many filters it has."""
     for name, each in network.named_modules():
         wanted = isinstance(each, nn.modules.conv._ConvNd) if layer is None else name == layer
         weight = dict(each.named_parameters(recurse=False)).get("weight")  # not a computed one
         if wanted and weight is not None:
-            return name, weight
+            return name, len(weight)
     what = "convolution" if layer is None else f"layer {layer!r} with a weight"
     raise ValueError(f"{type(network).__name__} has no {what}, whose weights could be multiplied")
 
 
-def _checked(filters: Iterable[int], count: int, layer: str) -> list[int]:
-    if not isinstance(filters, Iterable):
-        raise TypeError(f"filters must be numbers such as [0] or range(5), not {filters!r}")
-    chosen = sorted({whole_number(each, "a filter", least=0) for each in filters})
-    if not chosen or chosen[-1] >= count:
-        raise ValueError(
-            f"filters must be numbers from 0 to {count - 1}, as layer {layer!r} has {count} of "
-            f"them, not {chosen}"
-        )
-    return chosen
-
-
 def _output_and_gradient(
-    network: nn.Module, images: Tensor, layer: str, rows: list[int], factor: float
+    network: nn.Module, images: Tensor, layer: str, rows: Tensor, factor: float
 ) -> tuple[Tensor, Tensor]:
     """The output of a copy with rows of the weight multiplied, and their gradient, flattened."""
     twin = copied(network).train()

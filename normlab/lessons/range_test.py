@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,6 @@ from normlab.support.tensor_checks import check_weights
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 WINDOW = 9  # steps over which the median smooths the loss
 MOST = 0.9  # of the fall of the loss: where it is made, the loss begins to slow down
@@ -113,28 +111,27 @@ def find_rate(
     move(twin, device, recipe)
     check_trainable(twin, data, recipe)
     with exact_float32(), seeded(recipe.seed, "rates", device=device):
-        losses = list(_losses(twin, data, recipe, rates, device))
+        losses = _losses(twin, data, recipe, rates, device)
     return _judged(recipe, rates, losses)
 
 
 def _losses(
     network: nn.Module, data: Dataset, recipe: Recipe, rates: list[float], device: torch.device
-) -> Iterator[float]:
-    """Trains, and gives the loss of each batch before its step, until it has diverged."""
+) -> list[float]:
+    """Trains until the loss has diverged; the loss of each batch before its step."""
     loader = training_batches(data, recipe, device)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     size = min(recipe.batch_size, len(data.train_images))
-    whole = (batch for batch in batches if len(batch[1]) == size)  # short ones are noisier
+    batches = (batch for _ in rates for batch in loader if len(batch[1]) == size)  # none is short
     optimizer, options, losses = make_optimizer(network, recipe), step_options(recipe), []
     set_training(network)
-    for rate, (images, labels) in zip(rates, whole, strict=False):
+    for rate, (images, labels) in zip(rates, batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate
         logits, _ = training.train_step(network, images, labels, optimizer, **options)
         losses.append(float(training.batch_sums(logits, labels)[0]) / size)
-        yield losses[-1]
         if _has_diverged(losses):
-            return
+            break
+    return losses
 
 
 def _has_diverged(losses: list[float]) -> bool:
@@ -155,17 +152,17 @@ def _judged(recipe: Recipe, rates: list[float], losses: list[float]) -> RateTest
     finite = [loss for loss in losses if math.isfinite(loss)]
     rates = rates[: len(finite)]
     # A median has no lag, and a lone spike leaves no trace in it.
-    smoothed = pandas.Series(finite).rolling(WINDOW, center=True, min_periods=1).median().tolist()
-    first, fall, suggestion = smoothed[0], smoothed[0] - min(smoothed), None
-    if fall >= LEAST_FALL * first:
-        place = next(p for p, loss in enumerate(smoothed) if first - loss >= MOST * fall)
-        suggestion = float(f"{rates[place]:.2g}")
+    smoothed = pandas.Series(finite).rolling(WINDOW, center=True, min_periods=1).median()
+    fallen, suggestion = smoothed[0] - smoothed, None
+    if fallen.max() >= LEAST_FALL * smoothed[0]:
+        suggestion = float(f"{rates[(fallen >= MOST * fallen.max()).argmax()]:.2g}")
     else:
         warn(
             f"the loss never fell from {finite[0]:.3g} at the rates from {rates[0]:.2g} to "
             f"{rates[-1]:.2g}: there is no rate to suggest; try another `lowest`, or more `steps`"
         )
-    return RateTest(recipe, tuple(rates), tuple(finite), tuple(smoothed), suggestion, diverged_at)
+    smoothed = tuple(smoothed.tolist())
+    return RateTest(recipe, tuple(rates), tuple(finite), smoothed, suggestion, diverged_at)
 
 
 @drawn
@@ -180,23 +177,18 @@ def plot_rates(
     if not results:
         raise ValueError("there are no range tests to plot")
     ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(results)))
-    found = {label: result.suggestion for label, result in results.items()}
-    names = [f"{label}: {'none' if rate is None else f'{rate:g}'}" for label, rate in found.items()]
-    curves = zip(results.values(), names, curve_styles(results).values(), strict=True)
-    lines = [_draw(ax, result, style | {"label": name}) for result, name, style in curves]
-    top = max(result.smoothed[0] for result in results.values())
-    ax.set_ylim(0, 1.6 * top)  # what diverges leaves the frame
+    lines, styles = [], curve_styles(results)
+    for label, found in results.items():
+        rate, style = found.suggestion, styles[label]
+        marked = [] if rate is None else [int(np.argmin(abs(np.log(found.rates) - math.log(rate))))]
+        style |= {"markersize": 8, "markevery": marked} if marked else {"marker": None}
+        name = f"{label}: {'none' if rate is None else f'{rate:g}'}"
+        ax.plot(found.rates, found.losses, color=style["color"], alpha=0.2, linewidth=0.8)
+        lines += ax.plot(found.rates, found.smoothed, label=name, **style)
+    ax.set_ylim(0, 1.6 * max(found.smoothed[0] for found in results.values()))  # not what diverges
     ax.set_xscale("log")
     heading = title if title is not None else "Learning-rate range test"
     label_axes(ax, heading, "learning rate", "cross-entropy of a batch (nats per image)")
-    labels = [shortened(name) for name in names]
+    labels = [shortened(line.get_label()) for line in lines]
     place_legend(ax, "upper left", labels, handles=lines, title="suggested rate")
     return ax.figure
-
-
-def _draw(ax: Axes, result: RateTest, style: dict) -> Line2D:
-    rate = result.suggestion
-    marked = [] if rate is None else [int(np.argmin(np.abs(np.log(result.rates) - math.log(rate))))]
-    ax.plot(result.rates, result.losses, color=style["color"], alpha=0.2, linewidth=0.8)
-    style |= {"markersize": 8, "markevery": marked} if marked else {"marker": None}
-    return ax.plot(result.rates, result.smoothed, **style)[0]

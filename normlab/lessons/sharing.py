@@ -7,15 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import check_instance, whole_number
+from normlab.support.checks import check_instance
 from normlab.support.seeding import seeded
 
 # How far each element is moved. One step alone may hide what is shared: two numbers that are
 # normalised without an epsilon come out as ±1 until the move changes which of them is the larger.
 STEPS = (0.5, 5.0, -5.0)
-ROUNDING = (
-    1e-5  # the largest change, relative to the largest output, that may be an error of float32
-)
+ROUNDING = 1e-5  # of the largest output: so little may be an error of float32
 
 
 def shared_statistics(
@@ -41,22 +39,17 @@ def shared_statistics(
 
     check_instance(layer, nn.Module, "a layer", "nn.BatchNorm2d(4), say")
     check_instance(shape, tuple, "shape", "(N, C, H, W), say")
-    for side in shape:
-        whole_number(side, "each side of shape")
-    shape, output = tuple(shape), _as_function(layer, training=training, seed=seed)
+    output = _as_function(layer, training=training, seed=seed)
     with seeded(seed, "input"):
         x = torch.randn(shape)
     try:
         before = output(x)
     except RuntimeError as error:
-        why = " ".join(str(error).split())
-        raise ValueError(
-            f"{type(layer).__name__} takes no input of shape {shape}: {why}"
-        ) from error
+        what, why = type(layer).__name__, " ".join(str(error).split())
+        raise ValueError(f"{what} takes no input of shape {tuple(shape)}: {why}") from error
     if before.shape != x.shape:
-        raise ValueError(
-            f"the layer turns shape {shape} into {tuple(before.shape)}: it must keep it"
-        )
+        turned = f"turns shape {tuple(shape)} into {tuple(before.shape)}"
+        raise ValueError(f"the layer {turned}: it must keep it")
     touched = torch.eye(x.numel(), dtype=torch.bool)
     for place, step in itertools.product(range(x.numel()), STEPS):
         moved = x.clone()

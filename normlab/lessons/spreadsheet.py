@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from normlab.lessons.by_hand import example_batch
 from normlab.lessons.diagrams import heading, tints
@@ -15,22 +16,27 @@ from normlab.norms import EPSILON, NORMS, make_norm
 from normlab.support.files import atomic_write, user_path
 
 if TYPE_CHECKING:
+    from openpyxl import Workbook
     from openpyxl.worksheet.worksheet import Worksheet
-    from pandas import DataFrame, ExcelWriter
-
-Place = tuple[int, int, int, int]  # image, channel, row, column
 
 SHEETS = {  # by name: the norm and its groups
     **{"BN": ("bn", 1), "LN": ("ln", 1), "IN": ("in", 1)},
     **{f"GN {groups} group{'s' * (groups > 1)}": ("gn", groups) for groups in (1, 2, 4)},
 }
-SHAPE: Place = (4, 4, 2, 2)
-PLACES = list(itertools.product(*map(range, SHAPE)))
+N, C, H, W = SHAPE = (4, 4, 2, 2)
 
-# Where things stand; all sheets have the batch in the same cells.
-BEFORE, AFTER, TOP = "CDEFGHIJ", "NOPQRSTU", 7  # columns of x and of its normalised values; row
-TABLE, RUNNING = 18, 25  # row of the first mean, and of the first running mean
-LEARNED = 23  # row of channel 1's scale (column B) and shift (column C) on the first sheet
+# Rows of the first number, of the first mean, and, on the first sheet, of channel 1's scale (column
+# B) and shift (column C). All sheets have the batch in the same cells.
+TOP, TABLE, LEARNED = 7, 18, 23
+
+
+def _cells(columns: str) -> np.ndarray:
+    """The names of a batch's cells in these columns, (N, C, H, W)."""
+    table = [[f"{column}{TOP + row}" for column in columns] for row in range(N * H)]
+    return np.array(table).reshape(N, H, C, W).transpose(0, 2, 1, 3)
+
+
+BEFORE, AFTER = _cells("CDEFGHIJ"), _cells("NOPQRSTU")
 
 # Of the cells x of a set, and of y, their normalised values; B18 is epsilon, B19 the momentum.
 STATISTICS = {
@@ -44,10 +50,9 @@ STATISTICS = {
 }
 # What BN keeps for testing: running statistics, which start at 0 and 1, after this batch.
 KEPT = {
-    "mean": "=AVERAGE({x})",
     "variance over n − 1": "=VAR({x})",
-    "running mean": "=(1-Batch!$B$19)*0+Batch!$B$19*B{row}",
-    "running variance": "=(1-Batch!$B$19)*1+Batch!$B$19*C{row}",
+    "running mean": "=(1-Batch!$B$19)*0+Batch!$B$19*D{row}",
+    "running variance": "=(1-Batch!$B$19)*1+Batch!$B$19*I{row}",
 }
 
 
@@ -64,123 +69,99 @@ def to_spreadsheet(path: str | Path) -> Path:
     Raises `ImportError` where openpyxl is not installed, `ValueError` for another ending, `OSError`
     if the file cannot be written.
     """
-    from pandas import ExcelWriter
-
     path = user_path(path)
     if path.suffix.lower() != ".xlsx":
         raise ValueError(f"the spreadsheet's name must end in .xlsx, not {path.name!r}")
     try:
-        import openpyxl  # noqa: F401
+        from openpyxl import Workbook
     except ImportError as error:
         raise ImportError("to_spreadsheet needs openpyxl: pip install openpyxl") from error
-    content = io.BytesIO()
+    book, content = Workbook(), io.BytesIO()
+    book.remove(book.active)
+    _write_numbers(book)
+    for name, (kind, groups) in SHEETS.items():
+        _write_norm(book, name, kind, groups)
     with atomic_write(path) as aside:
-        with ExcelWriter(content, engine="openpyxl") as writer:
-            _write_numbers(writer)
-            for name, (kind, groups) in SHEETS.items():
-                _write_norm(writer, name, kind, groups)
+        book.save(content)  # by way of temporary files, for which there must be room too
         aside.write_bytes(content.getvalue())
     return path
 
 
-def _write_numbers(writer: ExcelWriter) -> None:
+def _write_numbers(book: Workbook) -> None:
     """The numbers that the reader may change."""
-    from pandas import DataFrame
-
+    title = "A batch of four images. Change any yellow cell: all other sheets follow."
+    sheet = _new_sheet(book, "Batch", title)
+    _write_batch(sheet, BEFORE, "x", example_batch().int().flatten().tolist())
     added = "is added to every variance, so that nothing is divided by 0"
     weight = "is the weight of the new batch in BN's running statistics"
-    constants = DataFrame({"value": [EPSILON, 0.1], "": [added, weight]}, ["ε", "momentum"])
-    learned = DataFrame({"scale": 1, "shift": 0}, [f"channel {c + 1}" for c in range(SHAPE[1])])
-    numbers = _batch(example_batch().int().flatten().tolist())
-    frames = {("A", TOP): numbers, ("A", TABLE): constants, ("A", LEARNED): learned}
-    title = "A batch of four images. Change any yellow cell: all other sheets follow."
-    sheet = _write(writer, "Batch", title, frames)
-    cells = [*map(_at, PLACES), f"B{TABLE}", f"B{TABLE + 1}"]
-    cells += [f"{column}{LEARNED + channel}" for column in "BC" for channel in range(SHAPE[1])]
-    _paint(sheet, cells, "#FFF7CC")
+    rows = {TABLE: ["ε", EPSILON, added], TABLE + 1: ["momentum", 0.1, weight]}
+    rows |= {LEARNED - 1: ["", "scale", "shift"]}
+    rows |= {LEARNED + channel: [f"channel {channel + 1}", 1, 0] for channel in range(C)}
+    for row, values in rows.items():
+        _write_row(sheet, row, values)
+    learned = [f"{column}{LEARNED + channel}" for column in "BC" for channel in range(C)]
+    _paint(sheet, [*BEFORE.flat, f"B{TABLE}", f"B{TABLE + 1}", *learned], "#FFF7CC")
 
 
-def _write_norm(writer: ExcelWriter, name: str, kind: str, groups: int) -> None:
+def _write_norm(book: Workbook, name: str, kind: str, groups: int) -> None:
     """Input and result side by side in the colours of their sets, and a row for each set."""
-    sets = shared_statistics(make_norm(kind, SHAPE[1], groups=groups), SHAPE)
-    after = []
-    for place, row in zip(PLACES, (TABLE + sets.flatten()).tolist(), strict=True):
-        scale, shift = (f"Batch!${column}${LEARNED + place[1]}" for column in "BC")
-        after.append(f"=({_at(place)}-$D${row})/$F${row}*{scale}+{shift}")
-    members = [[place for place in PLACES if sets[place] == n] for n in range(int(sets.max()) + 1)]
-    frames = {
-        ("A", TOP): _batch([f"=Batch!{_at(place)}" for place in PLACES]),
-        ("L", TOP): _batch(after),
-        ("A", TABLE): _table(members, TABLE, STATISTICS),
-    }
-    if "N" in NORMS[kind].averaged:
-        frames["A", RUNNING] = _table(members, RUNNING, KEPT)
     over = ", ".join(NORMS[kind].averaged)
     title = f"{heading(NORMS[kind], groups)}: cells of one colour share a mean, over {over}"
-    sheet = _write(writer, name, title, frames)
-    sheet["A3"], sheet["L3"] = (
-        "x, from the first sheet",
-        "(x − mean) / √(variance + ε) · scale + shift",
-    )
-    for row, (some, colour) in enumerate(zip(members, tints(len(members)), strict=True), TABLE):
-        after = [_at(place, AFTER) for place in some]
-        _paint(sheet, [*map(_at, some), *after, f"A{row}"], colour)
-        for cell in (*after, *(f"{column}{row}" for column in "DEFGH")):
+    sheet, after = _new_sheet(book, name, title), []
+    sets = shared_statistics(make_norm(kind, C, groups=groups), SHAPE).numpy()
+    for place, cell in np.ndenumerate(BEFORE):
+        row, learned = TABLE + sets[place], LEARNED + place[1]
+        after.append(f"=({cell}-$D${row})/$F${row}*Batch!$B${learned}+Batch!$C${learned}")
+    _write_batch(sheet, BEFORE, "x, from the first sheet", [f"=Batch!{x}" for x in BEFORE.flat])
+    _write_batch(sheet, AFTER, "(x − mean) / √(variance + ε) · scale + shift", after)
+    formulas = STATISTICS | (KEPT if "N" in NORMS[kind].averaged else {})
+    _write_row(sheet, TABLE - 1, ["", *formulas])
+    for number, colour in enumerate(tints(sets.max() + 1)):
+        row, x, y = TABLE + number, BEFORE[sets == number], AFTER[sets == number]
+        places = {"x": f"{x[0]}:{x[-1]}", "y": f"{y[0]}:{y[-1]}", "row": row}  # rectangles
+        values = [formula.format(**places) for formula in formulas.values()]
+        _write_row(sheet, row, [_name(sets == number), *values])
+        _paint(sheet, [*x, *y, f"A{row}"], colour)
+        for cell in (*y, *(f"{column}{row}" for column in "DEFGHIJK")):
             sheet[cell].number_format = "0.000"
 
 
-def _table(members: list[list[Place]], top: int, formulas: dict[str, str]) -> DataFrame:
-    """A row for each set, from row `top` on."""
-    from pandas import DataFrame
-
-    rows = []
-    for row, some in enumerate(members, start=top):  # of cells that form a rectangle, such as C7:D8
-        x, y = (f"{_at(some[0], columns)}:{_at(some[-1], columns)}" for columns in (BEFORE, AFTER))
-        rows.append([each.format(x=x, y=y, row=row) for each in formulas.values()])
-    return DataFrame(rows, list(map(_name, members)), list(formulas))
-
-
-def _at(place: Place, columns: str = BEFORE) -> str:
-    """The cell of one number: (0, 0, 0, 0) is C7."""
-    image, channel, row, column = place
-    return f"{columns[2 * channel + column]}{TOP + 2 * image + row}"
-
-
-def _name(members: list[Place]) -> str:
-    """The images and channels of a set in words, but for those that it has all of."""
+def _name(chosen: np.ndarray) -> str:
+    """The images and channels of a set (N, C, H, W) in words, but for those that it has all of."""
     words = []
-    for axis, word in enumerate(("image", "channel")):
-        found = sorted({str(place[axis] + 1) for place in members})
-        if len(found) < SHAPE[axis]:
+    for word, axes in (("image", (1, 2, 3)), ("channel", (0, 2, 3))):
+        found = [str(number + 1) for number in chosen.any(axes).nonzero()[0]]
+        if len(found) < 4:
             words.append(f"{word}{'s' * (len(found) > 1)} {' and '.join(found)}")
     return ", ".join(words)
 
 
-def _batch(values: list) -> DataFrame:
-    """One value for each of `PLACES`, as a table with the images below and the channels beside."""
-    from pandas import MultiIndex, Series
-
-    names = ("image", "channel", "row", "column")
-    axes = MultiIndex.from_tuples([[side + 1 for side in place] for place in PLACES], names=names)
-    return Series(values, axes).unstack(["channel", "column"])  # noqa: PD010
-
-
-def _write(writer: ExcelWriter, name: str, title: str, frames: dict) -> Worksheet:
-    """A sheet of tables; the key of each is the place of its first row, without the headings."""
+def _new_sheet(book: Workbook, name: str, title: str) -> Worksheet:
     from openpyxl.styles import Font
 
-    for (column, row), frame in frames.items():
-        headings = frame.columns.nlevels + (frame.columns.nlevels > 1)
-        place = {"startrow": row - 1 - headings, "startcol": ord(column) - ord("A")}
-        frame.to_excel(writer, sheet_name=name, **place)
-    sheet = writer.sheets[name]
+    sheet = book.create_sheet(name)
     sheet["A1"] = title
     sheet["A1"].font = Font(bold=True, size=14)
     sheet.page_setup.orientation = "landscape"
     sheet.sheet_properties.pageSetUpPr.fitToPage = True
-    for letter in "ABCDEFGH":
+    for letter in "ABCDEFGHIJK":
         sheet.column_dimensions[letter].width = 24 if letter == "A" else 16
     return sheet
+
+
+def _write_batch(sheet: Worksheet, cells: np.ndarray, title: str, values: list) -> None:
+    """The values of a batch in the order of its cells, and which image and channel they are of."""
+    for cell, value in zip(cells.flat, values, strict=True):
+        sheet[cell] = value
+    for number in range(4):
+        sheet[cells[0, number, 0, 0]].offset(row=-1).value = f"channel {number + 1}"
+        sheet[cells[number, 0, 0, 0]].offset(column=-1).value = f"image {number + 1}"
+    sheet[cells[0, 0, 0, 0]].offset(row=-2).value = title
+
+
+def _write_row(sheet: Worksheet, row: int, values: list) -> None:
+    for column, value in enumerate(values, start=1):
+        sheet.cell(row, column, value)
 
 
 def _paint(sheet: Worksheet, cells: Iterable[str], colour: str) -> None:

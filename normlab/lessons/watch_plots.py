@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -56,16 +57,17 @@ def plot_watch(
 
     Raises `ValueError` for an unknown quantity or kind, and where there is nothing to draw.
     """
+    from matplotlib import colormaps
+
     one_of(quantity, QUANTITIES, "quantity")
     plain = quantity.replace("_", " ")
     what, name, scale, logarithmic = _NAMES.get(quantity, (plain.capitalize(), plain, 1, False))
     what = what.replace("the activations", "the norms' outputs") if kind == NORM else what
-    tables = {
-        label: scale * _table(label, frame, quantity, kind)
-        for label, frame in _frames(watches).items()
-    }
+    found = _tables(watches, kind, [quantity])
+    tables = {label: scale * table[quantity] for label, table in found.items()}
+    ends = (0.3, 1) if is_dark() else (0, 0.88)  # none is lost on the background
     depth = max(len(table.columns) for table in tables.values())
-    shades = _shades(depth)
+    shades = colormaps["viridis"](np.linspace(*ends, depth))
     figure, axes = _panels(1, list(tables), what if title is None else title)
     for ax, table in zip(axes[0], tables.values(), strict=True):
         marker = "o" if len(table) == 1 else None  # a single step has no line
@@ -106,18 +108,16 @@ def plot_activations(
     Raises `ValueError` for an unknown kind, and where there is nothing to draw.
     """
     whole_number(times, "times")
-    tables = {
-        label: [_table(label, frame, f"percentile_{share}", kind) for share in PERCENTILES]
-        for label, frame in _frames(watches).items()
-    }
-    rows = min(times, *(len(some[0]) for some in tables.values()))
+    quantities = [f"percentile_{share}" for share in PERCENTILES]
+    tables = _tables(watches, kind, quantities)
+    rows = min(times, *map(len, tables.values()))
     what = "Activations by depth: median, middle 50 % and 90 %"
     figure, axes = _panels(rows, list(tables), what if title is None else title)
-    for column, some in zip(axes.T, tables.values(), strict=True):
-        places = np.linspace(0, len(some[0]) - 1, rows).round().astype(int)
+    for column, table in zip(axes.T, tables.values(), strict=True):
+        places = np.linspace(0, len(table) - 1, rows).round().astype(int)
         for ax, place in zip(column, places, strict=True):
-            _draw_bands(ax, [table.iloc[place] for table in some])
-            step = f"step {some[0].index[place]}"
+            _draw_bands(ax, [table.iloc[place][quantity] for quantity in quantities])
+            step = f"step {table.index[place]}"
             ax.text(0.02, 0.97, step, transform=ax.transAxes, va="top", fontsize=9)
         column[-1].set_xlabel(f"{kind}, from the first to the last")
     for row in axes:
@@ -126,26 +126,27 @@ def plot_activations(
     return figure
 
 
-def _frames(watches: Mapping[str, Watch | DataFrame]) -> dict[str, DataFrame]:
-    if not isinstance(watches, Mapping) or not watches:
-        raise ValueError("a picture needs watches by label, such as {'BN': watch}")
-    return {
-        label: each.frame() if isinstance(each, Watch) else each for label, each in watches.items()
-    }
-
-
-def _table(label: str, frame: DataFrame, quantity: str, kind: str) -> DataFrame:
-    """The quantity with a row for each step and a column for each layer of the kind, as they run.
+def _tables(
+    watches: Mapping[str, Watch | DataFrame], kind: str, quantities: list[str]
+) -> dict[str, DataFrame]:
+    """For each label a row for each step, and columns (quantity, layer), the layers as they run.
 
     A layer that has no such quantity has a column of NaN.
     """
+    if not isinstance(watches, Mapping) or not watches:
+        raise ValueError("a picture needs watches by label, such as {'BN': watch}")
     one_of(kind, KINDS, "kind of layer")
-    layers = frame[frame["kind"] == kind]["layer"].unique()
-    chosen = frame[(frame["quantity"] == quantity) & (frame["kind"] == kind)]
-    if chosen.empty:
-        raise ValueError(f"{label}: no {quantity!r} of a {kind} layer was recorded")
-    table = chosen.pivot_table(index="step", columns="layer", values="value")
-    return table.reindex(columns=layers)
+    tables = {}
+    for label, each in watches.items():
+        frame = each.frame() if isinstance(each, Watch) else each
+        frame = frame[frame["kind"] == kind]
+        columns = list(itertools.product(quantities, frame["layer"].unique()))
+        table = frame.pivot_table(index="step", columns=["quantity", "layer"], values="value")
+        for quantity in quantities:
+            if quantity not in table:
+                raise ValueError(f"{label}: no {quantity!r} of a {kind} layer was recorded")
+        tables[label] = table.reindex(columns=columns).dropna(how="all")
+    return tables
 
 
 def _panels(rows: int, labels: list[str], title: str) -> tuple[Figure, np.ndarray]:
@@ -162,14 +163,6 @@ def _panels(rows: int, labels: list[str], title: str) -> tuple[Figure, np.ndarra
         ax.grid(alpha=0.3, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _shades(depth: int) -> np.ndarray:
-    """A colour for each layer, from dark to light, but none that is lost on the background."""
-    from matplotlib import colormaps
-
-    ends = (0.3, 1) if is_dark() else (0, 0.88)
-    return colormaps["viridis"](np.linspace(*ends, depth))
 
 
 def _depth_bar(figure: Figure, axes: np.ndarray, shades: np.ndarray, kind: str) -> None:

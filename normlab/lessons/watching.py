@@ -7,15 +7,12 @@ every optimiser and pick out what belongs to the network. Closing the watch remo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from normlab.lessons.sparsity import small_share
 from normlab.norms import NORMS
@@ -34,8 +31,6 @@ QUANTITIES = (
     *("weight_norm", "gradient_norm", "small_weights", "rate", "effective_rate"),
     *("running_mean", "running_variance"),
 )
-
-_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
 
 def watch(network: nn.Module, *, every: int = 20) -> Watch:
@@ -58,8 +53,8 @@ def watch(network: nn.Module, *, every: int = 20) -> Watch:
 
     - "mean", "std", "percentile_5", …, "percentile_95" of the layer's output over the whole batch,
       the percentiles from a sample of some 8,000 values;
-    - "dead", for a convolution or linear layer that a ReLU follows, directly or after other layers:
-      the share of its channels that the ReLU makes 0 for all images of the batch at all positions;
+    - "dead", for a convolution or linear layer that an `nn.ReLU` follows, directly or after other
+      layers: the share of its channels that it makes 0 for all images of the batch everywhere;
     - "weight_norm" and "gradient_norm", Euclidean, of the layer's `weight` before the step; the
       gradient is that of the whole loss, with its penalty, before the optimiser changes it;
     - "small_weights", of convolutions and linear layers: the share of weights with |w| < 10⁻³;
@@ -86,14 +81,12 @@ class Watch:
         self.network, self.every, self.steps = network, every, 0
         self._layers = _layers_of(network)
         self._rows: dict[tuple[int, str, str], Tensor] = {}  # by step, layer and quantity
-        self._values: dict[tuple[str, str], Tensor] = {}  # of the last forward pass
-        self._step: int | None = None  # the number of its step, if that is to be recorded
-        self._awaited = False  # whether its step is yet to come
-        self._relus: _Relus | None = None  # there only while a pass is being recorded
+        self._awaited = False  # whether a pass has been, and its step is yet to come
+        self._recording = False  # whether this pass is one to record
         self._last: nn.Module | None = None  # the layer with channels that ran last
         self._hooks = [
             register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, always_call=True),
+            register_module_forward_hook(self._after),
             register_optimizer_step_pre_hook(self._at_step),
         ]
 
@@ -105,7 +98,6 @@ class Watch:
 
     def close(self) -> None:
         """Stops recording and removes every hook; what was recorded stays."""
-        self._end_pass()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -117,75 +109,70 @@ class Watch:
         """
         import pandas as pd
 
-        if not self._rows:
-            raise ValueError(
-                "nothing was recorded: a watch sees steps in which the network itself is called in "
-                "training mode and a torch.optim optimiser then changes its weights"
-            )
         kinds = dict(self._layers.values())
         rows = [
             (step, layer, kinds[layer], quantity, float(value))
             for (step, layer, quantity), value in self._rows.items()
+            if step < self.steps  # and not what was computed since the last one
         ]
+        if not rows:
+            raise ValueError(
+                "nothing was recorded: a watch sees steps in which the network itself is called in "
+                "training mode and a torch.optim optimiser then changes its weights"
+            )
         return pd.DataFrame(rows, columns=["step", "layer", "kind", "quantity", "value"])
 
     def _before(self, module: nn.Module, _: object) -> None:
-        if module is not self.network or not (module.training and torch.is_grad_enabled()):
+        if module is not self.network:
             return
-        self._end_pass()  # one that was interrupted
-        self._awaited, self._step = True, None
-        if self.steps % self.every:
-            return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        trains = module.training and torch.is_grad_enabled()
+        self._awaited, self._last = self._awaited or trains, None
+        self._recording = trains and self.steps % self.every == 0
+        if (
+            self._recording
+            and torch.cuda.is_available()
+            and torch.cuda.is_current_stream_capturing()
+        ):
             raise RuntimeError(
                 "watch cannot record inside a CUDA graph, whose steps are replayed without Python: "
                 "take the steps one by one, or call fit after watch, which then does"
             )
-        self._step, self._values, self._last = self.steps, {}, None
-        self._relus = _Relus(self._add_dead)
-        self._relus.__enter__()
 
     def _after(self, module: nn.Module, _: object, output: object) -> None:
-        if self._relus is not None and module in self._layers and isinstance(output, Tensor):
-            name, kind = self._layers[module]
-            self._last = module if kind != NORM else self._last
-            self._add(name, _distribution(output))
-        if module is self.network:
-            self._end_pass()
-
-    def _end_pass(self) -> None:
-        if self._relus is not None:
-            self._relus.__exit__(None, None, None)
-            self._relus = None
+        if self._recording and isinstance(output, Tensor):
+            if isinstance(module, nn.ReLU):
+                self._add_dead(output)
+            elif module in self._layers:
+                name, kind = self._layers[module]
+                self._last = module if kind != NORM else self._last
+                for quantity, value in _distribution(output).items():
+                    self._rows[self.steps, name, quantity] = value
+        self._recording = self._recording and module is not self.network
 
     def _add_dead(self, output: Tensor) -> None:
         """Of a ReLU's output, for the layer before it, if none came between."""
         if self._last is None:
             return
-        name, kind = self._layers[self._last]
-        axis = 1 if kind == CONVOLUTION else -1
-        channels = self._last.out_channels if kind == CONVOLUTION else self._last.out_features
-        if output.dim() > (2 if kind == CONVOLUTION else 1) and output.shape[axis] == channels:
+        (name, kind), layer = self._layers[self._last], self._last
+        axis, least = (1, 3) if kind == CONVOLUTION else (-1, 2)
+        channels = layer.out_channels if kind == CONVOLUTION else layer.out_features
+        if output.dim() >= least and output.shape[axis] == channels:
             highest = output.detach().movedim(axis, 0).flatten(1).amax(dim=1)
-            self._add(name, {"dead": (highest == 0).double().mean()})
+            self._rows[self.steps, name, "dead"] = (highest == 0).double().mean()
             self._last = None
-
-    def _add(self, layer: str, values: dict[str, Tensor]) -> None:
-        self._values |= {(layer, quantity): value for quantity, value in values.items()}
 
     def _at_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Before an optimiser's step; where several share the network, each adds its part."""
         rates = _rates(optimizer)
         if not any(id(weight) in rates for weight in self.network.parameters()):
             return
-        if self._step is not None:
-            for layer, (name, kind) in self._layers.items():
-                self._add(name, _weights(layer, kind, rates))
-            for (layer, quantity), value in self._values.items():
-                # What is there stays: a second optimiser comes after the first one's changes.
-                self._rows.setdefault((self._step, layer, quantity), value)
         self.steps += self._awaited
-        self._awaited = False
+        self._awaited, step = False, self.steps - 1
+        if step >= 0 and step % self.every == 0:
+            for layer, (name, kind) in self._layers.items():
+                for quantity, value in _weights(layer, kind, rates).items():
+                    # What is there stays: a second optimiser comes after the first one's changes.
+                    self._rows.setdefault((step, name, quantity), value)
 
 
 def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
@@ -209,22 +196,6 @@ def _norm_layers() -> tuple[type[nn.Module], ...]:
     """The classes of layers that are normalizations: torch's, and those of the table."""
     made = {type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged}
     return (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *made)
-
-
-class _Relus(TorchFunctionMode):
-    """While it is entered, hands on the output of every ReLU, be it a layer or a function."""
-
-    def __init__(self, found: Callable[[Tensor], None]) -> None:
-        super().__init__()
-        self._found = found
-
-    def __torch_function__(
-        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        output = function(*args, **(kwargs or {}))
-        if function in _RELUS:
-            self._found(output)
-        return output
 
 
 @torch.no_grad()

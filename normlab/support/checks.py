@@ -51,12 +51,17 @@ def as_list(values: object) -> list:
     return [values] if alone else [plain(value) for value in values]
 
 
+def sizes(value: object, axes: str, what: str) -> tuple[int, ...]:
+    """Returns a whole number for each of the axes, such as "C, H, W"."""
+    value = plain(value)
+    if not isinstance(value, tuple | list) or len(value) != len(axes.split(",")):
+        raise ValueError(f"{what} must be ({axes}), not {value!r}")
+    return tuple(whole_number(side, f"each number of {what}") for side in value)
+
+
 def image_shape(shape: object) -> tuple[int, int, int]:
     """Returns (C, H, W) if `shape`, called input_shape, is three whole numbers."""
-    shape = plain(shape)
-    if not isinstance(shape, tuple | list) or len(shape) != 3:
-        raise ValueError(f"input_shape must be (C, H, W), not {shape!r}")
-    return tuple(whole_number(side, "each number of input_shape") for side in shape)
+    return sizes(shape, "C, H, W", "input_shape")
 
 
 def whole_number(value: object, what: str, *, least: int = 1) -> int:
@@ -109,10 +114,8 @@ def check_groups(groups: int | None, channels: int, name: str = "gn") -> None:
         )
 
 
-def height_and_width(size: object, name: str) -> list[int]:
-    """Returns [H, W] if `size` is two whole numbers; `name` is the norm that needs them."""
-    size = plain(size)
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        given = "" if size is None else f", not {size!r}"
-        raise ValueError(f"{name} learns numbers for every pixel, so it needs size=(H, W){given}")
-    return [whole_number(side, "each side of size") for side in size]
+def height_and_width(size: object, name: str) -> tuple[int, int]:
+    """Returns (H, W) if `size` is two whole numbers; `name` is the norm that needs them."""
+    if size is None:
+        raise ValueError(f"{name} learns numbers for every pixel, so it needs size=(H, W)")
+    return sizes(size, "H, W", "size")

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-DEEPEST = 50  # levels of nesting in JSON, far below Python's limit of recursion
-
 
 def user_path(path: str | Path) -> Path:
     """The path that a user wrote, with `~` as the home folder."""
@@ -85,24 +83,14 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> dict:
     """Reads JSON, in which NaN has no place; a damaged file is named, with what to do about it."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no number")
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_number)
-        _check_depth(value, DEEPEST)
-        return value
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete its folder and run again") from error
-
-
-def _check_depth(value: object, left: int) -> None:
-    if not left:
-        raise ValueError(f"it is nested more than {DEEPEST} deep")
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_depth(each, left - 1)
-
-
-def _refuse_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
 
 
 def remove_leftovers(directory: Path, of: str = "*") -> None:

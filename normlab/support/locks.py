@@ -6,7 +6,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,8 +17,6 @@ from normlab.support.files import make_folder
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
-_holders: dict[Path, int] = {}  # the folders that this process has locked, and by which thread
-
 
 class InUse(RuntimeError):
     """Another process or thread has locked a folder."""
@@ -29,11 +26,9 @@ class InUse(RuntimeError):
 def locked(*folders: Path, wait: bool = True) -> Iterator[None]:
     """Locks the folders while the block lasts.
 
-    Another process is waited for, which is said, unless `wait` is False. A thread may lock again
-    what it has locked. A folder that was made for this, and is still empty, is gone afterwards.
-
-    Raises `InUse` if another thread of this process has a folder, or without `wait` another
-    process.
+    Another process or thread is waited for, which is said; without `wait` that is `InUse`. A thread
+    may lock again what it has locked. A folder that was made for this, and is still empty, is gone
+    afterwards.
     """
     with ExitStack() as stack:
         for place in sorted({Path(os.path.realpath(folder)) for folder in folders}):
@@ -43,13 +38,10 @@ def locked(*folders: Path, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _locked(place: Path, wait: bool) -> Iterator[None]:
-    me = threading.get_ident()
-    if _holders.get(place) == me:
+    lock, new = FileLock(place / LOCK, is_singleton=True), not place.is_dir()
+    if lock.is_locked:  # by this thread
         yield
         return
-    lock, new = FileLock(place / LOCK), not place.is_dir()
-    if _holders.setdefault(place, me) != me:
-        raise InUse(f"{place} is in use by another training here: choose another directory")
     try:
         _acquire(lock, place, wait)
         yield
@@ -61,7 +53,6 @@ def _locked(place: Path, wait: bool) -> Iterator[None]:
         if new:
             with suppress(OSError):  # it is not empty
                 place.rmdir()
-        del _holders[place]
 
 
 def _acquire(lock: FileLock, place: Path, wait: bool) -> None:

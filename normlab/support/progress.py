@@ -17,21 +17,16 @@ class Progress:
     """
 
     def __init__(self, label: str, epochs: int, steps: int, *, show: bool = True) -> None:
-        self.label, self.epochs, self.steps = label, epochs, steps
+        self.label, self.epochs, self.steps, self.show = label, epochs, steps, show
         self.done = 0  # batches
-        in_notebook = _in_notebook()
-        on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._as_lines = show and not (in_notebook or on_terminal)
-        # tqdm's hidden bar would start a thread all the same.
-        self._bar = self._make_bar(in_notebook) if show and not self._as_lines else None
-
-    def _make_bar(self, in_notebook: bool) -> tqdm:
-        look = {"bar_format": "{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}"}
-        if in_notebook:
+        self._bar: tqdm | None = None  # tqdm's hidden bar would start a thread all the same
+        bar = {"total": epochs * steps, "desc": label, "dynamic_ncols": True}
+        if show and notebook_shell() is not None:
             look = {"bar_format": "{desc} {bar:20}{postfix}", "ascii": "░█", "position": 0}
-            look |= {"file": _NotebookLine(), "mininterval": 0.5}
-        total = self.epochs * self.steps
-        return tqdm(total=total, desc=self.label, dynamic_ncols=True, **look)
+            self._bar = tqdm(file=_NotebookLine(), mininterval=0.5, **look, **bar)
+        elif show and sys.stderr is not None and sys.stderr.isatty():
+            look = "{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}"
+            self._bar = tqdm(bar_format=look, **bar)
 
     def __enter__(self) -> Self:
         return self
@@ -65,16 +60,16 @@ class Progress:
         )
         if self._bar is not None:
             self._bar.set_postfix_str(f"{epoch}, test {test}")
-        if self._as_lines:
+        elif self.show:
             numbers = f"training {training}, test {test}, {row['seconds']:.1f} s"
             print(f"{self.label}: {epoch}, {numbers}", flush=True)
 
 
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this; without importing IPython where nobody else did."""
+def notebook_shell() -> object | None:
+    """What runs this in a Jupyter kernel; without importing IPython where nobody else did."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")
+    return shell if hasattr(shell, "kernel") else None
 
 
 class _NotebookLine:
@@ -87,18 +82,11 @@ class _NotebookLine:
     def __init__(self) -> None:
         from IPython.display import display
 
-        self._handle = display(_PlainText(), display_id=True)
+        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def write(self, text: str) -> None:
         if text.strip():
-            self._handle.update(_PlainText(text.strip()))
+            self._handle.update({"text/plain": text.strip()}, raw=True)
 
     def flush(self) -> None:
         """What is written is shown at once."""
-
-
-class _PlainText(str):
-    """Text that a notebook shows without quotes."""
-
-    def __repr__(self) -> str:
-        return str(self)

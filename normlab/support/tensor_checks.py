@@ -93,6 +93,11 @@ def check_network(network: nn.Module, shape: tuple[int, int, int], classes: int)
             f"{type(network).__name__} cannot take images of shape {shape}: {error}"
         ) from error
     check_logits(network, images, logits, classes)
+    if classes > 1 and (logits >= 0).all() and torch.allclose(logits.sum(1), logits.new_ones(2)):
+        warn(
+            f"{type(network).__name__} seems to return probabilities, which add up to 1, but "
+            "cross-entropy takes logits: leave out the softmax at its end"
+        )
     if made := [name for name, _ in network.named_parameters() if name not in before]:
         raise ValueError(
             f"{type(network).__name__} makes {made[0]!r} only when it first sees images: "
@@ -100,23 +105,42 @@ def check_network(network: nn.Module, shape: tuple[int, int, int], classes: int)
         )
 
 
-def images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch, if it consists of these two: (B, …) and int64 (B,)."""
+def images_and_labels(batch: object, network: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch, if it consists of these two: (B, …) and int64 (B,).
+
+    numpy arrays become tensors, their images float32. Where a network is given, they are on its
+    device, the images in the type of its weights.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
         raise ValueError(
             f"a batch must be (images, labels), not a {type(batch).__name__}{size}: pick these two"
         )
     images, labels = batch
-    for each in batch:
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images.astype(np.float32))
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        labels = torch.from_numpy(labels.astype(np.int64))
+    for each in (images, labels):
         check_instance(each, Tensor, "images and labels of a batch", "torch.as_tensor(…) makes one")
-    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+    shape = tuple(images.shape)
+    if not images.is_floating_point():
+        raise ValueError(
+            f"the images of a batch must be floats, not {images.dtype}: images / 255 makes bytes so"
+        )
+    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] > 4:
+        raise ValueError(
+            f"the images of a batch must be of shape (B, C, H, W), not {shape} with the channels "
+            "last: images.permute(0, 3, 1, 2) moves them"
+        )
+    if labels.dtype != torch.int64 or labels.shape != shape[:1]:
         raise ValueError(
             f"the labels of a batch of {len(images)} images must be int64 of shape "
             f"({len(images)},), the numbers of their classes, not {labels.dtype} of shape "
             f"{tuple(labels.shape)}"
         )
-    return images, labels
+    weight = None if network is None else next(network.parameters(), None)
+    return (images, labels) if weight is None else (images.to(weight), labels.to(weight.device))
 
 
 def check_logits(
@@ -155,9 +179,6 @@ def _where_cut(network: nn.Module, images: Tensor, rows: int) -> str:
     )
 
 
-WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
 def as_images(images: object, what: str) -> Tensor:
     """uint8 images (N, C, H, W), of a tensor or of a numpy array, which is copied."""
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
@@ -167,26 +188,21 @@ def as_images(images: object, what: str) -> Tensor:
         raise TypeError(
             f"{what} must be a uint8 tensor or numpy array with values from 0 to 255, not {kind}"
         )
-    shape = tuple(images.shape)
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"{what} must be of shape (N, C, H, W), not {shape}")
-    if shape[3] in (1, 3) and shape[1] > 4:
-        raise ValueError(
-            f"{what} must be of shape (N, C, H, W), not {shape} with the channels last: move them "
-            "by images.transpose(0, 3, 1, 2), or permute if it is a tensor"
-        )
+    shape, hint = tuple(images.shape), ""
+    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] > 4:
+        hint = " with the channels last: move them by images.transpose(0, 3, 1, 2), or permute"
+    if len(shape) != 4 or 0 in shape or hint:
+        raise ValueError(f"{what} must be of shape (N, C, H, W), not {shape}{hint}")
     return images
 
 
 def as_labels(labels: object, what: str) -> Tensor:
     """int64 labels, of whole numbers in a tensor, an array, a Series or a list."""
-    values = labels if isinstance(labels, Tensor) else np.asarray(labels)
-    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
-        values = torch.from_numpy(values.astype(np.int64))
-    if not isinstance(values, Tensor) or values.dtype not in WHOLE_NUMBERS:
+    values = np.asarray(labels)
+    if values.dtype.kind not in "iu":
         kind = getattr(labels, "dtype", f"{type(labels).__name__} of {values.dtype}")
         raise TypeError(f"{what} must be whole numbers, best an int64 tensor, not {kind}")
-    return values.long()
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
@@ -194,5 +210,5 @@ def check_labels(labels: Tensor, what: str, images: int, classes: int) -> None:
         raise ValueError(f"{what} must be of shape ({images},), not {tuple(labels.shape)}")
     for extreme in (int(labels.min()), int(labels.max())):
         if not 0 <= extreme < classes:
-            classes_are = f"{classes} classes have labels 0 to {classes - 1}"
-            raise ValueError(f"{what} holds {extreme}: {classes_are}")
+            allowed = f"{classes} classes have labels 0 to {classes - 1}"
+            raise ValueError(f"{what} holds {extreme}: {allowed}")

@@ -71,13 +71,11 @@ def by_hand(network: nn.Module, some: list, *, l1: float) -> list[dict]:
         loss = F.cross_entropy(logits, labels) + l1 * penalty
         gradients = torch.autograd.grad(loss, weights)
         by_weight = dict(zip(map(id, weights), gradients, strict=True))
-        rate, dead = 0.5 / (1 + step), sum(not (normed[:, c] > 0).any() for c in range(8)) / 8
+        rate = 0.5 / (1 + step)
         filters, last = network.conv.weight, network.linear.weight
         met.append(
             {
-                "conv": described(convolved)
-                | {"dead": dead}
-                | of_weights(filters, by_weight[id(filters)], rate),
+                "conv": described(convolved) | of_weights(filters, by_weight[id(filters)], rate),
                 "linear": described(logits) | of_weights(last, by_weight[id(last)], rate),
                 "norm": described(normed)
                 | {
@@ -173,11 +171,8 @@ def one_step(network: nn.Module, **options) -> nl.Watch:
     return watched
 
 
-@pytest.mark.parametrize(
-    "relu",
-    [nn.ReLU(), nn.ReLU(inplace=True), torch.relu, F.relu, torch.Tensor.relu, torch.relu_],
-)
-def test_dead_channels_are_found_behind_any_relu(relu):
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True)])
+def test_dead_channels_are_found_behind_a_relu(relu):
     watched = one_step(Student(relu))
     assert values_of(watched, 0, "second")["dead"] == pytest.approx(2 / 5)
     assert "dead" not in values_of(watched, 0, "first")
@@ -367,7 +362,7 @@ def test_a_captured_step_is_refused_in_one_sentence(tiny_network, monkeypatch):
 
 
 def hooks() -> list[int]:
-    """How many hooks torch has for all modules and optimisers, and how many function modes."""
+    """How many hooks torch has for all modules and optimisers."""
     tables = [
         torch_module._global_forward_pre_hooks,
         torch_module._global_forward_hooks,
@@ -376,7 +371,7 @@ def hooks() -> list[int]:
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     ]
-    return [*map(len, tables), torch._C._len_torch_function_stack()]
+    return [*map(len, tables)]
 
 
 def test_nothing_is_left_on_network_optimizer_or_torch(tiny_network):
@@ -426,7 +421,6 @@ def test_training_goes_on_after_an_interrupted_pass(tiny_network):
             nl.train_epoch(network, batches(1), optimizer)
         handle.remove()
         nl.train_epoch(network, batches(2), optimizer)
-        assert torch._C._len_torch_function_stack() == 0
     assert sorted(set(watched.frame()["step"])) == [0, 1]
 
 

@@ -1,13 +1,14 @@
 """Several jobs in one process: at once, one after another, and none twice."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 from normlab.engines.cpu import CpuEngine
-from normlab.runs.folder import RunFolder
+from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.jobs import Job, warn_if_at_chance
 from normlab.runs.trainer import fit_each
 from normlab.support.locks import InUse, locked
@@ -162,20 +163,23 @@ def test_to_ask_whether_a_run_is_done_changes_nothing(tiny, tiny_network, tmp_pa
         job.identified(tiny, torch.device("mps"))
 
 
-def test_two_trainings_of_one_process_in_one_folder_are_refused(tiny, tiny_network, tmp_path):
+def test_two_trainings_of_one_process_in_one_folder_wait_for_each_other(
+    tiny, tiny_network, tmp_path, capfd
+):
     jobs = [job_of(tiny_network(seed=seed), RECIPE, tmp_path / "run") for seed in (0, 1)]
     with pytest.raises(ValueError, match=r"two networks would be kept in .*run: give each its"):
         fit_together(jobs, tiny)
-    errors = []
-
-    def in_a_thread():
-        with pytest.raises(InUse, match="in use by another training here: choose another") as error:
-            fit(tiny_network(), tiny, directory=tmp_path / "run")
-        errors.append(error)
-
-    with locked(tmp_path / "run"):
-        thread = threading.Thread(target=in_a_thread)
+    runs, folder = [], tmp_path / "run"
+    thread = threading.Thread(
+        target=lambda: runs.append(fit(tiny_network(), tiny, directory=folder))
+    )
+    with locked(folder):
+        with ThreadPoolExecutor() as other, pytest.raises(InUse):
+            other.submit(remove_runs, folder).result()
         thread.start()
-        thread.join()
-    assert errors
-    assert not (tmp_path / "run").exists()
+        said = ""
+        while "waiting" not in said and thread.is_alive():
+            said += capfd.readouterr().err
+        assert runs == []
+    thread.join()
+    assert len(runs) == 1

@@ -171,7 +171,7 @@ def test_a_loss_of_power_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b'{"a": ', b"\xff\xfe\x00", b'{"loss": NaN}', b"[" * 100_000, b"[" * 60 + b"]" * 60],
+    [b"", b'{"a": ', b"\xff\xfe\x00", b'{"loss": NaN}', b"[" * 100_000],
 )
 def test_damaged_json_is_named_with_what_to_do(tmp_path, content):
     path = tmp_path / "a.json"
