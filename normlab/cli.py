@@ -231,6 +231,18 @@ def _data(options: argparse.Namespace) -> None:
     )
 
 
+def _check_device(options: argparse.Namespace) -> tuple:
+    from normlab.support.devices import pick_device
+
+    return (pick_device(options.device),)
+
+
+def _doctor(options: argparse.Namespace, device) -> None:
+    from normlab.engines.doctor import doctor
+
+    doctor(device)
+
+
 # --- what each command takes ------------------------------------------------------------------
 
 FLAG = {"action": "store_true"}
@@ -271,6 +283,7 @@ DATA = {
     "name": {"metavar": "NAME", "help": "a data set, or a folder of images"},
     "--data-root": {"type": _path, "help": "the folder that holds or receives it"},
 }
+DOCTOR = {"--device": TRAINING["--device"]}
 # Of each command: its arguments, what checks them, what does the work, and its help.
 COMMANDS = {
     "run": (RUN, _check_run, _run, "train all variants of an assignment and draw the comparison"),
@@ -278,4 +291,5 @@ COMMANDS = {
     "list": ({}, lambda _: (), _list, "show assignments, networks, data sets and norms"),
     "summary": (SUMMARY, _build, _summary, "print a network's layers and parameters"),
     "data": (DATA, _check_dataset_name, _data, "fetch or check a data set"),
+    "doctor": (DOCTOR, _check_device, _doctor, "tell what is here, whether it works, and how fast"),
 }
