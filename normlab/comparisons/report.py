@@ -78,7 +78,7 @@ def results_as_dict(results: Results) -> dict:
         "tested_on": results.data.test_name,
         "from": _provenance(results),
         "variants": [
-            row | _variant_as_dict(results, variant)
+            row | _variant_as_dict(results, variant, row["sd"])
             for variant, row in zip(results.assignment.variants, rows, strict=True)
         ],
         **{
@@ -130,9 +130,8 @@ def _difference_as_dict(difference: Difference) -> dict:
     }
 
 
-def _variant_as_dict(results: Results, variant: Variant) -> dict:
+def _variant_as_dict(results: Results, variant: Variant, spread: float) -> dict:
     runs = results.runs[variant.label]
-    spread = results.spread(variant.label)
     same_data = results.data.name == results.assignment.dataset
     about = runs[0].identity  # of the recipe it names no later field that is at its default
     return {

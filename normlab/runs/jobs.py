@@ -1,4 +1,4 @@
-"""Jobs: what is to be trained, how, and where it is kept; those of an assignment, done or not."""
+"""Jobs: what is to be trained, how, and where it is kept; whether that is done already."""
 
 from __future__ import annotations
 
