@@ -65,6 +65,7 @@ _HOMES = {
         "instance_norm",
         "layer_norm",
     ),
+    "engines.doctor": ("doctor",),
     "experiment": ("Results", "run_assignment"),
     "lessons.explorer": ("explore_norm",),
     "comparisons.fairness": ("Finding", "check_fair"),

@@ -42,7 +42,7 @@ ORDER = (
     *("history", "analysis", "assignments", "plots", "images"),
     *("datasets.cache", "datasets.folders", "datasets.downloads", "datasets.loading"),
     *("engines.dropout", "engines.plain", "engines.agreement", "engines.cpu"),
-    *("engines.cuda_graph", "engines.choice"),
+    *("engines.cuda_graph", "engines.choice", "engines.doctor"),
     *("runs.identity", "runs.folder", "runs.jobs", "runs.trainer"),
     *("runs.transfer", "runs.processes", "runs.cluster"),
     *("fitting", "experiment"),
@@ -101,9 +101,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_340
+    assert sum(map(lines.get, shelf)) <= 3_360
     assert max(map(lines.get, shelf)) <= 320
-    assert sum(lines.values()) <= 11_940
+    assert sum(lines.values()) <= 10_700
 
 
 @pytest.mark.parametrize("module", ORDER)
