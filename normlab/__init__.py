@@ -76,6 +76,7 @@ _HOMES = {
     "model": ("NETWORKS", "Network", "build_network"),
     "lessons.checking": ("Checked",),
     "lessons.norm_checks": ("check_norm",),
+    "lessons.penalty_checks": ("check_penalty",),
     "norms": ("NORMS", "make_norm"),
     "penalties": ("l1_penalty",),
     "plots": (

@@ -175,7 +175,7 @@ class _Training:
             warn(f"{self.job.label} takes the plain path: {problem}")
             why = problem
             self._close_engine()
-            self._open_engine("plain")  # with batches of its own: the other has changed its
+            self._open_engine("plain")  # with new batches: the first engine has changed its own
             self._resume()
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
