@@ -53,7 +53,7 @@ ORDER = (
     *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
     *("lessons.watch_plots", "lessons.range_test"),
     *("lessons.checking", "lessons.norm_mistakes", "lessons.student_code", "lessons.norm_checks"),
-    *("lessons.penalty_checks", "lessons.loop_checks"),
+    *("lessons.penalty_checks", "lessons.loop_checks", "lessons.mistake_checks"),
     *("cli", "__main__"),
 )
 # Imported by the functions that need them, so that the rest does not wait for them.
