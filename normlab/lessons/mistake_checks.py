@@ -26,9 +26,10 @@ _role_of = roles_by(
 _key_of = roles_by(
     {
         "images": "images?|imgs?|x|data|pictures?|inputs?",
-        "true": "true|truth|labels?|targets?|y|ytrue|actual|truelabels?|groundtruth|trueclass(es)?|gt",
-        "predicted": "pred|preds|predicted|predictions?|predictedlabels?|guess(es)?|outputs?|yhat|ypred"
-        "|predlabels?|predictedclass(es)?",
+        "true": "true|truth|labels?|targets?|y|ytrue|actual|truelabels?|groundtruth|gt"
+        "|trueclass(es)?",
+        "predicted": "pred|preds|predicted|predictions?|predictedlabels?|guess(es)?|outputs?|yhat"
+        "|ypred|predlabels?|predictedclass(es)?",
     }
 )
 _KEYS = ("images", "true", "predicted")
