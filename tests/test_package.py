@@ -104,7 +104,7 @@ def test_the_library_stays_thin():
     assert len(shelf) <= 18
     assert sum(map(lines.get, shelf)) <= 3_367
     assert max(map(lines.get, shelf)) <= 3_367
-    assert sum(lines.values()) <= 12_958
+    assert sum(lines.values()) <= 12_959
 
 
 @pytest.mark.parametrize("module", ORDER)
