@@ -121,7 +121,8 @@ def _picture(kind: str, shape: Shape, groups: int) -> Figure:
     )
     draw_cube(axes["cube"], NORMS[kind], (images, channels, height * width), groups)
     layer, x = make_norm(kind, channels, groups=groups, size=(height, width)), _numbers(shape)
-    if numbers_a_mean(NORMS[kind], shape, groups) == 1 and NORMS[kind].moment == "mean":
+    alone = NORMS[kind].statistics(shape, groups=groups) == math.prod(shape)
+    if alone and NORMS[kind].moment == "mean":
         layer, y = nn.Identity(), torch.zeros(shape)  # x − mean; torch refuses to compute it
     else:
         y = layer(x).detach()
@@ -139,18 +140,14 @@ def _numbers(shape: Shape) -> Tensor:
     return x[tuple(map(slice, shape))]
 
 
-def numbers_a_mean(kind: NormKind, shape: Shape, groups: int) -> int:
-    """How many numbers of (N, C, H, W) share one mean."""
-    return math.prod(shape) // kind.statistics(shape, groups=groups)
-
-
 def counts_in_words(kind: NormKind, shape: Shape, groups: int) -> str:
     """How many means there are, of how many numbers, and how many numbers are learned."""
     own = kind.own_axes(shape, groups=groups)
     product = " · ".join(own)
     if len(own) > 1:
         product += " = " + " · ".join(map(str, own.values()))
-    count, each = kind.statistics(shape, groups=groups), numbers_a_mean(kind, shape, groups)
+    count = kind.statistics(shape, groups=groups)
+    each = math.prod(shape) // count
     learned = " · ".join((str(len(kind.learned)), *kind.learned_axes)).removeprefix("1 · ")
     return (
         f"{kind.title.split(',')[0].capitalize()}: {product} = {count} {kind.moment}"
