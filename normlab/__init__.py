@@ -50,6 +50,7 @@ _HOMES = {
         "confusion_matrix",
         "find_common_mistakes",
         "find_mistakes",
+        "grad_cam",
         "predict",
     ),
     "assignments": ("ASSIGNMENTS", "Assignment", "Variant"),

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.data import Dataset
 from normlab.history import Run
 from normlab.support.checks import as_list, one_of, whole_number
-from normlab.support.module_state import device_of, evaluating
+from normlab.support.module_state import evaluating
 from normlab.support.tensor_checks import (
     check_labels,
     check_logits,
@@ -39,6 +40,7 @@ class Mistakes:
     tested: int  # how many images were tested
     source: str  # what the images are, for titles
     part: str = "test"  # or "validation" where that took its place
+    heat: Tensor | None = field(default=None, repr=False)  # `grad_cam` of the predicted classes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,18 +57,18 @@ def predict(
     batch normalization keeps no running statistics: then the logits of an image depend on the
     others of its batch, and so on `batch_size`.
     """
-    place = {"device": device_of(network)}
     if isinstance(data, Dataset):
         check_network(network, data.input_shape, len(data.classes))
-        place["dtype"] = next(network.parameters(), torch.zeros(())).dtype
+        example = next(network.parameters(), torch.zeros(()))
+        place = {"device": example.device, "dtype": example.dtype}
         data = data.loader(train, batch_size, shuffle=False, **place)
     elif train:
         raise ValueError("train=True is for a Dataset, which has two parts: give the one loader")
     warn_of_batch_statistics(network)
     found = [torch.empty(0, 0)]
     with evaluating(network):
-        for images, _ in map(images_and_labels, data):
-            images = images.to(place["device"])
+        for batch in data:
+            images, _ = images_and_labels(batch, network)
             found.append(network(images))
             check_logits(network, images, found[-1])
     if not len(found) > 1:
@@ -95,6 +97,7 @@ class _Images:
     batches: Tested  # what `predict` takes
     labels: Tensor
     pictures: Callable[[Tensor], Tensor]  # of the indices (K,): uint8 (K, C, H, W)
+    inputs: Callable[[Tensor], Tensor]  # of the indices: as a network gets them
     classes: tuple[str, ...]  # none if only the labels are known
     source: str
     part: str = "test"
@@ -123,8 +126,9 @@ def _images_of(
         changes = {"classes": classes, "mean": mean, "std": std}
         if changes := {name: value for name, value in changes.items() if value is not None}:
             data = replace(data, **changes)
-        labels, pictures = data.test_labels, data.test_images.__getitem__
-        return _Images(data, labels, pictures, data.classes, data.source, data.test_name)
+        about = (data.classes, data.source, data.test_name)
+        pictures, batch = data.test_images.__getitem__, data.loader(train=False).batch
+        return _Images(data, data.test_labels, pictures, lambda index: batch(index, [])[0], *about)
     batches = [images_and_labels(batch) for batch in data]
     if not batches:
         raise ValueError("there were no batches to loop over")
@@ -136,6 +140,7 @@ def _images_of(
         list(zip(images.split(512), labels.split(512), strict=True)),
         labels,
         lambda index: _as_bytes(show(images[index])),
+        images.__getitem__,
         tuple(map(str, named)),
         "images" if source in ("list", "TensorDataset", "Subset") else source,
     )
@@ -190,6 +195,7 @@ def find_common_mistakes(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     show: Callable[[Tensor], Tensor] | None = None,
+    cam: str | None = None,
 ) -> Mistakes:
     """Up to `count` test images that all the networks or runs get wrong.
 
@@ -203,6 +209,7 @@ def find_common_mistakes(
         mean, std: by which the network's images in [0, 1] were normalised. A data set is then
             normalised by these; the images of a `DataLoader` are shown without.
         show: makes the images (K, C, H, W) of a `DataLoader` numbers from 0 to 1, in another way.
+        cam: the name of a layer of the first network whose `grad_cam` is drawn over the images.
     """
     whole_number(count, "count")
     one_of(order, ("confident", "first"), "order of mistakes")
@@ -216,7 +223,10 @@ def find_common_mistakes(
     predicted, probability, classes = guesses[0]
     if order == "confident":
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
-    chosen = wrong[:count]
+    chosen, heat = wrong[:count], None
+    if cam is not None:
+        network = getattr(predictors[0], "network", predictors[0])
+        heat = grad_cam(network, images.inputs(chosen), predicted[chosen], layer=cam)
     return Mistakes(
         images=images.pictures(chosen),
         true=images.labels[chosen],
@@ -228,7 +238,41 @@ def find_common_mistakes(
         tested=len(images.labels),
         source=images.source,
         part=images.part,
+        heat=heat,
     )
+
+
+def grad_cam(network: nn.Module, images: Tensor, classes: Tensor, *, layer: str) -> Tensor:
+    """Where a layer's outputs speak for a class: (K, H, W) in [0, 1], the most at each image's 1.
+
+    The outputs are weighted by the mean gradients of the class's logit; what speaks against it is
+    0. Source: Selvaraju et al., "Grad-CAM", 2017.
+
+    Args:
+        images: (K, C, H, W) as the network gets them.
+        classes: (K,) int64.
+        layer: a name among `network.named_modules()`, of a layer whose outputs are images.
+    """
+    layers, kept = dict(network.named_modules()), []
+
+    def keep(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        kept.append(output)
+        return output.clone()  # a ReLU may work in place
+
+    hook = layers[one_of(layer, layers, "layer")].register_forward_hook(keep)
+    try:
+        with evaluating(network), torch.inference_mode(False), torch.enable_grad():
+            example = next(network.parameters())
+            logits = network(images.clone().to(example).requires_grad_())
+            chosen = logits.gather(1, classes.to(example.device).view(-1, 1)).sum()
+            (gradients,) = torch.autograd.grad(chosen, kept[-1])
+    finally:
+        hook.remove()
+    if gradients.dim() != 4:
+        raise ValueError(f"layer {layer!r} makes no images, but {tuple(gradients.shape)}")
+    heat = (gradients.mean((2, 3), keepdim=True) * kept[-1]).sum(1, keepdim=True).relu().detach()
+    heat = heat / heat.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    return F.interpolate(heat, images.shape[2:], mode="bilinear").squeeze(1).cpu()
 
 
 def confusion_matrix(network: Predictor, data: Tested) -> Tensor:

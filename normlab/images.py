@@ -91,7 +91,8 @@ def plot_mistakes(
 ) -> Figure:
     """A matrix of misclassified images, each with its true and its predicted class.
 
-    Images are as they were before normalization. Where there are fewer than rows × cols, the
+    Images are as they were before normalization, below a `grad_cam` if they were asked for one:
+    red is what speaks most for the predicted class. Where there are fewer than rows × cols, the
     title says so.
     """
     from matplotlib import pyplot
@@ -128,6 +129,8 @@ def _draw_mistake(ax: Axes, mistakes: Mistakes, place: int, width: float) -> Non
     """The image, grey where it has one channel, below its classes."""
     pixels = mistakes.images[place].permute(1, 2, 0).numpy()
     ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    if mistakes.heat is not None:
+        ax.imshow(mistakes.heat[place].numpy(), cmap="jet", vmin=0, vmax=1, alpha=0.4)
     classes = [shortened(name, 22) for name in mistakes.classes]
     true, predicted = (classes[int(k[place])] for k in (mistakes.true, mistakes.predicted))
     probability = float(mistakes.probability[place])

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from normlab.penalties import l1_penalty
 from normlab.support.checks import number, one_of
-from normlab.support.module_state import device_of, evaluating, set_training
+from normlab.support.module_state import evaluating, set_training
 from normlab.support.tensor_checks import check_logits, check_optimizer, images_and_labels
 
 
@@ -130,12 +130,12 @@ def train_epoch(
     Raises `ValueError` for an optimiser that holds none of them, a scheduler that may count batches
     or epochs, an `l1` below 0, and for batches and logits of other shapes.
     """
-    device, started, sums = device_of(network), time.perf_counter(), []
+    started, sums = time.perf_counter(), []
     check_optimizer(network, optimizer)
     by_epoch = scheduler is not None and _steps_of(scheduler, scheduler_steps, batches) == "epoch"
     set_training(network)
     for batch in batches:
-        images, labels = (part.to(device) for part in images_and_labels(batch))
+        images, labels = images_and_labels(batch, network)
         logits, penalty = train_step(network, images, labels, optimizer, **options)
         if scheduler is not None and not by_epoch:
             scheduler.step()
@@ -178,10 +178,10 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
     `track_running_stats=False` has no other statistics than those of a batch: then the result
     depends on the batches.
     """
-    device, started, sums = device_of(network), time.perf_counter(), []
+    started, sums = time.perf_counter(), []
     with evaluating(network):
         for batch in batches:
-            images, labels = (part.to(device) for part in images_and_labels(batch))
+            images, labels = images_and_labels(batch, network)
             logits = network(images)
             check_logits(network, images, logits)
             sums.append(batch_sums(logits, labels))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib import pyplot
 from numbers_in_texts import (
     changed,
     exactly,
@@ -16,7 +15,6 @@ from numbers_in_texts import (
     is_among,
     numbers_said,
 )
-from PIL import Image
 
 import normlab as nl
 from tests.pages import read_results
@@ -132,26 +130,3 @@ def test_a_changed_number_is_noticed():
             noticed.append(not is_among(other, sources(heading, block)) and other not in REASONS)
     assert len(noticed) > 60
     assert sum(noticed) / len(noticed) > 0.8
-
-
-# --- a loop of one's own --------------------------------------------------------------------------
-
-
-def test_the_loop_of_ones_own_runs_as_it_is_written(monkeypatch, tiny):
-    def few_images(root, train, transform, *, download):
-        part = "train" if train else "test"
-        images, labels = getattr(tiny, f"{part}_images"), getattr(tiny, f"{part}_labels")
-        pictures = (Image.fromarray(each[0].numpy()).resize((28, 28)) for each in images)
-        return list(zip(map(transform, pictures), labels.tolist(), strict=True))
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", few_images)
-    [code] = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "MNIST(" in code]
-    lines = [line for line in code.splitlines() if line and "import" not in line]
-    assert len(lines) <= 12
-    names = {}
-    exec(code, names)
-    assert [row["epoch"] for row in names["history"]] == list(range(1, 21))
-    assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(0.05 * 0.1**3)
-    curves, grid = map(pyplot.figure, pyplot.get_fignums())
-    assert curves.axes[0].lines[0].get_label() == "GN"
-    assert len(grid.axes) == 10

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
+import normlab as nl
 from normlab import test_epoch, train_epoch, train_step
 
 IMAGES = torch.randn(12, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -373,7 +375,8 @@ def test_one_image_that_is_no_number_leaves_the_others_right():
         (IMAGES, r"must be \(images, labels\), not a Tensor of 12"),
         ({"image": IMAGES, "label": LABELS}, r"must be \(images, labels\), not a dict of 2"),
         (7, r"must be \(images, labels\), not a int"),
-        ((IMAGES.numpy(), LABELS), "must be a Tensor, not array"),
+        ((IMAGES.byte(), LABELS), "must be floats, not torch.uint8: images / 255"),
+        ((IMAGES.permute(0, 2, 3, 1), LABELS), r"\(12, 6, 6, 1\) with the channels last"),
         ((IMAGES, LABELS.tolist()), "must be a Tensor, not "),
         ((IMAGES, LABELS.int()), r"int64 of shape \(12,\), .* not torch.int32 of shape \(12,\)"),
         ((IMAGES, F.one_hot(LABELS)), r"int64 of shape \(12,\), .* of shape \(12, 3\)"),
@@ -401,3 +404,16 @@ def test_the_layer_before_a_view_is_named_with_functional_pooling_too():
 
     with pytest.raises(ValueError, match=r"\(20, 3\) for B = 5: layer 'conv' .* \(5, 3, 4, 4\)"):
         test_epoch(Cut().double(), BATCHES)
+
+
+def test_numpy_and_other_floats_are_taken():
+    wanted = test_epoch(make_network().float(), [(IMAGES.float(), LABELS)])
+    for images, labels in ((IMAGES, LABELS), (IMAGES.numpy(), LABELS.numpy().astype(np.uint8))):
+        found = test_epoch(make_network().float(), [(images, labels)])
+        assert (found.loss, found.accuracy) == (wanted.loss, wanted.accuracy)
+
+
+def test_a_softmax_at_the_end_is_noticed(tiny):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(144, 4), nn.Softmax(1))
+    with pytest.warns(UserWarning, match="Sequential seems to return probabilities"):
+        nl.fit(network, tiny, nl.Recipe(epochs=1), progress=False)

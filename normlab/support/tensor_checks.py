@@ -93,6 +93,11 @@ def check_network(network: nn.Module, shape: tuple[int, int, int], classes: int)
             f"{type(network).__name__} cannot take images of shape {shape}: {error}"
         ) from error
     check_logits(network, images, logits, classes)
+    if classes > 1 and (logits >= 0).all() and torch.allclose(logits.sum(1), logits.new_ones(2)):
+        warn(
+            f"{type(network).__name__} seems to return probabilities, which add up to 1, but "
+            "cross-entropy takes logits: leave out the softmax at its end"
+        )
     if made := [name for name, _ in network.named_parameters() if name not in before]:
         raise ValueError(
             f"{type(network).__name__} makes {made[0]!r} only when it first sees images: "
@@ -100,23 +105,42 @@ def check_network(network: nn.Module, shape: tuple[int, int, int], classes: int)
         )
 
 
-def images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch, if it consists of these two: (B, …) and int64 (B,)."""
+def images_and_labels(batch: object, network: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch, if it consists of these two: (B, …) and int64 (B,).
+
+    numpy arrays become tensors, their images float32. Where a network is given, they are on its
+    device, the images in the type of its weights.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
         raise ValueError(
             f"a batch must be (images, labels), not a {type(batch).__name__}{size}: pick these two"
         )
     images, labels = batch
-    for each in batch:
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images.astype(np.float32))
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        labels = torch.from_numpy(labels.astype(np.int64))
+    for each in (images, labels):
         check_instance(each, Tensor, "images and labels of a batch", "torch.as_tensor(…) makes one")
-    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+    shape = tuple(images.shape)
+    if not images.is_floating_point():
+        raise ValueError(
+            f"the images of a batch must be floats, not {images.dtype}: images / 255 makes bytes so"
+        )
+    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] > 4:
+        raise ValueError(
+            f"the images of a batch must be of shape (B, C, H, W), not {shape} with the channels "
+            "last: images.permute(0, 3, 1, 2) moves them"
+        )
+    if labels.dtype != torch.int64 or labels.shape != shape[:1]:
         raise ValueError(
             f"the labels of a batch of {len(images)} images must be int64 of shape "
             f"({len(images)},), the numbers of their classes, not {labels.dtype} of shape "
             f"{tuple(labels.shape)}"
         )
-    return images, labels
+    weight = None if network is None else next(network.parameters(), None)
+    return (images, labels) if weight is None else (images.to(weight), labels.to(weight.device))
 
 
 def check_logits(
