@@ -79,16 +79,12 @@ def _form(kind: str, shape: Shape, groups: int) -> VBox:
     from IPython.core.pylabtools import print_figure
     from ipywidgets import Dropdown, Image, IntSlider, VBox, interactive
 
-    kinds = [(NORMS[name].title.capitalize(), name) for name in explorable()]
     names = ("images N", "channels C", "rows H", "columns W", "groups G")
     sliders = {
         name: IntSlider(value, 1, most, continuous_update=False)
         for name, value, most in zip(names, (*shape, groups), (*LIMITS, LIMITS[1]), strict=True)
     }
-
-    image = Image(
-        layout={"max_width": "100%"}
-    )  # what the first call shows would be lost in Jupyter
+    image = Image(layout={"max_width": "100%"})  # Jupyter loses what `interactive` shows at first
 
     def draw(kind: str, **numbers: int) -> None:
         *shape, groups = numbers.values()
@@ -98,8 +94,9 @@ def _form(kind: str, shape: Shape, groups: int) -> VBox:
         if fitting == groups:
             image.value = print_figure(_picture(kind, tuple(shape), groups), dpi=80)
 
-    kinds = Dropdown(options=kinds, value=kind, layout={"width": "480px"})
-    return VBox([interactive(draw, kind=kinds, **sliders), image])
+    kinds = [(NORMS[name].title.capitalize(), name) for name in explorable()]
+    chooser = Dropdown(options=kinds, value=kind, layout={"width": "480px"})
+    return VBox([interactive(draw, kind=chooser, **sliders), image])
 
 
 @drawn
