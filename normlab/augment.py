@@ -23,8 +23,8 @@ def shift(images: Tensor, offsets: Tensor, most: int) -> Tensor:
     """
     (batch, _, height, width), device = images.shape, images.device
     padded = F.pad(images, (most,) * 4)
-    rows = torch.arange(height, device=device) + most - offsets[:, :1]  # (B, H)
-    columns = torch.arange(width, device=device) + most - offsets[:, 1:]  # (B, W)
+    rows = torch.arange(most, most + height, device=device) - offsets[:, :1]  # (B, H)
+    columns = torch.arange(most, most + width, device=device) - offsets[:, 1:]  # (B, W)
     which = torch.arange(batch, device=device).view(-1, 1, 1)
     moved = padded[which, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
     return moved.permute(0, 3, 1, 2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import normlab as nl
 from normlab.engines import choice
+from normlab.engines.cuda_graph import GraphEngine
 
 REAL_DATA = os.environ.get("NORMLAB_DATA")  # before the fixture below hides it
 
@@ -59,6 +60,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_capture_has_failed(monkeypatch):
+    """The process remembers a failed capture; the next test begins as if there had been none."""
+    monkeypatch.setattr(GraphEngine, "failed", "")
 
 
 @pytest.fixture(autouse=True)

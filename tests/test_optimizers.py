@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import normlab as nl
+from normlab import optimizers, penalties
 from normlab.optimizers import PLAIN_FACTOR, Muon, centralize_gradients, filters, orthogonalized
+from normlab.penalties import l1_penalty
 
 
 def small_network(seed: int = 0) -> nn.Module:
@@ -150,3 +152,45 @@ def test_centred_sgd_is_sgd_projected_on_filters_without_mean():
         with torch.no_grad():
             reference[0].weight.copy_(((weight - 0.1 * speed) @ projection).view(6, 2, 3, 3))
     assert torch.allclose(network[0].weight, reference[0].weight, atol=1e-12)
+
+
+@pytest.fixture
+def in_one_batch(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(optimizers, "ONE_BY_ONE", ())
+    monkeypatch.setattr(penalties, "ONE_BY_ONE", ())
+
+
+def three_steps(optimizer: str, layout: torch.memory_format) -> nn.Module:
+    """Banks that are wide and tall, of one input channel, of 1×1 and of a linear layer."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(1, 12, 3), nn.Conv2d(12, 20, 1), nn.ReLU(), nn.Conv2d(20, 4, 3)]
+    network = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16, 40), nn.Linear(40, 5))
+    network = network.double().to(memory_format=layout)
+    recipe = nl.Recipe(optimizer=optimizer, lr=0.02, weight_decay=0.1, centred=True, momentum=0.9)
+    stepper = nl.recipes.make_optimizer(network, recipe)
+    images = torch.randn(8, 1, 6, 6, dtype=torch.float64).contiguous(memory_format=layout)
+    for _ in range(3):
+        network.zero_grad()
+        (F.cross_entropy(network(images), torch.arange(8) % 5) + l1_penalty(network)).backward()
+        stepper.step()
+    return network
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_filters_in_one_batch_move_as_one_by_one(optimizer, layout, request):
+    one_by_one = three_steps(optimizer, layout)
+    request.getfixturevalue("in_one_batch")
+    together = three_steps(optimizer, layout)
+    for one, other in zip(one_by_one.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        assert one.stride() == other.stride()
+
+
+def test_banks_too_large_to_be_filled_up_go_one_by_one(in_one_batch, monkeypatch):
+    banks = [torch.rand(4, 2, 3, 3), torch.rand(8, 4)]
+    assert optimizers._batch_of(banks) is not None
+    monkeypatch.setattr(optimizers, "LARGEST_BATCH", 2 * 8 * 18 - 1)
+    assert optimizers._batch_of(banks) is None
+    assert optimizers._batch_of([]) is None

@@ -106,9 +106,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_210
+    assert sum(map(lines.get, shelf)) <= 3_310
     assert max(map(lines.get, shelf)) <= 320
-    assert sum(lines.values()) <= 10_690
+    assert sum(lines.values()) <= 10_830
 
 
 @pytest.mark.parametrize("module", ORDER)

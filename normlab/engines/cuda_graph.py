@@ -32,6 +32,7 @@ class GraphEngine(PlainEngine):
     """
 
     name = "cuda-graph"
+    failed = ""  # why the last capture of this process failed, if one did
     WARM_UPS = 3  # steps before the capture, which PyTorch's allocator and cuDNN need
 
     def __init__(
@@ -42,6 +43,8 @@ class GraphEngine(PlainEngine):
         self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
         self.step_number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.row = torch.zeros((), dtype=torch.int64, device=self.device)
+        largest = max(train.batch_size, test.batch_size)
+        self.places = torch.arange(largest, device=self.device)  # in a batch
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
         self.order, self.draws = train.draw_epoch()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -56,6 +59,16 @@ class GraphEngine(PlainEngine):
         """Captures the steps, then puts back what the warm-ups changed."""
         if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
             return "its optimiser takes no learning rate from the device"
+        if GraphEngine.failed and torch.__version__ < (2, 12):
+            return (
+                f"an earlier CUDA graph could not be captured ({GraphEngine.failed}), and torch "
+                "before 2.12 can make no other one in the same process"
+            )
+        if name := _held_by_others(self.network):
+            return (
+                f"the gradient of {name} is part of another computation, which a CUDA graph cannot "
+                "contain: forget what a loop by hand has left, as by `del loss`"
+            )
         self.network.to(memory_format=torch.channels_last)
         self.batches.memory_format = self.tests.memory_format = torch.channels_last
         self._lay_out_state()
@@ -65,7 +78,8 @@ class GraphEngine(PlainEngine):
                     self._capture_all()
             except RuntimeError as error:
                 _leave_capture(self.device)
-                return f"its step cannot be captured in a CUDA graph: {_cause(error)}"
+                GraphEngine.failed = _cause(error)
+                return f"its step cannot be captured in a CUDA graph: {GraphEngine.failed}"
             changed = attributes.changed()
         if changed:
             return (
@@ -139,11 +153,12 @@ class GraphEngine(PlainEngine):
 
     def _train_step(self, size: int) -> None:
         set_training(self.network)
-        rows = self.row + torch.arange(size, device=self.device)
+        rows = self.row + self.places[:size]
         draws = [drawn[rows] for drawn in self.draws]
         images, labels = self.batches.batch(self.order[rows], draws)
+        rate = self.rates[self.step_number].squeeze()
         for group in self.optimizer.param_groups:
-            group["lr"].copy_(self.rates[self.step_number].squeeze())
+            group["lr"].copy_(rate)
         logits, penalty = training.train_step(
             self.network, images, labels, self.optimizer, **self.step_options
         )
@@ -152,7 +167,7 @@ class GraphEngine(PlainEngine):
 
     @torch.no_grad()
     def _test_step(self, size: int) -> None:
-        rows = self.row + torch.arange(size, device=self.device)
+        rows = self.row + self.places[:size]
         images, labels = self.tests.batch(rows, [])
         with evaluating(self.network):
             self._add(1, self.network(images), labels, 0.0)
@@ -215,6 +230,26 @@ def _leave_capture(device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())  # a copy takes part in no capture
+
+
+def _held_by_others(network: nn.Module) -> str:
+    """A weight whose node for adding up gradients is still part of an earlier graph, if any.
+
+    Such a node works on the stream on which it was made, where no capture sees it. It lives as long
+    as a loss, or something else that was computed from the weight.
+    """
+    with torch.enable_grad():
+        for name, weight in network.named_parameters():
+            if weight.requires_grad:
+                _node_of(weight).metadata["seen"] = True  # kept if anything else keeps the node
+                node = _node_of(weight)
+                if node.metadata.pop("seen", False):
+                    return name
+    return ""
+
+
+def _node_of(weight: Tensor) -> torch.autograd.graph.Node:
+    return weight.view_as(weight).grad_fn.next_functions[0][0]
 
 
 @contextmanager
