@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,26 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     with lasting_output(), ended_by_signals():
         options = _parser().parse_args(arguments)
-        status = 2
         try:
-            checked = options.check(options)
-            status = 1
-            options.work(options, *checked)
+            options.work(options)
         except KeyboardInterrupt as interrupt:
             print(f"\nnormlab: interrupted; {_what_is_kept(options)}", file=sys.stderr)
             return 128 + getattr(interrupt, "number", signal.SIGINT)
-        except EXPECTED as error:
-            return _tell(options, str(error) or type(error).__name__, status)
         except Exception as error:
-            return _tell(options, f"{error!r}; --traceback shows where it arose", 1)
+            expected = isinstance(error, EXPECTED)
+            said = str(error) or type(error).__name__
+            said = said if expected else f"{error!r}; --traceback shows where it arose"
+            if options.traceback:
+                traceback.print_exc()
+            print(f"normlab: {' '.join(said.split())}", file=sys.stderr)
+            return options.status if expected else 1
     return 0
-
-
-def _tell(options: argparse.Namespace, message: str, status: int) -> int:
-    if options.traceback:
-        traceback.print_exc()
-    print(f"normlab: {' '.join(message.split())}", file=sys.stderr)
-    return status
 
 
 def _what_is_kept(options: argparse.Namespace) -> str:
@@ -58,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="normlab", description=about)
     parser.add_argument("--version", action="version", version=f"normlab {normlab.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (arguments, check, work, about) in COMMANDS.items():
+    for name, (arguments, work, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=f"To {about}.")
-        command.set_defaults(check=check, work=work)
+        command.set_defaults(work=work, status=2)  # 1 from where an error is no wrong use
         for argument, how in (arguments | TRACEBACK).items():
             command.add_argument(argument, **how)
     return parser
@@ -77,102 +71,81 @@ def _path(text: str) -> Path:
 # --- run and sweep ----------------------------------------------------------------------------
 
 
-def _check_run(options: argparse.Namespace) -> tuple:
-    """The assignment, a function that loads its images, and the output folder."""
+def _run(options: argparse.Namespace) -> None:
     from normlab.assignments import find_assignment
+    from normlab.comparisons.report import markdown_table, write_report
     from normlab.comparisons.submissions import as_submitted
-    from normlab.engines.choice import ENGINES
-    from normlab.support.checks import one_of
+    from normlab.experiment import run_assignment
 
     assignment = find_assignment(options.assignment or "mnist-l1")
     if options.as_submitted:
         assignment = as_submitted(assignment)
-    one_of(options.engine, ENGINES, "engine")
     # Without an assignment it must work anywhere at once, whatever data lies around.
-    dataset = assignment.dataset if options.assignment else "digits"
-    return assignment, *_check_training(options, assignment, dataset)
+    load = _loader(options, assignment, assignment.dataset if options.assignment else "digits")
 
+    def load_and_tell() -> object:
+        data = load()
+        print(f"{assignment.title}, {data.source}", flush=True)
+        return data
 
-def _check_sweep(options: argparse.Namespace) -> tuple:
-    """The assignment, a function that loads its images, and the output folder."""
-    from normlab.assignments import find_assignment
-    from normlab.comparisons.sweeps import check_axes
-
-    assignment = find_assignment(options.assignment)
-    load, out = _check_training(options, assignment, assignment.dataset)
-    check_axes(assignment, options.norms, options.batch_sizes, options.lr, options.scaling)
-    return assignment, load, out
-
-
-def _check_training(options: argparse.Namespace, assignment, dataset: str) -> tuple:
-    """A function that loads the images, and the output folder, if all options are in order."""
-    from normlab.datasets.loading import (
-        DATASETS,
-        check_dataset_name,
-        check_root,
-        load_assignment_data,
+    taken = _taken(options, "engine")
+    results = run_assignment(
+        assignment, data=load_and_tell, directory=options.out / "runs", **taken
     )
-    from normlab.runs.jobs import seed_numbers
-    from normlab.support.checks import whole_number
-    from normlab.support.devices import pick_device
-
-    dataset, root, side = options.dataset or dataset, options.data_root, options.image_size
-    check_dataset_name(dataset)
-    check_root(root)
-    seed_numbers(options.seeds)
-    if side is not None:
-        whole_number(side, "--image-size")
-    assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
-    pick_device(options.device)
-    # Absolute, since workers are started elsewhere.
-    place = dataset if dataset in DATASETS else user_path(dataset).resolve()
-    load = partial(load_assignment_data, assignment, place, root and root.resolve(), side=side)
-    sweep = "sweep-" if options.work is _sweep else ""
-    return load, options.out or Path("runs") / f"{sweep}{assignment.name}-{Path(place).name}"
-
-
-def _common(options: argparse.Namespace) -> dict:
-    return {name: getattr(options, name) for name in ("seeds", "epochs", "device", "fresh")}
-
-
-def _run(options: argparse.Namespace, assignment, load, out: Path) -> None:
-    from normlab.comparisons.report import markdown_table, write_report
-    from normlab.experiment import run_assignment
-
-    options.out = out
-    data = load()
-    print(f"{assignment.title}, {data.source}", flush=True)
-    place = {"directory": out / "runs", "engine": options.engine}
-    results = run_assignment(assignment, data=data, **place, **_common(options))
     print(f"\n{markdown_table(results)}", flush=True)
-    page = write_report(results, out)
-    print(f"\nFigures, tables and {page.name} are in {out}")
+    page, data = write_report(results, options.out), results.data
+    print(f"\nFigures, tables and {page.name} are in {options.out}")
     if data.name == "digits":
         count = len(data.train_images) + len(data.test_images)
         other = f"`normlab run {assignment.name}` takes {assignment.dataset}"
         print(f"These are the {count:,} digits bundled with scikit-learn; {other} instead")
 
 
-def _sweep(options: argparse.Namespace, assignment, load, out: Path) -> None:
+def _sweep(options: argparse.Namespace) -> None:
+    from normlab.assignments import find_assignment
     from normlab.comparisons.sweep_plots import save_sweep_plot
-    from normlab.comparisons.sweep_tables import TABLE, summary_table
-    from normlab.comparisons.sweeps import run_sweep
+    from normlab.comparisons.sweeps import TABLE, run_sweep, summary_table
 
-    options.out, figure = out, out / "sweep.png"
-    table = run_sweep(
-        assignment,
-        norms=options.norms,
-        batch_sizes=options.batch_sizes,
-        lrs=options.lr,
-        scaling=options.scaling,
-        data=load,
-        directory=out,
-        dask=options.dask,
-        after_each=partial(save_sweep_plot, figure, seconds=20),
-        **_common(options),
-    )
+    assignment = find_assignment(options.assignment)
+    load = _loader(options, assignment, assignment.dataset, prefix="sweep-")
+    figure = options.out / "sweep.png"
+    taken = _taken(options, "norms", "batch_sizes", "lrs", "scaling", "dask")
+    draw = partial(save_sweep_plot, figure, seconds=20)
+    table = run_sweep(assignment, data=load, directory=options.out, after_each=draw, **taken)
     save_sweep_plot(figure, table)
-    print(f"\n{summary_table(table)}\n\n{TABLE}, {figure.name} and the runs are in {out}")
+    print(f"\n{summary_table(table)}\n\n{TABLE}, {figure.name} and the runs are in {options.out}")
+
+
+def _taken(options: argparse.Namespace, *names: str) -> dict:
+    """The options with these names, and those that `run` and `sweep` share."""
+    names += ("seeds", "epochs", "device", "fresh")
+    return {name: getattr(options, name) for name in names}
+
+
+def _loader(
+    options: argparse.Namespace, assignment: object, dataset: str, prefix: str = ""
+) -> Callable:
+    """A function that loads the images, if they are named rightly; sets the output folder."""
+    from normlab.datasets.loading import DATASETS, check_dataset_name, check_root
+    from normlab.support.checks import whole_number
+
+    dataset, root, side = options.dataset or dataset, options.data_root, options.image_size
+    check_dataset_name(dataset)
+    check_root(root)
+    if side is not None:
+        whole_number(side, "--image-size")
+    assignment.recipe_for(assignment.variants[0], seed=0, epochs=options.epochs)
+    # Absolute, since workers are started elsewhere.
+    place = dataset if dataset in DATASETS else user_path(dataset).resolve()
+    options.out = options.out or Path("runs", f"{prefix}{assignment.name}-{Path(place).name}")
+    return partial(_load, options, assignment, place, root and root.resolve(), side=side)
+
+
+def _load(options: argparse.Namespace, *which: object, **how: object) -> object:
+    from normlab.datasets.loading import load_assignment_data
+
+    options.status = 1
+    return load_assignment_data(*which, **how)
 
 
 # --- list, summary, data ----------------------------------------------------------------------
@@ -184,6 +157,7 @@ def _list(options: argparse.Namespace) -> None:
     from normlab.model import NETWORKS
     from normlab.norms import NORMS
 
+    options.status = 1
     print("Assignments")
     for assignment in ASSIGNMENTS.values():
         labels = ", ".join(variant.label for variant in assignment.variants)
@@ -198,29 +172,21 @@ def _list(options: argparse.Namespace) -> None:
         print(f"  {name:15} {kind.title}")
 
 
-def _build(options: argparse.Namespace) -> tuple:
+def _summary(options: argparse.Namespace) -> None:
     from normlab.model import build_network
-
-    how = {"groups": options.groups, "skip": not options.no_skip, "seed": 0}
-    return (build_network(options.network, options.norm, **how),)
-
-
-def _summary(options: argparse.Namespace, network) -> None:
     from normlab.support.summaries import summary
 
+    how = {"groups": options.groups, "skip": not options.no_skip, "seed": 0}
+    network = build_network(options.network, options.norm, **how)
+    options.status = 1
     summary(network, network.description["input_shape"])
 
 
-def _check_dataset_name(options: argparse.Namespace) -> tuple:
-    from normlab.datasets.loading import check_dataset_name
+def _data(options: argparse.Namespace) -> None:
+    from normlab.datasets.loading import check_dataset_name, load_dataset
 
     check_dataset_name(options.name)
-    return ()
-
-
-def _data(options: argparse.Namespace) -> None:
-    from normlab.datasets.loading import load_dataset
-
+    options.status = 1
     data = load_dataset(options.name, options.data_root)
     shape = "×".join(map(str, data.input_shape))
     print(
@@ -256,7 +222,7 @@ SWEEP = {
     "assignment": ASSIGNMENT,
     "--norms": {"nargs": "+", "help": "bn, ln, gn, … (the assignment's variants)"},
     "--batch-sizes": {"nargs": "+", "type": int, "help": "images a step (the recipe's)"},
-    "--lr": {"nargs": "+", "type": float, "help": "learning rates (the recipe's)"},
+    "--lr": {"nargs": "+", "type": float, "dest": "lrs", "help": "learning rates (the recipe's)"},
     "--scaling": {"default": "none", "help": "of the rate with the batch: none, sqrt or linear"},
     **TRAINING,
     "--dask": {"metavar": "ADDRESS", "help": "train on the workers of this cluster"},
@@ -271,11 +237,10 @@ DATA = {
     "name": {"metavar": "NAME", "help": "a data set, or a folder of images"},
     "--data-root": {"type": _path, "help": "the folder that holds or receives it"},
 }
-# Of each command: its arguments, what checks them, what does the work, and its help.
-COMMANDS = {
-    "run": (RUN, _check_run, _run, "train all variants of an assignment and draw the comparison"),
-    "sweep": (SWEEP, _check_sweep, _sweep, "train all combinations of norms, batches and rates"),
-    "list": ({}, lambda _: (), _list, "show assignments, networks, data sets and norms"),
-    "summary": (SUMMARY, _build, _summary, "print a network's layers and parameters"),
-    "data": (DATA, _check_dataset_name, _data, "fetch or check a data set"),
+COMMANDS = {  # of each: its arguments, what does the work, and its help
+    "run": (RUN, _run, "train all variants of an assignment and draw the comparison"),
+    "sweep": (SWEEP, _sweep, "train all combinations of norms, batches and rates"),
+    "list": ({}, _list, "show assignments, networks, data sets and norms"),
+    "summary": (SUMMARY, _summary, "print a network's layers and parameters"),
+    "data": (DATA, _data, "fetch or check a data set"),
 }

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
-from normlab.assignments import Assignment, find_assignment
+from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.data import Dataset
 from normlab.datasets.loading import load_assignment_data
 from normlab.engines.choice import ENGINES
 from normlab.history import Run
+from normlab.model import build_network
 from normlab.runs.folder import remove_runs
 from normlab.runs.jobs import (
     Job,
-    check_jobs,
+    Outcomes,
     find_runs,
-    finish,
-    make_jobs,
+    kept_runs,
     seed_numbers,
-    with_kept,
+    without_errors,
 )
-from normlab.runs.processes import train
+from normlab.runs.processes import are_worthwhile, in_processes
+from normlab.runs.trainer import fit_each
+from normlab.runs.transfer import Ended, train_apart
 from normlab.support.checks import check_instance, one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
 from normlab.support.locks import scratch_folder
+from normlab.support.seeding import seeded
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -68,11 +73,6 @@ class Results(Mapping[str, list[Run]]):
 
         return pandas.DataFrame([self._row(label, runs) for label, runs in self.runs.items()])
 
-    def spread(self, label: str) -> float:
-        """Standard deviation over seeds of the last epoch's test accuracy; NaN for one seed."""
-        last = [run.last["test_accuracy"] for run in self.runs[label]]
-        return float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
-
     def _row(self, label: str, runs: list[Run]) -> dict:
         accuracy = np.array([[row["test_accuracy"] for row in run.history] for run in runs])
         by_epoch = accuracy.mean(0)
@@ -80,7 +80,7 @@ class Results(Mapping[str, list[Run]]):
             # On a narrow terminal pandas leaves out the columns in the middle.
             "variant": label,
             "test_accuracy": by_epoch[-1],
-            "sd": self.spread(label),
+            "sd": float(accuracy[:, -1].std(ddof=1)) if len(runs) > 1 else math.nan,
             "best_accuracy": by_epoch.max(),
             "best_epoch": int(by_epoch.argmax()) + 1,
             "parameters": runs[0].parameters,
@@ -92,7 +92,7 @@ class Results(Mapping[str, list[Run]]):
 def run_assignment(
     name: str | Assignment,
     *,
-    data: Dataset | None = None,
+    data: Dataset | Callable[[], Dataset] | None = None,
     seeds: int | Iterable[int] = 1,
     epochs: int | None = None,
     directory: str | Path | None = None,
@@ -112,7 +112,7 @@ def run_assignment(
 
     Args:
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.
-        data: what to train and test on; without it, the assignment's data set is loaded.
+        data: the images, or a function that returns them; without it, the assignment's.
         seeds: how many (0, 1, …), or which.
         epochs: other than the recipe's.
         directory: where to keep the runs, in `<variant>/seed-0` and so on. Runs found there are
@@ -126,29 +126,97 @@ def run_assignment(
     numbers = seed_numbers(seeds)
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
-    data = data if data is not None else load_assignment_data(assignment)
-    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    data = load_images(partial(load_assignment_data, assignment) if data is None else data)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
         jobs = make_jobs(assignment, data, numbers, epochs, place)
-        check_jobs(jobs, data, device)
+        jobs = [job.identified(data, device) for job in jobs]
+        runs: dict[Path, Run] = {}
         if fresh:
             remove_runs(*(job.directory for job in jobs))
         elif kept is not None:
-            jobs = with_kept(jobs, place, user_path(kept), data, device)
-        runs = {job.directory: run for job, run in find_runs(jobs, data, device).items()}
+            runs = kept_runs(jobs, place, user_path(kept), data, device)
+        own = find_runs([job for job in jobs if job.directory not in runs], data, device)
+        runs |= {job.directory: run for job, run in own.items()}
         left = [job for job in jobs if job.directory not in runs]
         if progress and runs:
             print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
         outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
-
-        def take(job: Job, run: Run) -> None:
-            runs[job.directory] = run
-
-        finish(outcomes, len(left), take, keep_going=directory is not None)
+        trained = without_errors(outcomes, len(left), keep_going=directory is not None)
+        with closing(trained):
+            runs |= {job.directory: run for job, run in trained}
     results: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
     for job in jobs:
         run = runs[job.directory]
         run.directory = run.directory if directory else None
         results[job.variant.label].append(run)
     return Results(assignment, data, results)
+
+
+def make_jobs(
+    assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
+) -> list[Job]:
+    """A job for each variant and seed; a first seed of everything before the second of anything."""
+    return [
+        Job(
+            partial(build_variant, assignment, variant, data, seed=seed),
+            assignment.recipe_for(variant, seed=seed, epochs=epochs),
+            place / variant.folder / f"seed-{seed}",
+            f"{variant.label}, seed {seed}",
+            variant,
+        )
+        for seed in seeds
+        for variant in assignment.variants
+    ]
+
+
+@torch.inference_mode(False)  # what is built in inference mode could not be trained
+def build_variant(
+    assignment: Assignment, variant: Variant, data: Dataset, *, seed: int
+) -> nn.Module:
+    """The untrained network of one variant, with the same initial weights for the same seed."""
+    if assignment.build is not None:
+        with seeded(seed, "weights"):
+            network = assignment.build(variant.norm)
+        check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
+        return network
+    return build_network(
+        assignment.network,
+        variant.norm,
+        groups=variant.groups,
+        dropout=assignment.dropout,
+        skip=variant.skip,
+        classes=len(data.classes),
+        input_shape=data.input_shape,
+        seed=seed,
+    )
+
+
+def load_images(data: Dataset | Callable[[], Dataset]) -> Dataset:
+    """The images: those given, or what the function returns."""
+    data = data() if callable(data) else data
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    return data
+
+
+def train(
+    left: Sequence[Job],
+    jobs: Sequence[Job],
+    data: Dataset,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    engine: str = "auto",
+    workers: Callable[[dict[Job, bytes]], Ended] | None = None,
+) -> Outcomes:
+    """Does the jobs that are left, side by side if all jobs together are worth it.
+
+    Args:
+        workers: do the jobs, whatever they are worth, instead of processes of this machine.
+    """
+    if workers is None and device.type == "cpu" and engine != "plain":
+        apart = partial(in_processes, data, progress=progress)
+        workers = apart if are_worthwhile(jobs, data) else None
+    if workers is not None:
+        left = yield from train_apart(left, data, workers)
+    yield from fit_each(left, data, device=device, progress=progress, engine=engine)

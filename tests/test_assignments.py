@@ -1,12 +1,14 @@
 """The five assignments are what their tables say, and compare like with like."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import normlab as nl
 from normlab.assignments import find_assignment
-from normlab.runs.jobs import build_variant
+from normlab.experiment import build_variant
 
 # label, norm, groups of its norms, skip connections, L1 factor, parameters with ten classes
 EXPECTED = {
@@ -52,7 +54,8 @@ CASES = [(name, *row) for name, rows in EXPECTED.items() for row in rows]
 
 def make(assignment: nl.Assignment, variant: nl.Variant, seed: int = 0) -> nn.Module:
     shape = (1, 28, 28) if assignment.dataset == "mnist" else (3, 32, 32)
-    return build_variant(assignment, variant, seed=seed, classes=10, input_shape=shape)
+    data = SimpleNamespace(classes=range(10), input_shape=shape)
+    return build_variant(assignment, variant, data, seed=seed)
 
 
 def convolutions(network: nn.Module) -> list[torch.Tensor]:
@@ -136,17 +139,12 @@ def test_an_assignment_that_cannot_work_is_refused(arguments, words):
         nl.Assignment("mine", "My own", "digits", **(usual | arguments))
 
 
-def test_a_network_of_ones_own_follows_from_the_seed(tiny_assignment):
+def test_a_network_of_ones_own_follows_from_the_seed(tiny, tiny_assignment):
     def weights(seed: int, place: int = 0) -> list[torch.Tensor]:
         torch.manual_seed(99 + place)  # whatever a student drew before must not matter
         state = torch.get_rng_state()
-        network = build_variant(
-            tiny_assignment,
-            tiny_assignment.variants[place],
-            seed=seed,
-            classes=4,
-            input_shape=(1, 12, 12),
-        )
+        variant = tiny_assignment.variants[place]
+        network = build_variant(tiny_assignment, variant, tiny, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
         return [w for name, w in network.named_parameters() if "norm" not in name]
 

@@ -41,19 +41,13 @@ ORDER = (
     *("norms", "penalties", "augment", "data", "model", "training", "optimizers", "recipes"),
     *("history", "analysis", "assignments", "plots", "images"),
     *("datasets.cache", "datasets.folders", "datasets.downloads", "datasets.loading"),
-    *(
-        "engines.dropout",
-        "engines.plain",
-        "engines.agreement",
-        "engines.cpu",
-        "engines.cuda_graph",
-        "engines.choice",
-    ),
-    *("runs.probe", "runs.identity", "runs.folder", "runs.jobs", "runs.trainer"),
+    *("engines.dropout", "engines.plain", "engines.agreement", "engines.cpu"),
+    *("engines.cuda_graph", "engines.choice"),
+    *("runs.identity", "runs.folder", "runs.jobs", "runs.trainer"),
     *("runs.transfer", "runs.processes", "runs.cluster"),
     *("fitting", "experiment"),
     *("comparisons.intervals", "comparisons.comparison", "comparisons.fairness"),
-    *("comparisons.report", "comparisons.sweep_plots", "comparisons.sweep_tables"),
+    *("comparisons.report", "comparisons.sweep_plots"),
     *("comparisons.submissions", "comparisons.sweeps"),
     *("lessons.by_hand", "lessons.sharing", "lessons.diagrams", "lessons.explorer"),
     *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
@@ -106,9 +100,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_310
+    assert sum(map(lines.get, shelf)) <= 3_340
     assert max(map(lines.get, shelf)) <= 320
-    assert sum(lines.values()) <= 10_830
+    assert sum(lines.values()) <= 10_500
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -194,14 +194,16 @@ def _differences(
         first, second = (levels[one_of(level, levels, "variant")] for level in pair)
         gaps = np.stack([rows[a] - rows[b] for a, b in zip(first, second, strict=True)])
         interval, method = family.interval(sample, gaps.mean(0))
+        some = [tables[label] for label in (*first, *second)]
+        with_images = len(some) == 2 and all(t.ndim == 2 and t.dtype == bool for t in some)
         about = {
             "interval": interval,
             "method": method,
             "p": family.p(interval),
             "interaction": sample.interaction(gaps) if len(gaps) > 1 else None,
-            "seeds": min(len(tables[label]) for label in (*first, *second)),
+            "seeds": min(map(len, some)),
             "images": sample.images,
-            "mcnemar": _first_networks([tables[label] for label in (*first, *second)]),
+            "mcnemar": mcnemar(*(table[0] for table in some)) if with_images else None,
         }
         found.append(Difference(*pair, source=source, pairs=len(pairs), **about))
     return found
@@ -225,13 +227,6 @@ def _check(tables: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"{label} was tested on one image: give at least two images")
     if len({table.shape[1:] for table in tables.values()}) > 1:
         raise ValueError("the variants were not tested on the same images")
-
-
-def _first_networks(tables: Sequence[np.ndarray]) -> float | None:
-    """McNemar's test of the first networks, where there are two tables of them."""
-    if len(tables) == 2 and all(table.ndim == 2 and table.dtype == bool for table in tables):
-        return mcnemar(*(table[0] for table in tables))
-    return None
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:

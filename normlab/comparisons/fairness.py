@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from normlab.assignments import Variant
-from normlab.experiment import Results
+from normlab.experiment import Results, build_variant
 from normlab.history import Run
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.recipes import DTYPES
 from normlab.runs.identity import weights_digest
-from normlab.runs.jobs import build_variant
 from normlab.support.checks import check_instance
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest
@@ -48,31 +47,28 @@ def check_fair(results: Results) -> list[Finding]:
     weights of the filters. An empty list says that the norm is all there is between them.
     """
     check_instance(results, Results, "results", "nl.run_assignment(…) gives them")
-    return [*_differences(results), *_limits(results)]
-
-
-def _differences(results: Results) -> Iterator[Finding]:
     variants = [v for v in results.assignment.variants if v.label in results.runs]
     facts = {variant.label: _facts(results, variant) for variant in variants}
+    found = []
     for what in dict.fromkeys(name for some in facts.values() for name in some):
         values = {label: some.get(what) for label, some in facts.items()}
         if any(value != values[variants[0].label] for value in values.values()):
-            yield Finding(what, values, declared=_is_declared(what, values, variants))
+            found.append(Finding(what, values, declared=_is_declared(what, values, variants)))
+    return [*found, *_limits(results)]
 
 
 def _facts(results: Results, variant: Variant) -> dict[str, object]:
     """What could make a difference, by name; what differs between its seeds as a list."""
     runs = results.runs[variant.label]
+    each = [_facts_of_run(results, variant, run) for run in runs]
     facts: dict[str, object] = {}
-    each = [_facts_of_run(run) for run in runs]
     for name in each[0]:
         values = [some.get(name) for some in each]
         facts[name] = values[0] if all(value == values[0] for value in values) else values
-    facts["seeds"] = sorted(run.recipe.seed for run in runs)
-    return facts | {"initial filters": _initial_filters(results, variant)}
+    return facts | {"seeds": sorted(run.recipe.seed for run in runs)}
 
 
-def _facts_of_run(run: Run) -> dict[str, object]:
+def _facts_of_run(results: Results, variant: Variant, run: Run) -> dict[str, object]:
     about, epochs = run.identity, len(run.history)
     network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
     recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
@@ -83,26 +79,23 @@ def _facts_of_run(run: Run) -> dict[str, object]:
         "epochs": epochs,
         "images seen": epochs * about["data"]["train_images"],
         "images": about["data"]["fingerprint"][:8],
+        "initial filters": _initial_filters(results, variant, run),
     }
 
 
-def _initial_filters(results: Results, variant: Variant) -> str:
-    """The digest of the first run's filters, if every run began as the assignment begins it.
+def _initial_filters(results: Results, variant: Variant, run: Run) -> str:
+    """The digest of the run's filters, if it began as the assignment begins it.
 
     Filters are the weights of convolutions and linear layers, without those of shortcuts, which
     only some variants have.
     """
-    digests = []
-    for run in results.runs[variant.label]:
-        images = {"classes": len(results.data.classes), "input_shape": results.data.input_shape}
-        network = build_variant(results.assignment, variant, seed=run.recipe.seed, **images)
-        network.to(DTYPES[run.recipe.dtype])
-        if run.identity["initial_weights"] != weights_digest(network.state_dict()):
-            return "not the assignment's"
-        layers = (layer for name, layer in network.named_modules() if "shortcut" not in name)
-        weights = [layer.weight for layer in layers if isinstance(layer, WEIGHT_LAYERS)]
-        digests.append(weights_digest({str(n): weight for n, weight in enumerate(weights)}))
-    return digests[0][:8]
+    network = build_variant(results.assignment, variant, results.data, seed=run.recipe.seed)
+    network.to(DTYPES[run.recipe.dtype])
+    if run.identity["initial_weights"] != weights_digest(network.state_dict()):
+        return "not the assignment's"
+    layers = (layer for name, layer in network.named_modules() if "shortcut" not in name)
+    weights = [layer.weight for layer in layers if isinstance(layer, WEIGHT_LAYERS)]
+    return weights_digest({str(n): weight for n, weight in enumerate(weights)})[:8]
 
 
 def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) -> bool:

@@ -11,7 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.analysis import find_mistakes
+from normlab.analysis import Mistakes, find_mistakes
 from normlab.assignments import Variant, folder_name
 from normlab.comparisons.comparison import Difference, compare, main_effects
 from normlab.experiment import Results
@@ -21,7 +21,6 @@ from normlab.support.figures import save_if_drawn
 from normlab.support.files import user_path, write_json, write_text
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
@@ -36,26 +35,25 @@ def write_report(results: Results, directory: str | Path) -> Path:
 
     A figure that cannot be drawn is a warning, and a sentence on the page.
     """
-    directory = user_path(directory)
+    directory, runs = user_path(directory), results.runs
     write_text(directory / "results.csv", csv_text(results.table()))
     write_json(directory / "results.json", results_as_dict(results))
-    figures = _figures(results)
+    figures = {
+        LOSS_FIGURE: partial(plot_curves, runs, "test_loss"),
+        ACCURACY_FIGURE: partial(plot_curves, runs, "test_accuracy"),
+        TRAINING_FIGURE: partial(plot_loss_and_accuracy, runs, training=True),
+    }
+    for label, wrong in _mistakes(results):
+        figures[mistakes_file(label)] = partial(plot_mistakes, wrong, title=label)
     missing = [name for name in figures if not save_if_drawn(figures[name], directory / name)]
     write_text(directory / "report.md", report_text(results, missing=missing))
     return directory / "report.md"
 
 
-def _figures(results: Results) -> dict[str, Callable[[], Figure]]:
-    """What draws the figure of each file."""
-    figures = {
-        LOSS_FIGURE: partial(plot_curves, results.runs, "test_loss"),
-        ACCURACY_FIGURE: partial(plot_curves, results.runs, "test_accuracy"),
-        TRAINING_FIGURE: partial(plot_loss_and_accuracy, results.runs, training=True),
-    }
-    for variant in results.assignment.variants:
-        wrong = find_mistakes(results.runs[variant.label][0], results.data)
-        figures[mistakes_file(variant.label)] = partial(plot_mistakes, wrong, title=variant.label)
-    return figures
+def _mistakes(results: Results) -> Iterator[tuple[str, Mistakes]]:
+    """Those of each variant's first network, with the variant's label."""
+    for label, (run, *_) in results.runs.items():
+        yield label, find_mistakes(run, results.data)
 
 
 def csv_text(table: DataFrame) -> str:
@@ -80,11 +78,13 @@ def results_as_dict(results: Results) -> dict:
         "tested_on": results.data.test_name,
         "from": _provenance(results),
         "variants": [
-            row | _variant_as_dict(results, variant)
+            row | _variant_as_dict(results, variant, row["sd"])
             for variant, row in zip(results.assignment.variants, rows, strict=True)
         ],
-        "differences": [_difference_as_dict(each) for each in _differences(results)],
-        "main_effects": [_difference_as_dict(each) for each in _main_effects(results)],
+        **{
+            kind: [_difference_as_dict(each) for each in found]
+            for kind, found in _differences(results).items()
+        },
     }
 
 
@@ -99,29 +99,26 @@ def _provenance(results: Results) -> dict[str, list]:
     return found
 
 
-def _differences(results: Results) -> list[Difference]:
-    """Those of all pairs; none where one seed or one image says nothing of chance."""
-    return compare(results) if _are_comparable(results) else []
+def _differences(results: Results) -> dict[str, list[Difference]]:
+    """Those of all pairs, and the main effects; none where one seed or image tells no chance."""
+    fewest = min(len(results.data.test_images), *map(len, results.runs.values()))
+    if len(results.runs) < 2 or fewest < 2:
+        return {"differences": [], "main_effects": []}
+    effects = [each for levels in _factors(results) for each in main_effects(results, levels)]
+    return {"differences": compare(results), "main_effects": effects}
 
 
-def _main_effects(results: Results) -> list[Difference]:
-    """Those of the norms and of what else the variants have, where they go through all of both."""
+def _factors(results: Results) -> list[dict[str, Sequence[str]]]:
+    """The levels of the norms, and of what else the variants have, if there is all of both."""
     labels: dict[str, dict[str, str]] = {}  # by what sets variants apart beside the norm, by norm
     for each in results.assignment.variants:
         rest = str((each.groups, each.skip, each.changes))
         labels.setdefault(rest, {})[each.norm] = each.label
     rows = [tuple(by_norm.values()) for by_norm in labels.values()]
-    crossed = len({tuple(by_norm) for by_norm in labels.values()}) == 1
-    if not (crossed and len(rows) > 1 and len(rows[0]) > 1 and _are_comparable(results)):
+    if len({tuple(by_norm) for by_norm in labels.values()}) > 1 or 1 in (len(rows), len(rows[0])):
         return []
     factors = (rows[::-1], list(zip(*rows, strict=True)))  # what was added, less what was there
-    levels = ({", ".join(level): level for level in factor} for factor in factors)
-    return [effect for each in levels for effect in main_effects(results, each)]
-
-
-def _are_comparable(results: Results) -> bool:
-    fewest = min(len(results.data.test_images), *map(len, results.runs.values()))
-    return len(results.runs) > 1 and fewest > 1  # of seeds, and of images
+    return [{", ".join(level): level for level in factor} for factor in factors]
 
 
 def _difference_as_dict(difference: Difference) -> dict:
@@ -133,16 +130,16 @@ def _difference_as_dict(difference: Difference) -> dict:
     }
 
 
-def _variant_as_dict(results: Results, variant: Variant) -> dict:
+def _variant_as_dict(results: Results, variant: Variant, spread: float) -> dict:
     runs = results.runs[variant.label]
-    spread = results.spread(variant.label)
     same_data = results.data.name == results.assignment.dataset
+    about = runs[0].identity  # of the recipe it names no later field that is at its default
     return {
         "sd": None if math.isnan(spread) else spread,
         "norm": variant.norm,
         "reported": variant.reported if same_data else None,
-        "network": runs[0].identity["network"],
-        "recipe": {k: v for k, v in runs[0].recipe.as_dict().items() if k != "seed"},
+        "network": about["network"],
+        "recipe": {name: value for name, value in about["recipe"].items() if name != "seed"},
         "runs": [
             {"seed": run.recipe.seed, "test_loss": run.last["test_loss"]}
             | {"test_accuracy": run.last["test_accuracy"], "seconds": run.seconds}
@@ -217,39 +214,40 @@ def _all(names: list[str]) -> str:
 
 
 def _differences_part(results: Results) -> Iterator[str]:
-    kinds = {_COUNTED: _differences(results), _AVERAGED: _main_effects(results)}
-    if any(kinds.values()):
+    found = _differences(results)
+    if any(found.values()):
         yield "## Which differences count"
-    for text, found in kinds.items():
-        if found:
-            yield text.format(pairs=len(found))
-            yield "\n".join(f"- {escaped(str(each))}" for each in found)
+    for kind, differences in found.items():
+        if differences:
+            yield _EXPLAINED[kind].format(pairs=len(differences))
+            yield "\n".join(f"- {escaped(str(each))}" for each in differences)
 
 
-_COUNTED = (
-    "The intervals hold for all pairs together ({pairs}) with 95 %: were there no difference at "
-    "all, one experiment in twenty would find one. They count that other seeds and other test "
-    "images would have given other accuracies. The spread between seeds is pooled over the "
-    "variants (Tukey–Kramer); where one variant's is much larger, each pair also gets an interval "
-    "from its own two, and the wider one counts (Games–Howell). They take the recipes as they are: "
-    "what other learning rates would have given is not in them."
-)
-_AVERAGED = (
-    "What a factor is worth on average over the variants, and whether that depends on the variant "
-    "(interaction):"
-)
+_EXPLAINED = {
+    "differences": (
+        "The intervals hold for all pairs together ({pairs}) with 95 %: were there no difference "
+        "at all, one experiment in twenty would find one. They count that other seeds and other "
+        "test images would have given other accuracies. The spread between seeds is pooled over "
+        "the variants (Tukey–Kramer); where one variant's is much larger, each pair also gets an "
+        "interval from its own two, and the wider one counts (Games–Howell). They take the recipes "
+        "as they are: what other learning rates would have given is not in them."
+    ),
+    "main_effects": (
+        "What a factor is worth on average over the variants, and whether that depends on the "
+        "variant (interaction):"
+    ),
+}
 
 
 def _mistakes_part(results: Results, show: Callable[[str, str], str]) -> Iterator[str]:
     tested = f"{len(results.data.test_images):,} {results.data.test_name} images"
-    for variant in results.assignment.variants:
-        wrong = find_mistakes(results.runs[variant.label][0], results.data).total
-        label = escaped(variant.label)
+    for name, wrong in _mistakes(results):
+        label = escaped(name)
         yield f"### {label}"
-        yield f"{wrong:,} of {tested} are misclassified."
-        if wrong:
-            what = f"{min(wrong, 10)} misclassified images of {label}"
-            yield show(what, mistakes_file(variant.label))
+        yield f"{wrong.total:,} of {tested} are misclassified."
+        if wrong.total:
+            what = f"{min(wrong.total, 10)} misclassified images of {label}"
+            yield show(what, mistakes_file(name))
 
 
 def mistakes_file(label: str) -> str:
@@ -278,7 +276,7 @@ def _caution(results: Results) -> str:
 def _recipe_table(results: Results) -> str:
     """The fields of all recipes: shared ones once, declared differences for each variant."""
     recipes = {
-        label: runs[0].identity["network"] | runs[0].recipe.as_dict()
+        label: runs[0].identity["network"] | runs[0].identity["recipe"]
         for label, runs in results.runs.items()
     }
     every = dict.fromkeys(field for recipe in recipes.values() for field in recipe)

@@ -24,7 +24,6 @@ from normlab.support.figures import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
     from pandas import DataFrame, Index
 
@@ -63,9 +62,12 @@ def plot_sweep(
     ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(curves)))
     bars, above = [], 0
     for (label, points), style in zip(curves.items(), curve_styles(curves).values(), strict=True):
+        mean, sd = points["mean"], points["sd"].fillna(0)  # no mean where a run diverged
         highest = 100 if quantity.endswith("accuracy") else math.inf
-        bars.append(_draw_curve(ax, points, highest, style | {"label": label}))
-        above += _mark_diverged(ax, points.index[points["mean"].isna()], style["color"], above)
+        reach = [sd.clip(upper=mean), sd.clip(upper=highest - mean)]  # as far as values can lie
+        style |= {"label": label, "markersize": 4, "capsize": 2.5, "linewidth": 1.5}
+        bars.append(ax.errorbar(mean.index, mean, reach, **style))
+        above += _mark_diverged(ax, mean.index[mean.isna()], style["color"], above)
     values = sorted(table[x].unique())
     if len(values) > 1:
         ax.set_xscale("log", base=2)
@@ -90,13 +92,6 @@ def _curves(table: DataFrame, x: str, other: str, quantity: str) -> dict[str, Da
             mean=lambda some: some.mean(skipna=False), sd=lambda some: some.std(skipna=False)
         )
     return curves
-
-
-def _draw_curve(ax: Axes, points: DataFrame, highest: float, style: dict) -> ErrorbarContainer:
-    """Means, none where a run diverged; the bars do not reach where no value can lie."""
-    mean, sd = points["mean"], points["sd"].fillna(0)
-    bars = [sd.clip(upper=mean), sd.clip(upper=highest - mean)]
-    return ax.errorbar(mean.index, mean, bars, markersize=4, capsize=2.5, linewidth=1.5, **style)
 
 
 def _mark_diverged(ax: Axes, places: Index, colour: str, above: int) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,19 +46,16 @@ class RunFolder:
         if self.is_empty():
             return False
         config = self._read_config()
-        kept, finished = dict(config["is"]), "final_weights" in config
+        kept, finished = config["is"], "final_weights" in config
         if identity["initial_weights"] == config.get("final_weights"):  # the run's own network
-            kept["initial_weights"] = identity["initial_weights"]
-            kept["logits"] = config.get("final_logits", {})
+            kept = kept | {"initial_weights": identity["initial_weights"], "logits": {}}
         found = differences(kept, identity)
         if found and (finished or self._checkpoint.is_file()):
             raise another_run(self.directory, "; ".join(found))
         return finished
 
     def _read_config(self) -> dict:
-        if not self._config.is_file():
-            raise self._damaged(self._config)
-        config = read_json(self._config)
+        config = read_json(self._config) if self._config.is_file() else None
         whole = _is_config(config) and config.get("digest", "") in ("", _json_digest(config))
         if whole and "digest" not in config and "final_weights" not in config:
             # As earlier versions wrote it: then only a checkpoint comes before the weights.
@@ -79,10 +76,6 @@ class RunFolder:
         """Whether nothing lies here but, perhaps, the beginning of the run with this identity."""
         return self.is_empty() or not differences(self._read_config()["is"], identity)
 
-    def provenance(self) -> dict:
-        """The provenance of the run so far; empty if there is none."""
-        return self._read_config().get("from", {}) if self._config.is_file() else {}
-
     def is_finished(self) -> bool:
         """Whether the run that lies here is done."""
         return self._config.is_file() and "final_weights" in self._read_config()
@@ -91,15 +84,8 @@ class RunFolder:
         """The epochs that are done, none if there is no run; the file is taken as it is."""
         return self._read_history() if self._history.is_file() else []
 
-    def finished_history(self) -> list[dict]:
-        """All epochs of the finished run; raises `ValueError` if any of its files is damaged."""
-        self._check_results(self._read_config())
-        return self._read_history()
-
     def pack(self) -> dict[str, bytes]:
         """The files of a finished run by their names, for `receive` elsewhere."""
-        if not self.is_finished():
-            return {}
         return {file.name: file.read_bytes() for file in (*self._results, self._config)}
 
     def receive(self, files: Mapping[str, bytes]) -> None:
@@ -108,7 +94,7 @@ class RunFolder:
         If somebody else has finished the run here in the meantime, that one stays.
         """
         with locked(self.directory):
-            if files and not self.is_finished():
+            if not self.is_finished():
                 config = json.loads(files[self._config.name])  # without it files are damage
                 self._write_config({"is": config["is"], "from": config["from"]})
                 for name, content in files.items():
@@ -131,17 +117,12 @@ class RunFolder:
             provenance: of what goes on with the run; how the epochs so far were computed is added.
             epochs: how many are finished.
         """
-        if before := earlier_computations(self.provenance(), provenance, epochs):
-            provenance["before"] = before
+        if epochs:
+            before = self._read_config().get("from", {})
+            provenance |= earlier_computations(before, provenance, epochs)
         remove_leftovers(self.directory)
         self._identity = identity
         self._write_config({"is": identity, "from": provenance})
-
-    def clear(self) -> None:
-        """Removes a run, if there is one: its files, and nothing else that lies here."""
-        remove_leftovers(self.directory)
-        for file in self._files:
-            file.unlink(missing_ok=True)
 
     def save_epoch(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]
@@ -149,7 +130,8 @@ class RunFolder:
         """Keeps everything that the next epoch needs; random states follow from its number."""
         tensors = _prefixed("network", network.state_dict())
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= _prefixed(f"optimizer.{index}", _kept_whole(state))
+            _check_kept_whole(state)
+            tensors |= _prefixed(f"optimizer.{index}", state)
         about = {"history": json.dumps(history), "is": json.dumps(self._identity)}
         about["digest"] = _json_digest(about | {"tensors": weights_digest(tensors)})
         write_bytes(self._checkpoint, tensors_to_bytes(tensors, metadata=about))
@@ -169,15 +151,18 @@ class RunFolder:
             raise self._damaged(self._checkpoint)
         if found := differences(json.loads(about["is"]), identity):
             raise self._damaged(self._checkpoint, f"of another run ({'; '.join(found)})")
-        states: dict[int, dict] = {}
-        for key, value in _unprefixed("optimizer", tensors).items():
-            index, _, name = key.partition(".")
-            states.setdefault(int(index), {})[name] = value
-        groups = optimizer.state_dict()["param_groups"]
+        states, weights = {}, {}
         try:
-            history = json.loads(about["history"])
+            for key, value in tensors.items():
+                part, _, name = key.partition(".")
+                index, _, quantity = name.partition(".")
+                if part == "network":
+                    weights[name] = value
+                else:
+                    states.setdefault(int(index), {})[quantity] = value
+            history, groups = json.loads(about["history"]), optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": states, "param_groups": groups})
-            network.load_state_dict(_unprefixed("network", tensors))
+            network.load_state_dict(weights)
         except (RuntimeError, KeyError, ValueError) as error:
             raise self._damaged(self._checkpoint) from error
         return history
@@ -195,7 +180,9 @@ class RunFolder:
     def load(self, network: nn.Module) -> Run:
         """The finished run that lies here, its weights put into `network`."""
         config = self._read_config()
-        self._check_results(config)
+        for file in self._results:
+            if not file.is_file() or _file_digest(file) != config.get("digests", {}).get(file.name):
+                raise self._damaged(file)
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
         try:
@@ -206,12 +193,6 @@ class RunFolder:
         predicted, probability = guesses["predicted"].long(), guesses["probability"]
         results = (self._read_history(), predicted, probability)
         return Run(network, recipe, *results, config, self.directory)
-
-    def _check_results(self, config: dict) -> None:
-        digests = config.get("digests", {})
-        for file in self._results:
-            if not file.is_file() or _file_digest(file) != digests.get(file.name):
-                raise self._damaged(file)
 
     def _write_history(self, history: list[dict]) -> None:
         lines = [",".join(COLUMNS)]
@@ -277,31 +258,30 @@ def _file_digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def remove_runs(*directories: Path, first: Callable[[], None] = lambda: None) -> None:
-    """Calls `first`, and removes the runs in these folders, but not if one of them is in use.
+def remove_runs(*directories: Path) -> None:
+    """Removes the runs in these folders, and the folders in which there is nothing else.
 
-    Then it raises `InUse`. Folders in which there is nothing else are removed, too.
+    Raises `InUse` if one of them is in use; then nothing is removed.
     """
     there = [directory for directory in map(Path, directories) if directory.is_dir()]
     with locked(*there, wait=False):
-        first()
         for directory in there:
-            RunFolder(directory).clear()
+            remove_leftovers(directory)
+            for name in FILES:
+                (directory / name).unlink(missing_ok=True)
     for directory in there:
         with suppress(OSError):  # there is something else
             directory.rmdir()
 
 
-def _kept_whole(state: Mapping[str, object]) -> Mapping[str, object]:
-    """An optimiser's state, if a checkpoint keeps all of it; raises `TypeError` otherwise."""
+def _check_kept_whole(state: Mapping[str, object]) -> None:
+    """Raises `TypeError` unless a checkpoint keeps all of an optimiser's state."""
     for name, value in state.items():
         if value is not None and not isinstance(value, Tensor):
-            kind = type(value).__name__
             raise TypeError(
-                f"the optimiser keeps {name!r} as a {kind}, which a checkpoint does not hold: keep "
-                "it as a tensor, or train without a directory"
+                f"the optimiser keeps {name!r} as a {type(value).__name__}, which a checkpoint "
+                "does not hold: keep it as a tensor, or train without a directory"
             )
-    return state
 
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -310,11 +290,4 @@ def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         f"{prefix}.{name}".lstrip("."): value.detach().cpu().clone().contiguous()
         for name, value in state.items()
         if isinstance(value, Tensor)
-    }
-
-
-def _unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {
-        key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
     }

@@ -7,11 +7,13 @@ which versions; it does not change what a run is.
 import hashlib
 import inspect
 import json
+import math
 import platform
 import re
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ from normlab.data import Dataset
 from normlab.model import Network, build_network
 from normlab.norms import NORMS
 from normlab.recipes import DTYPES, Recipe
-from normlab.runs.probe import are_apart, probe
+from normlab.support.module_state import copied, evaluating, set_training
+from normlab.support.seeding import generator, seeded
 from normlab.support.summaries import count_parameters
 
 # An identity names all of these. A field that `Recipe` or `build_network` gets later is named only
@@ -32,24 +35,30 @@ RECIPE_FIELDS = (
 NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
 OPTIONAL = {"frozen", "logits"}  # identities of earlier versions lack these
 
+PROBED_IMAGES = 2
+# How far apart the same logits may be, relative to the largest one. Processors, numbers of threads
+# and versions of torch add in other orders: 10⁻⁶ for a few layers, 10⁻⁴ for many of them.
+LOGITS_APART = 1e-3
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_DROPOUTS += (nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 # The part of a provenance on which the last bits of the results may depend.
 COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch", "normlab")
 
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     """What a run computes, as JSON can hold it."""
-    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
-    return description(network, data, recipe) | {"logits": logits}
-
-
-def description(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
-    """The part of an identity that is known without computing logits."""
-    weights = network.named_parameters()
+    weights, dtype = network.named_parameters(), DTYPES[recipe.dtype]
+    state = {  # as it is trained; whole numbers stay such
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
     return {
         "recipe": _named("recipe", recipe.as_dict(), RECIPE_FIELDS),
         "network": _describe(network),
         "parameters": count_parameters(network),
-        "initial_weights": weights_digest(_in_dtype(network.state_dict(), DTYPES[recipe.dtype])),
+        "initial_weights": weights_digest(state),
         "frozen": [name for name, weight in weights if not weight.requires_grad],
         "data": {
             "name": data.name,
@@ -57,19 +66,8 @@ def description(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
             "train_images": len(data.train_images),
             f"{data.test_name}_images": len(data.test_images),
         },
+        "logits": probe(network, data.input_shape, dtype),
     }
-
-
-def trained_identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
-    """What tells that a network is the one a run has trained: its weights and logits.
-
-    Its layers are all in evaluation mode, which hides what was frozen: so there are no logits of
-    training mode.
-    """
-    logits = probe(network, data.input_shape, DTYPES[recipe.dtype])
-    logits.pop("training", None)
-    weights = weights_digest(network.state_dict())
-    return {"final_weights": weights, "final_logits": logits}
 
 
 def digest_of(identity: dict) -> str:
@@ -92,11 +90,6 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as they are when the network is trained; whole numbers stay such."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-
-
 def recipe_in(identity: dict) -> Recipe:
     """The recipe of a kept run, without the fields that this version does not know."""
     known = Recipe.__dataclass_fields__
@@ -108,8 +101,9 @@ def recipe_in(identity: dict) -> Recipe:
 
 def _describe(network: nn.Module) -> dict:
     """The arguments that build the network, or what there is to know of one of one's own."""
-    arguments = network.description if isinstance(network, Network) else {}
-    if arguments and _builds(arguments, network):
+    arguments = network.description if isinstance(network, Network) else {"norm": None}
+    # With a norm of one's own, or a layer changed, the arguments do not build this network.
+    if arguments["norm"] in NORMS and repr(build_network(**arguments, seed=0)) == repr(network):
         return _named("network", json.loads(json.dumps(arguments)), NETWORK_ARGUMENTS)
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     kinds = {type(layer) for layer in network.modules()}
@@ -119,26 +113,72 @@ def _describe(network: nn.Module) -> dict:
     return {"class": type(network).__name__} | dict(zip(("layers", "code"), digests, strict=True))
 
 
-def _builds(arguments: Mapping, network: nn.Module) -> bool:
-    """Whether `build_network` makes this network, with a norm of its own and no layer changed."""
-    return arguments["norm"] in NORMS and repr(build_network(**arguments, seed=0)) == repr(network)
-
-
 def _source(thing: type | Callable) -> str:
-    """The source of a class or function; without a file, as in a notebook, that of its methods."""
+    """The source of a class or function, as far as there is any: in a notebook of the methods."""
     try:
         return inspect.getsource(thing)
     except (OSError, TypeError):
-        if inspect.isfunction(thing):
-            return _compiled(thing.__code__)
-        methods = filter(inspect.isfunction, vars(thing).values())
+        methods = filter(inspect.isfunction, getattr(thing, "__dict__", {}).values())
         return "".join([thing.__qualname__, *map(_source, methods)])
 
 
-def _compiled(code: CodeType) -> str:
-    """What the code does, without the file and the addresses that its text would name."""
-    constants = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_name} {code.co_code.hex()} {constants} {code.co_names}"
+# --- what a network computes ------------------------------------------------------------------
+# It tells networks apart that look the same: an attribute, a global function that `forward` uses, a
+# hook, a frozen normalization do not show in the layers and their weights.
+
+
+def probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[float]]:
+    """Logits for images of a shape (C, H, W): in evaluation, and in training without dropout.
+
+    They are computed on the CPU by copies of the network, which stays as and where it is. Left out
+    is what cannot be computed, is no number, or depends on chance.
+    """
+    images = torch.rand(PROBED_IMAGES, *shape, generator=generator(0, "probe")).to(dtype)
+    first, second = (_in_both_modes(network, images, seed) for seed in (0, 1))
+    return {
+        mode: logits
+        for mode, logits in first.items()
+        if mode in second and not are_apart(logits, second[mode])
+    }
+
+
+def are_apart(one: object, other: object, limit: float = LOGITS_APART) -> bool:
+    """Whether two lists of logits are of networks that compute something else."""
+    try:
+        one, other = (torch.tensor(values, dtype=torch.float64) for values in (one, other))
+    except (TypeError, ValueError, RuntimeError):  # from a damaged file
+        return True
+    if one.shape != other.shape:
+        return True
+    return not (one - other).abs().max() <= limit * other.abs().max()  # as NaN is not
+
+
+def _in_both_modes(network: nn.Module, images: Tensor, seed: int) -> dict[str, list[float]]:
+    """The logits by mode, those that are numbers; none if the network cannot be copied."""
+    found = {}
+    with torch.no_grad(), warnings.catch_warnings(), seeded(seed, "probe"):
+        warnings.simplefilter("ignore")
+        with suppress(Exception):  # of a student's code, which may raise anything
+            twin = copied(network).to("cpu", images.dtype)
+            _fill(twin)
+            with evaluating(twin):
+                found["evaluation"] = _six_digits(twin(images))
+            set_training(twin)
+            for layer in twin.modules():
+                layer.training &= not isinstance(layer, _DROPOUTS)
+            found["training_without_dropout"] = _six_digits(twin(images))
+    return {mode: logits for mode, logits in found.items() if all(map(math.isfinite, logits))}
+
+
+def _six_digits(logits: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in logits.flatten().tolist()]
+
+
+def _fill(network: nn.Module) -> None:
+    """Gives values to weights that are all 0, as some begin: they would hide what lies before."""
+    for weight in network.parameters():
+        if not weight.any():
+            weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view(weight.shape))
 
 
 # --- differences ------------------------------------------------------------------------------
@@ -214,20 +254,15 @@ def provenance(data: Dataset, device: torch.device) -> dict:
     }
 
 
-def earlier_computations(kept: dict, now: dict, epochs: int) -> list[dict]:
-    """How the finished epochs of a run were computed, where the next ones are computed otherwise.
+def earlier_computations(kept: dict, now: dict, epochs: int) -> dict:
+    """What the provenance `now` of a run is to add of the one that it has `kept` so far.
 
-    Args:
-        kept: the provenance of the run so far.
-        now: the provenance of the process that goes on with it.
-        epochs: how many epochs are finished.
-
-    Returns a dict for each sequence of epochs that were computed alike: "until_epoch" is the last
-    of them, the rest is what is known of `COMPUTATION`.
+    That is "before", a list with a dict for each sequence of epochs that were computed alike, if
+    not like those that follow: "until_epoch" is the last of them, `epochs` that of the latest.
     """
     before = list(kept.get("before", []))
     computation = {key: kept[key] for key in COMPUTATION if key in kept}
     told = before[-1]["until_epoch"] if before else 0
     if epochs > told and computation != {key: now[key] for key in COMPUTATION if key in now}:
         before.append({"until_epoch": epochs, **computation})
-    return before if epochs else []
+    return {"before": before} if before else {}

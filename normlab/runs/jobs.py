@@ -1,24 +1,22 @@
-"""Jobs: what is to be trained, how, and where it is kept; those of an assignment, done or not."""
+"""Jobs: what is to be trained, how, and where it is kept; whether that is done already."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from normlab.assignments import Assignment, Variant
+from normlab.assignments import Variant
 from normlab.data import Dataset
 from normlab.history import Run
-from normlab.model import build_network
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.runs.folder import RunFolder, another_run
-from normlab.runs.identity import description, digest_of, identity
+from normlab.runs.identity import identity, weights_digest
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
 from normlab.support.module_state import device_of, evaluating
@@ -46,9 +44,8 @@ class Job:
         directory: where the run is kept, if anywhere.
         label: what progress and warnings call it.
         variant: of which variant of an assignment the network is, if of any.
-        identity: the run's `identity`, if it is known already: a process that the network was sent
-            to could not tell from what source it comes.
-        only_read: whether the directory holds the finished run and nothing in it may be changed.
+        identity: the run's `identity`, once `identified` has told it: a process that the network
+            was sent to could not, since the source is not there.
     """
 
     build: Callable[[], nn.Module]
@@ -57,42 +54,44 @@ class Job:
     label: str = ""
     variant: Variant | None = None
     identity: dict | None = None
-    only_read: bool = False
 
-    def prepared(self, data: Dataset, device: torch.device) -> Job:
-        """The job with its identity and a network that is built, checked and on the device."""
+    def identified(self, data: Dataset, device: torch.device) -> Job:
+        """The job with its identity; raises an error of one sentence if it cannot be done.
+
+        To be called before any job is done or run removed; it touches no file.
+        """
         network = self.build()
         check_trainable(network, data, self.recipe)
+        check_dtype(device, self.recipe.dtype)
+        return replace(self, identity=self.identity or identity(network, data, self.recipe))
+
+    def prepared(self, data: Dataset, device: torch.device) -> Job:
+        """The same with a network that is built, and on the device."""
+        network = self.build()
+        job = replace(self, build=lambda: network).identified(data, device)
         move(network, device, self.recipe)
-        found = self.identity or identity(network, data, self.recipe)
-        return replace(self, build=lambda: network, identity=found)
+        return job
 
-    def digest(self, data: Dataset) -> str:
-        """The digest of the run's identity."""
-        return digest_of(self.identity or description(self.build(), data, self.recipe))
+    def find(self, data: Dataset, device: torch.device, *, only_read: bool = False) -> Run | None:
+        """The finished run that lies in its directory, in evaluation mode; None if there is none.
 
-    def is_done(self, data: Dataset) -> bool:
-        """Whether its directory holds the finished run; raises `ValueError` if it holds another."""
-        if self.directory is None or RunFolder(self.directory).is_empty():
-            return False
-        folder = RunFolder(self.directory)
-        done = folder.open(self.identity or identity(self.build(), data, self.recipe))
-        if done and not self.only_read:
-            folder.tidy()
-        return done
-
-    def load(self, data: Dataset, device: torch.device) -> Run:
-        """The finished run that lies in its directory, in evaluation mode.
-
-        A network of one's own must predict what the run keeps: it may depend on more than its
-        identity tells, such as a number that it counted up while it was trained.
-        Raises `ValueError` if it does not; then the network has its own weights again.
+        A network of one's own, or a trained one, must predict what the run keeps: it may depend on
+        more than its identity tells, such as a number that it counted up while it was trained.
+        Raises `ValueError` if it does not, or if the directory holds another run or a damaged one;
+        then the network has its own weights.
         """
+        folder = None if self.directory is None else RunFolder(self.directory)
+        if folder is None or not folder.open(self.identity):
+            return None
+        if not only_read:
+            folder.tidy()
         network = self.build()
         move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
-        run = RunFolder(self.directory).load(network)
-        if "class" in run.identity["network"] and not _predicts_what_is_kept(run, data):
+        run = folder.load(network)
+        trained = weights_digest(initial) == run.config["final_weights"]
+        ask = trained or "class" in run.identity["network"]
+        if ask and not _predicts_what_is_kept(run, data):
             network.load_state_dict(initial)
             raise another_run(self.directory, "its network predicted otherwise, with its weights")
         network.eval()
@@ -127,120 +126,53 @@ def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
     network.to(device=device, dtype=DTYPES[recipe.dtype])
 
 
-# --- the jobs of an assignment ----------------------------------------------------------------
-
-
-def make_jobs(
-    assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
-) -> list[Job]:
-    """A job for each variant and seed; a first seed of everything before the second of anything."""
-    shape = {"classes": len(data.classes), "input_shape": data.input_shape}
-    return [
-        Job(
-            partial(build_variant, assignment, variant, seed=seed, **shape),
-            assignment.recipe_for(variant, seed=seed, epochs=epochs),
-            place / variant.folder / f"seed-{seed}",
-            f"{variant.label}, seed {seed}",
-            variant,
-        )
-        for seed in seeds
-        for variant in assignment.variants
-    ]
-
-
-@torch.inference_mode(False)  # what is built in inference mode could not be trained
-def build_variant(
-    assignment: Assignment,
-    variant: Variant,
-    *,
-    seed: int,
-    classes: int,
-    input_shape: tuple[int, int, int],
-) -> nn.Module:
-    """The untrained network of one variant, with the same initial weights for the same seed."""
-    if assignment.build is not None:
-        with seeded(seed, "weights"):
-            network = assignment.build(variant.norm)
-        check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
-        return network
-    return build_network(
-        assignment.network,
-        variant.norm,
-        groups=variant.groups,
-        dropout=assignment.dropout,
-        skip=variant.skip,
-        classes=classes,
-        input_shape=input_shape,
-        seed=seed,
-    )
-
-
-def with_kept(
-    jobs: Iterable[Job], place: Path, kept: Path, data: Dataset, device: torch.device
-) -> list[Job]:
-    """The jobs, those whose finished run lies in `kept` with its folder there for their own.
-
-    Says why runs there are not taken, if there are any.
-    """
-    found, problem = [], ""
-    for job in jobs:
-        there = replace(job, directory=kept / job.directory.relative_to(place), only_read=True)
-        try:
-            found.append(there if find_runs([there], data, device) else job)
-        except ValueError as error:
-            found.append(job)
-            problem = problem or str(error).partition(": choose another")[0]
-    if problem:
-        print(f"Not taken from the kept runs: {problem}")
-    return found
-
-
-def check_jobs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> None:
-    """Raises an error of one sentence unless every job can be done; touches no file.
-
-    To be called before the first one is done, and before any run is removed.
-    """
-    for job in jobs:
-        check_trainable(job.build(), data, job.recipe)
-        check_dtype(device, job.recipe.dtype)
+# --- those that are done ---------------------------------------------------------------------
 
 
 def find_runs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> dict[Job, Run]:
-    """The runs of the jobs that are done.
+    """The runs of the jobs that are done; raises `ValueError` as `Job.find`."""
+    return {job: run for job in jobs if (run := job.find(data, device))}
 
-    Raises `ValueError` if a directory holds another run, or a damaged one.
+
+def kept_runs(
+    jobs: Iterable[Job], place: Path, kept: Path, data: Dataset, device: torch.device
+) -> dict[Path, Run]:
+    """The finished runs that lie in `kept` as those of the jobs in `place`, by their directories.
+
+    Says why runs there are not taken, if there are any.
     """
-    return {job: job.load(data, device) for job in jobs if job.is_done(data)}
+    found, problem = {}, ""
+    for job in jobs:
+        there = replace(job, directory=kept / job.directory.relative_to(place))
+        try:
+            found[job.directory] = there.find(data, device, only_read=True)
+        except ValueError as error:
+            problem = problem or str(error).partition(": choose another")[0]
+    if problem:
+        print(f"Not taken from the kept runs: {problem}")
+    return {directory: run for directory, run in found.items() if run is not None}
 
 
 # --- what becomes of jobs ---------------------------------------------------------------------
 
 
-def finish(
-    outcomes: Outcomes,
-    jobs: int,
-    after_each: Callable[[Job, Run | Exception], object],
-    *,
-    keep_going: bool = True,
-    results: type[Exception] | tuple = (),
-) -> None:
-    """Takes the outcomes of so many jobs; raises the first error when the others are done.
+def without_errors(
+    outcomes: Outcomes, count: int, *, keep_going: bool = True, results: type | tuple = Run
+) -> Outcomes:
+    """Hands on those of `count` outcomes that are results; raises the first of the others.
 
-    Args:
-        after_each: called with a job and its outcome, if that is no error.
-        keep_going: without it an error is raised at once.
-        results: errors that count as results.
+    At the end, or without `keep_going` at once.
     """
     errors = []
     with closing(outcomes):
         for number, (job, outcome) in enumerate(outcomes, 1):
-            if not isinstance(outcome, Exception) or isinstance(outcome, results):
-                after_each(job, outcome)
+            if isinstance(outcome, results):
+                yield job, outcome
                 continue
             if not keep_going:
                 raise outcome
             errors.append(outcome)
-            if number < jobs:
+            if number < count:
                 warn(f"{outcome}; the others go on")
     if errors:
         raise errors[0]

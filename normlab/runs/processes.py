@@ -9,23 +9,26 @@ import functools
 import os
 import threading
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import joblib
-import torch
-from joblib.externals.loky import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from joblib.externals.loky.process_executor import BrokenProcessPool
+from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 from tqdm import tqdm
 
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import Job, Outcomes
-from normlab.runs.trainer import fit_each, fit_job
-from normlab.runs.transfer import NotSendable, attempt, load_home, pack_all, unpack
-from normlab.support.checks import warn
+from normlab.runs.jobs import Job
+from normlab.runs.trainer import fit_job
+from normlab.runs.transfer import (
+    SECONDS_BETWEEN_LOOKS,
+    Ended,
+    as_they_end,
+    attempt,
+    quiet,
+    unpack,
+)
 from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
@@ -33,11 +36,6 @@ from normlab.support.summaries import multiply_adds
 # Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with
 # less to do they do not repay it (measured: tests/benchmarks/RESULTS.md).
 WORTHWHILE = 3e11
-
-SECONDS_BETWEEN_LOOKS = 0.5
-
-Ended = Iterator[tuple[Job, Exception | None]]
-"""Jobs that other processes have done, or the errors that ended them."""
 
 
 def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:
@@ -52,41 +50,6 @@ def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:
     return 3 * multiply_adds(jobs[0].build(), data.input_shape) * images >= WORTHWHILE
 
 
-def train(
-    left: Sequence[Job],
-    jobs: Sequence[Job],
-    data: Dataset,
-    *,
-    device: torch.device,
-    progress: bool = True,
-    engine: str = "auto",
-    apart: Callable[[dict[Job, bytes]], Ended] | None = None,
-) -> Outcomes:
-    """Does the jobs that are left, side by side if all jobs together are worth it.
-
-    What cannot be sent to other processes is done in this one afterwards.
-
-    Args:
-        apart: has workers do jobs, whatever they are worth, instead of processes of this machine.
-    """
-    if apart is None and device.type == "cpu" and engine != "plain" and are_worthwhile(jobs, data):
-        apart = functools.partial(in_processes, data, progress=progress)
-    if apart is not None:
-        sent, stay = pack_all(left, data)
-        for job, error in apart(sent) if sent else ():
-            outcome = error or load_home(job, data)
-            if isinstance(outcome, NotSendable):
-                stay[job] = outcome
-            else:
-                yield job, outcome
-        left = [job for job in left if job in stay]
-        if left:
-            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            reason = stay[left[0]]
-            warn(f"{left[0].label}{more}: trained in this process, not beside it: {reason}")
-    yield from fit_each(left, data, device=device, progress=progress, engine=engine)
-
-
 def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True) -> Ended:
     """Does jobs in processes of one thread each, which end with this one.
 
@@ -97,14 +60,15 @@ def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True
     other with it.
     """
     left, cores = dict(sent), joblib.cpu_count()
-    with scratch_folder() as folder, _Watch(sent, show=progress) as watch:
+    with scratch_folder() as folder, ExitStack() as stack:
+        look = functools.partial(_show_epochs, _displays(sent, stack, show=progress))
         file = folder / "data.safetensors"
         data.save(file)
-        task = functools.partial(_train_alone, file)
+        task = functools.partial(attempt, functools.partial(_train_alone, file))
         while left:
             workers = min(len(left), cores + len(left) % cores)
-            for job in (yield from _in_pool(task, left, list(left), workers, watch)):
-                if (yield from _in_pool(task, left, [job], 1, watch)):
+            for job in (yield from _in_pool(task, left, list(left), workers, look)):
+                if (yield from _in_pool(task, left, [job], 1, look)):
                     del left[job]
                     error = RuntimeError(
                         f"the process that trained {job.label} was killed, and again when no other "
@@ -115,7 +79,7 @@ def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True
 
 
 def _in_pool(
-    task: Callable, left: dict[Job, bytes], jobs: Sequence[Job], workers: int, watch: "_Watch"
+    task: Callable, left: dict[Job, bytes], jobs: Sequence[Job], workers: int, look: Callable
 ) -> Generator[tuple[Job, Exception | None], None, list[Job]]:
     """Does the jobs in so many processes, and takes those that are done from `left`.
 
@@ -125,19 +89,34 @@ def _in_pool(
     options = {"initializer": _begin, "initargs": (os.getpid(),)}
     pool, futures = ProcessPoolExecutor(workers, env={"OMP_NUM_THREADS": "1"}, **options), {}
     try:
-        futures |= {pool.submit(attempt, task, left[job]): job for job in jobs}
-        while futures:
-            done, _ = wait(futures, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-            watch.look()
-            for future in done:
-                job, outcome = futures.pop(future), future.result()
-                del left[job]
-                yield job, outcome
+        futures |= {pool.submit(task, left[job]): job for job in jobs}
+        for job, future in as_they_end(futures, look):
+            outcome = future.result()
+            del left[job]
+            yield job, outcome
     except BrokenProcessPool:
         return [job for job in jobs if job in left][:workers]
     finally:
         pool.shutdown(kill_workers=bool(futures))
     return []
+
+
+def _displays(jobs: Iterable[Job], stack: ExitStack, *, show: bool) -> dict[RunFolder, Progress]:
+    shown = {}
+    for job in jobs:
+        folder = RunFolder(job.directory)
+        progress = Progress(job.label, job.recipe.epochs, 1, show=show)
+        shown[folder] = stack.enter_context(progress)
+        progress.start_at(len(folder.history_so_far()))
+    return shown
+
+
+def _show_epochs(shown: dict[RunFolder, Progress]) -> None:
+    """Shows the epochs that are done since the last look."""
+    for folder, progress in shown.items():
+        for row in folder.history_so_far()[progress.done :]:
+            progress.step()
+            progress.finish_epoch(row)
 
 
 # --- in the processes -------------------------------------------------------------------------
@@ -164,34 +143,3 @@ def _train_alone(file: Path, sent: bytes) -> None:
 @functools.lru_cache(maxsize=1)
 def _open(file: Path) -> Dataset:
     return Dataset.open(file)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """One thread, for good, and inside the block no warnings, which would appear in no order."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-# --- in the parent ----------------------------------------------------------------------------
-
-
-class _Watch(ExitStack):
-    """Shows the histories of several runs as they grow."""
-
-    def __init__(self, jobs: Iterable[Job], *, show: bool) -> None:
-        super().__init__()
-        self._shown: list[tuple[RunFolder, Progress]] = []
-        for job in jobs:
-            shown = Progress(job.label, job.recipe.epochs, 1, show=show)
-            self._shown.append((RunFolder(job.directory), self.enter_context(shown)))
-            shown.start_at(len(RunFolder(job.directory).history_so_far()))
-
-    def look(self) -> None:
-        """Shows the epochs that are done since the last look."""
-        for folder, shown in self._shown:
-            for row in folder.history_so_far()[shown.done :]:
-                shown.step()
-                shown.finish_epoch(row)

@@ -15,7 +15,7 @@ from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
 from normlab.runs.folder import RunFolder
-from normlab.runs.identity import provenance, trained_identity
+from normlab.runs.identity import provenance, weights_digest
 from normlab.runs.jobs import CHANCE_EPOCHS, Job, Outcomes, find_runs, warn_if_at_chance
 from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
@@ -122,50 +122,48 @@ class _Training:
         self.history: list[dict] = []
 
     def turns(self) -> Generator[None, None, Run]:
-        """Trains, from each `next` to another for an epoch; returns the `Run`."""
-        with _explaining(self.job, self.device), self._open():
-            yield  # when it is ready, as those beside it shall be before its first epoch
-            while len(self.history) < self.recipe.epochs:
-                self.engine.launch(len(self.history))
-                yield
-                self._collect()
-            self._close_engine()  # predictions are those of the network as a student gets it
-            run = self._finish()
-        self.network.eval()
-        return run
+        """Resumes or begins, and trains from each `next` to another for an epoch; returns the run.
 
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """Resumes what the folder holds; leaving the context closes engine and display.
-
-        Layers then are in the modes they were in, so that the same call trains the same again. If
-        an exception leaves it, the network gets its initial weights back where a folder keeps
-        the trained ones, so that the same call with the same network resumes; and where memory was
-        wanting, since it may be tried again.
+        If an exception ends it, layers are in the modes they were in, so that the same call trains
+        the same again. The network then gets its initial weights back where a folder keeps the
+        trained ones, and where memory was wanting, since it may be tried again.
         """
         initial = {name: value.clone() for name, value in self.network.state_dict().items()}
         try:
-            with modes_kept(self.network), ExitStack() as stack:
+            with (
+                _explaining(self.job, self.device),
+                modes_kept(self.network),
+                ExitStack() as stack,
+            ):
                 stack.callback(self._close_engine)
                 self._start()
-                steps = self.engine.steps
-                shown = Progress(self.job.label, self.recipe.epochs, steps, show=self.progress)
-                self.shown = stack.enter_context(shown)
-                self.shown.start_at(len(self.history))
-                yield
+                shown = Progress(
+                    self.job.label, self.recipe.epochs, self.engine.steps, show=self.progress
+                )
+                stack.enter_context(shown).start_at(len(self.history))
+                yield  # when it is ready, as those beside it shall be before its first epoch
+                while len(self.history) < self.recipe.epochs:
+                    self.engine.launch(len(self.history))
+                    yield
+                    self._collect(shown)
+                self._close_engine()  # predictions are those of the network as a student gets it
+                run = self._finish()
         except BaseException as error:
-            if self.folder is not None or is_out_of_memory(error):
+            if self.folder is not None or isinstance(error, _NoRoom):
                 self.network.load_state_dict(initial)
             raise
+        self.network.eval()
+        return run
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
-        engine, why = make_engine(self.choice, *self._ingredients())
-        if problem := disagreement_of(engine, self.choice) or self._take(engine):
+        why = self._open_engine(self.choice)
+        if problem := disagreement_of(self.engine, self.choice) or self._resume():
             warn(f"{self.job.label} takes the plain path: {problem}")
-            engine.close()
             why = problem
-            self._take(PlainEngine(*self._ingredients()))  # the engine has changed its batches
+            self._close_engine()
+            self._open_engine("plain")  # with batches of its own: the other has changed its
+            self._resume()
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
@@ -175,29 +173,29 @@ class _Training:
         if self.folder is not None:
             self.folder.start(self.job.identity, self.provenance, len(self.history))
 
-    def _ingredients(self) -> tuple:
-        """What an engine is made of: network, recipe, and batches to train and to test on."""
+    def _open_engine(self, choice: str) -> str:
+        """Makes the engine; says why this one."""
         train = training_batches(self.data, self.recipe, self.device)
         test = self.data.loader(False, TEST_BATCH, device=self.device, dtype=train.dtype)
-        return self.network, self.recipe, train, test
+        self.engine, why = make_engine(choice, self.network, self.recipe, train, test)
+        return why
 
-    def _take(self, engine: PlainEngine) -> str:
-        """Has an engine go on after the epochs that are kept; says what is in its way, if so."""
-        self.engine = engine
+    def _resume(self) -> str:
+        """Has the engine go on after the epochs that are kept; says what is in its way, if so."""
         if self.folder is not None:
-            kept = self.folder.load_epoch(self.network, engine.optimizer, self.job.identity)
-            self.history = kept
-        return engine.prepare()
+            about = (self.network, self.engine.optimizer, self.job.identity)
+            self.history = self.folder.load_epoch(*about)
+        return self.engine.prepare()
 
     def _close_engine(self) -> None:
         if self.engine is not None:
             self.engine.close()
             self.engine = None  # and with it the memory of its captured steps
 
-    def _collect(self) -> None:
-        """Waits for the epoch, checks and keeps it."""
+    def _collect(self, shown: Progress) -> None:
+        """Waits for the epoch, checks, keeps and shows it."""
         epoch = len(self.history)
-        train, test = self.engine.collect(self.shown.counted)
+        train, test = self.engine.collect(shown.counted)
         for which, loss in (("training", train.loss + train.penalty), ("test", test.loss)):
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -219,7 +217,7 @@ class _Training:
         self.history.append(row)
         if self.folder is not None:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
-        self.shown.finish_epoch(row)
+        shown.finish_epoch(row)
         if len(self.history) == CHANCE_EPOCHS:
             warn_if_at_chance(self.job, self.history, self.data)
 
@@ -227,7 +225,7 @@ class _Training:
         with seeded(self.recipe.seed, "predictions", device=self.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
         config = {"is": self.job.identity, "from": self.provenance}
-        config |= trained_identity(self.network, self.data, self.recipe)
+        config["final_weights"] = weights_digest(self.network.state_dict())
         about = (self.network, self.recipe, self.history, predicted, probability, config)
         run = Run(*about, self.job.directory)
         if self.folder is not None:

@@ -9,7 +9,9 @@ import itertools
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +24,9 @@ from normlab.engines.plain import step_options, training_batches
 from normlab.history import Run
 from normlab.recipes import make_optimizer
 from normlab.runs.folder import remove_runs
+from normlab.runs.identity import are_apart
 from normlab.runs.jobs import Job, warn_if_at_chance
-from normlab.runs.probe import are_apart
+from normlab.support.checks import warn
 from normlab.support.module_state import copied, evaluating
 from normlab.support.seeding import seeded
 from normlab.training import train_epoch
@@ -37,8 +40,36 @@ TRIAL_IMAGES = 8
 TRIAL_APART = (1e-4, 1e-3, 1e-3)
 
 
+SECONDS_BETWEEN_LOOKS = 0.5
+
+Ended = Iterator[tuple[Job, Exception | None]]
+"""Jobs whose finished runs lie in their directories, or the errors that ended them."""
+
+
 class NotSendable(Exception):
     """Why a job is done in this process."""
+
+
+def train_apart(
+    jobs: Sequence[Job], data: Dataset, workers: Callable[[dict[Job, bytes]], Ended]
+) -> Generator[tuple[Job, Run | Exception], None, list[Job]]:
+    """Has workers in other processes do jobs; yields each with its run, or with its error.
+
+    Returns the jobs that must be done in this process, after a warning.
+    """
+    sent, stay = pack_all(jobs, data)
+    for job, error in workers(sent) if sent else ():
+        outcome = error or load_home(job, data)
+        if isinstance(outcome, NotSendable):
+            stay[job] = outcome
+        else:
+            yield job, outcome
+    left = [job for job in jobs if job in stay]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        reason = stay[left[0]]
+        warn(f"{left[0].label}{more}: trained in this process, not beside it: {reason}")
+    return left
 
 
 def pack_all(jobs: Sequence[Job], data: Dataset) -> tuple[dict[Job, bytes], dict[Job, NotSendable]]:
@@ -124,15 +155,37 @@ def attempt(task: Callable[[bytes], object], sent: bytes) -> object:
         return outcome
 
 
+def as_they_end(
+    futures: dict[Future, Job], look: Callable[[], None]
+) -> Iterator[tuple[Job, Future]]:
+    """Jobs with their futures, once these are done; calls `look` twice a second."""
+    while futures:
+        done, _ = wait(futures, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+        look()
+        for future in done:
+            yield futures.pop(future), future
+
+
 def load_home(job: Job, data: Dataset) -> Run | NotSendable:
     """The run that another process has finished; removes it if it is none of this one's."""
     try:
-        run = job.load(data, CPU)
+        run = job.find(data, CPU)
     except (RuntimeError, ValueError):  # its weights do not fit, or predict otherwise
+        run = None
+    if run is None:
         remove_runs(job.directory)
         return NotSendable("its network predicts otherwise here, with the weights another found")
     warn_if_at_chance(job, run.history, data)  # other processes are silent
     return run
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """In a worker: one thread, for good, and in the block no warnings, which had no order."""
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ call. Calls that only look at memory otherwise, or reserve some, are left out.
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +17,8 @@ from normlab.assignments import ASSIGNMENTS, Assignment, Variant
 from normlab.comparisons.report import in_markdown
 from normlab.data import BatchLoader
 from normlab.engines.cuda_graph import GraphEngine
+from normlab.experiment import build_variant
 from normlab.model import NETWORKS
-from normlab.runs.jobs import build_variant
 
 NOTHING_COMPUTED = ("empty", "new_empty", "_unsafe_view", "profiler::")
 
@@ -40,7 +41,8 @@ def step_calls(assignment: Assignment, variant: Variant) -> Counter[str]:
     """The calls of one step of a variant, by name."""
     shape = NETWORKS[assignment.network].input_shape
     recipe = assignment.recipe_for(variant, seed=0)
-    network = build_variant(assignment, variant, seed=0, classes=10, input_shape=shape)
+    like = SimpleNamespace(classes=range(10), input_shape=shape)
+    network = build_variant(assignment, variant, like, seed=0)
     network.to("meta", memory_format=torch.channels_last)
     images = torch.empty(4, *shape, dtype=torch.uint8, device="meta")
     labels = torch.empty(4, dtype=torch.int64, device="meta")

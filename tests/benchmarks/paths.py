@@ -22,7 +22,7 @@ from joblib.externals.loky import get_reusable_executor
 import normlab as nl
 from normlab.assignments import find_assignment
 from normlab.datasets.loading import load_assignment_data
-from normlab.runs.jobs import build_variant
+from normlab.experiment import build_variant
 from tests.benchmarks import peers
 
 OURS = ("normlab", "normlab as shipped", "normlab plain")
@@ -80,9 +80,7 @@ def _train_ours(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None:
 def _train_peers(assignment: nl.Assignment, data: nl.Dataset, job: dict) -> None:
     train, workers = PEERS[job["path"]]
     for variant in assignment.variants:
-        network = build_variant(
-            assignment, variant, seed=0, classes=len(data.classes), input_shape=data.input_shape
-        )
+        network = build_variant(assignment, variant, data, seed=0)
         l1 = variant.changes.get("l1", 0.0)
         done = train(network, data, job["epochs"], job["device"], workers=workers, l1=l1)
         list(done or ())  # the students' loop hands out its epochs one by one

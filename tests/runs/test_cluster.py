@@ -2,12 +2,10 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,15 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import normlab as nl
 from normlab.cli import main
 from normlab.runs import cluster
-from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import make_jobs
-from normlab.runs.transfer import pack_all
 from normlab.support.files import read_json
 from tests.runs.test_folder import FILES
 
@@ -125,7 +119,6 @@ def sweep(address, folder, **options):
 def test_a_cluster_gives_what_one_machine_gives(scheduler, workers, tmp_path):
     workers(2)
     there = sweep(scheduler, tmp_path / "there", lrs=[0.05, 1e30], seeds=2)
-    assert kept_by_workers() == []
     here = nl.run_sweep(
         ASSIGNMENT, norms=["gn"], lrs=[0.05, 1e30], seeds=2, data=few_digits, progress=False,
         device="cpu", directory=tmp_path / "here",
@@ -146,103 +139,17 @@ def test_a_cluster_gives_what_one_machine_gives(scheduler, workers, tmp_path):
     assert len(again) == 2
 
 
-def test_a_killed_worker_loses_its_unfinished_epoch_alone(scheduler, workers, tmp_path):
-    processes = workers(3)
-    before: dict[int, list[dict]] = {}
-    calls: list[int] = []
+def test_a_killed_worker_loses_no_run(scheduler, workers, tmp_path):
+    processes, calls = workers(3), []
 
     def kill_one(table):
         calls.append(len(table))
-        if before:
-            return
-        folders = [RunFolder(folder) for folder in three_with_an_epoch()]
-        processes[0].send_signal(signal.SIGKILL)  # its run is among them: seven runs keep all busy
-        for folder in folders:
-            seed = read_json(folder.directory / "config.json")["is"]["recipe"]["seed"]
-            before[seed] = folder.history_so_far()
+        processes[0].send_signal(signal.SIGKILL)  # its run is among them: seven keep all busy
 
     table = sweep(scheduler, tmp_path, seeds=7, epochs=12, after_each=kill_one)
     assert processes[0].wait() == -signal.SIGKILL
     assert calls == [1, 2, 3, 4, 5, 6, 7]  # each run comes home, and none twice
     assert table["test_accuracy"].notna().all()
-    for seed, rows in before.items():  # the seconds of an epoch that is done again would differ
-        (folder,) = tmp_path.glob(f"runs/gn/seed-{seed}-*")
-        after = RunFolder(folder).history_so_far()
-        assert len(after) == 12
-        assert after[: len(rows)] == rows
-    assert kept_by_workers() == []
-
-
-def kept_by_workers() -> list[Path]:
-    """What the workers still have of any run."""
-    return [*cluster._place("").rglob("*")]
-
-
-def three_with_an_epoch() -> list[Path]:
-    """The folders of unfinished runs, once there are three and each has an epoch."""
-    for _ in range(6000):
-        folders = [file.parent for file in cluster._place("").glob("*/checkpoint.safetensors")]
-        if len(folders) == 3:
-            return folders
-        time.sleep(0.1)
-    raise AssertionError("the workers do not train")
-
-
-@pytest.fixture
-def threads_put_back():
-    """A worker sets its process to one thread; here that is the process of all tests."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("threads_put_back")
-def test_what_could_not_be_delivered_is_not_trained_again(tmp_path, monkeypatch):
-    data = few_digits()
-    job = make_jobs(ASSIGNMENT, data, [0], 1, tmp_path)[0]
-    task = partial(cluster._train_away, "cpu", few_digits, data.fingerprint)
-    ((sent,), _) = (each.values() for each in pack_all([job], data))
-    lost, again = (task(nl.__version__, sent) for _ in range(2))
-    assert again == lost  # the seconds of another training would differ
-    assert set(lost) == FILES
-    version = nl.__version__
-    monkeypatch.setattr(nl, "__version__", "99.0")
-    assert task("99.0", sent) != lost  # another version may compute something else
-    monkeypatch.setattr(nl, "__version__", version)
-    cluster._forget([job.digest(data)])
-    assert kept_by_workers() == []
-
-
-def test_a_run_that_is_just_trained_is_not_forgotten():
-    place = cluster._place("0123456789ab")
-    with FileLock(place / ".lock"):
-        (place / "config.json").touch()
-        cluster._forget(["0123456789ab"])
-        assert (place / "config.json").exists()
-    cluster._forget(["0123456789ab"])
-    assert not place.exists()
-
-
-def test_fresh_and_an_interruption_leave_nothing_at_the_workers(one_worker, tmp_path):
-    def interrupt(table):
-        if len(table) == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sweep(one_worker, tmp_path, seeds=2, after_each=interrupt)
-    assert {file.name for file in kept_by_workers()} > FILES  # fetched, but for whom to say so
-    first = sweep(one_worker, tmp_path, seeds=2, after_each=lambda table: pytest.fail("trained"))
-    assert kept_by_workers() == []
-    for job in make_jobs(ASSIGNMENT, few_digits(), [0, 1], None, tmp_path / "runs"):
-        if job.variant.norm == "gn":  # as if those had been interrupted before they came home
-            digest = job.digest(few_digits())
-            own = job.directory.with_name(f"{job.directory.name}-{digest}")
-            shutil.copytree(own, cluster._place(digest))
-    assert kept_by_workers() != []
-    again = sweep(one_worker, tmp_path, seeds=2, fresh=True)
-    assert (again["seconds"] != first["seconds"]).all()
-    assert again["train_loss"].equals(first["train_loss"])
-    assert kept_by_workers() == []
 
 
 def test_that_no_workers_are_left_is_said(scheduler, workers, tmp_path, monkeypatch):
@@ -294,19 +201,18 @@ def test_the_command_has_the_workers_train(one_worker, tmp_path, monkeypatch, ca
     config = read_json(file)
     assert config["from"]["data_source"] == "shades"
     assert (tmp_path / "out" / "sweep.png").is_file()
-    assert kept_by_workers() == []
 
 
 def test_a_data_root_that_only_the_client_has(one_worker, tmp_path, monkeypatch, capsys):
     root = tmp_path / "root"
     root.mkdir()
-    check = cluster.check_size
+    connect = cluster._connect
 
     def hidden(*arguments):  # the images here are loaded; the worker finds no such folder
         root.rmdir()
-        check(*arguments)
+        return connect(*arguments)
 
-    monkeypatch.setattr(cluster, "check_size", hidden)
+    monkeypatch.setattr(cluster, "_connect", hidden)
     options = ["--dataset", "digits", "--data-root", str(root), "--norms", "gn", "--epochs", "1"]
     command = ["sweep", "mnist-l1", *options, "--dask", one_worker, "--out", str(tmp_path / "out")]
     assert main(command) == 1
@@ -325,9 +231,6 @@ def test_a_task_is_small(one_worker, tmp_path, monkeypatch):
     sweep(one_worker, tmp_path, batch_sizes=list(range(8, 48)), lrs=[1e30])
     assert len(sizes) == 40
     assert max(sizes) < 100_000
-    data = few_digits()
-    with pytest.raises(ValueError, match="a function that loads the images, not one that holds"):
-        sweep(one_worker, tmp_path / "held", data=lambda: data)
 
 
 def test_a_scheduler_that_ends_is_said(tmp_path):
@@ -366,14 +269,6 @@ def test_images_that_only_the_client_has(one_worker, tmp_path):
     data = partial(_images_of_the_client, os.getpid(), "missing")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: there is no data root here"):
         sweep(one_worker, tmp_path / "sweep", data=data)
-    kept = nl.run_sweep(
-        ASSIGNMENT, norms=["gn"], data=few_digits, directory=tmp_path / "sweep", progress=False,
-        device="cpu",
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: there is no data root here"):
-        sweep(one_worker, tmp_path / "sweep", data=data, fresh=True)
-    again = sweep(one_worker, tmp_path / "sweep")  # a new training would take other seconds
-    assert again.equals(kept)
     data = partial(_images_of_the_client, os.getpid(), "other")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: it has other images of digits"):
         sweep(one_worker, tmp_path / "other", data=data)
@@ -400,7 +295,7 @@ def _deadly_images(client: int) -> nl.Dataset:
     return few_digits()
 
 
-def test_workers_train_what_the_session_has(one_worker, tmp_path, threads_put_back):
+def test_workers_train_what_the_session_has(one_worker, one_thread):
     factor = 3.0
 
     class Own(torch.nn.Module):
@@ -411,16 +306,13 @@ def test_workers_train_what_the_session_has(one_worker, tmp_path, threads_put_ba
         def forward(self, x):
             return factor * self.linear(self.norm(x).mean((1, 2)))
 
-    torch.set_num_threads(1)
     own = replace(ASSIGNMENT, network=None, build=Own, variants=(nl.Variant("BN", "bn"),))
     there = nl.run_sweep(own, data=few_digits, progress=False, dask=one_worker)
     here = nl.run_sweep(own, data=few_digits, progress=False, device="cpu")
     assert there.drop(columns="seconds").equals(here.drop(columns="seconds"))
-    assert kept_by_workers() == []
 
 
-def test_threads_that_only_wait_are_counted(scheduler, workers, tmp_path):
+def test_threads_of_a_worker_train_one_after_another(scheduler, workers, tmp_path):
     workers(1, threads=3)
-    with pytest.warns(UserWarning, match="2 threads will only wait"):
-        table = sweep(scheduler, tmp_path, seeds=3)
+    table = sweep(scheduler, tmp_path, seeds=3)
     assert table["test_accuracy"].notna().all()

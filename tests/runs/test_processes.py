@@ -76,7 +76,7 @@ def test_small_work_and_single_runs_stay_in_one_process(tiny, monkeypatch):
 def test_no_core_is_idle_at_the_end(jobs, cores, workers, tiny, tmp_path, monkeypatch):
     seen = []
 
-    def pool(task, left, some, workers, watch):
+    def pool(task, left, some, workers, look):
         seen.append((len(some), workers))
         left.clear()
         yield from ()

@@ -9,7 +9,7 @@ import torch
 
 from normlab.engines.cpu import CpuEngine
 from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.jobs import Job, check_jobs, warn_if_at_chance
+from normlab.runs.jobs import Job, warn_if_at_chance
 from normlab.runs.trainer import fit_each
 from normlab.support.locks import InUse, locked
 from tests.test_fitting import RECIPE, assert_same_run, fit, on_training_batch
@@ -154,13 +154,13 @@ def test_chance_is_that_of_the_most_frequent_class(tiny, recwarn, accuracy, warn
 def test_to_ask_whether_a_run_is_done_changes_nothing(tiny, tiny_network, tmp_path):
     recipe = RECIPE.replace(epochs=1, dtype="float64")
     network = tiny_network()
-    assert not job_of(network, recipe, tmp_path).is_done(tiny)
+    job = job_of(network, recipe, tmp_path).identified(tiny, torch.device("cpu"))
+    assert job.find(tiny, torch.device("cpu")) is None
     fit(tiny_network(), tiny, recipe, tmp_path)
-    assert job_of(network, recipe, tmp_path).is_done(tiny)
     assert network.training
     assert {(w.device.type, w.dtype) for w in network.parameters()} == {("cpu", torch.float32)}
     with pytest.raises(ValueError, match="'float64' is not available on device 'mps'"):
-        check_jobs([job_of(network, recipe)], tiny, torch.device("mps"))
+        job.identified(tiny, torch.device("mps"))
 
 
 def test_two_trainings_of_one_process_in_one_folder_wait_for_each_other(

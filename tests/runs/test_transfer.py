@@ -15,9 +15,10 @@ from nbclient import NotebookClient
 from torch import nn
 
 import normlab as nl
+from normlab import experiment
+from normlab.experiment import make_jobs
 from normlab.runs import processes as parallel
 from normlab.runs import transfer
-from normlab.runs.jobs import make_jobs
 from normlab.support.files import read_json
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)
@@ -76,13 +77,13 @@ def apart_and_here(tiny, monkeypatch, one_thread):
     """
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
     here = []
-    fit_each = parallel.fit_each
+    fit_each = experiment.fit_each
 
     def noted(jobs, *arguments, **options):
         here.extend(job.label for job in jobs)
         return fit_each(jobs, *arguments, **options)
 
-    monkeypatch.setattr(parallel, "fit_each", noted)
+    monkeypatch.setattr(experiment, "fit_each", noted)
 
     def train(assignment, *, stay=()):
         found = []
@@ -336,6 +337,7 @@ def test_weights_that_give_other_predictions_are_not_taken(tiny, tiny_network, t
     assignment = assignment_of(tiny_network, "bn")
     nl.run_assignment(assignment, data=tiny, directory=tmp_path, device="cpu", progress=False)
     (job,) = make_jobs(assignment, tiny, [0], None, tmp_path)
+    job = job.identified(tiny, torch.device("cpu"))
     assert transfer.load_home(job, tiny).last["epoch"] == 1
     other = replace(tiny, test_images=tiny.test_images.flip(0))
     assert "predicts otherwise here" in str(transfer.load_home(job, other))
@@ -348,7 +350,10 @@ def test_weights_that_do_not_fit_are_not_taken(tiny, tiny_network, tmp_path):
         progress=False,
     )  # fmt: skip
     other = assignment_of(lambda _: nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), "bn")
-    (job,) = make_jobs(other, tiny, [0], None, tmp_path)
+    identity = read_json(tmp_path / "bn" / "seed-0" / "config.json")["is"]
+    (job,) = (
+        replace(job, identity=identity) for job in make_jobs(other, tiny, [0], None, tmp_path)
+    )
     assert "predicts otherwise here" in str(transfer.load_home(job, tiny))
 
 
