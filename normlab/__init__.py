@@ -65,6 +65,7 @@ _HOMES = {
         "instance_norm",
         "layer_norm",
     ),
+    "engines.doctor": ("doctor",),
     "experiment": ("Results", "run_assignment"),
     "lessons.explorer": ("explore_norm",),
     "comparisons.fairness": ("Finding", "check_fair"),
@@ -73,6 +74,8 @@ _HOMES = {
     "comparisons.intervals": ("Interval", "interval"),
     "lessons.invariance": ("Rescaled", "rescale_weights"),
     "model": ("NETWORKS", "Network", "build_network"),
+    "lessons.checking": ("Checked",),
+    "lessons.norm_checks": ("check_norm",),
     "norms": ("NORMS", "make_norm"),
     "penalties": ("l1_penalty",),
     "plots": (

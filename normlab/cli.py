@@ -197,6 +197,15 @@ def _data(options: argparse.Namespace) -> None:
     )
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    from normlab.engines.doctor import doctor
+    from normlab.support.devices import pick_device
+
+    device = pick_device(options.device)
+    options.status = 1
+    doctor(device)
+
+
 # --- what each command takes ------------------------------------------------------------------
 
 FLAG = {"action": "store_true"}
@@ -237,10 +246,12 @@ DATA = {
     "name": {"metavar": "NAME", "help": "a data set, or a folder of images"},
     "--data-root": {"type": _path, "help": "the folder that holds or receives it"},
 }
+DOCTOR = {"--device": TRAINING["--device"]}
 COMMANDS = {  # of each: its arguments, what does the work, and its help
     "run": (RUN, _run, "train all variants of an assignment and draw the comparison"),
     "sweep": (SWEEP, _sweep, "train all combinations of norms, batches and rates"),
     "list": ({}, _list, "show assignments, networks, data sets and norms"),
     "summary": (SUMMARY, _summary, "print a network's layers and parameters"),
     "data": (DATA, _data, "fetch or check a data set"),
+    "doctor": (DOCTOR, _doctor, "tell what is here, whether it works, and how fast"),
 }

@@ -17,6 +17,8 @@ from normlab.support.tensor_checks import trained_parameters
 # What weights and images are kept in. "bfloat16" is mixed precision: its weights are in float32.
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
+PATIENCE = 3  # epochs without a lower training loss, after which "plateau" lowers the rate
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -34,8 +36,9 @@ class Recipe:
             2020; `optimizers.centralize_gradients`).
         schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
             2018), "cosine" (Loshchilov & Hutter 2017), "step" (a tenth from half of the steps on,
-            a hundredth from three quarters on: He et al. 2016), "constant"; it changes after every
-            step.
+            a hundredth from three quarters on: He et al. 2016), "constant"; they change after every
+            step. "plateau" divides a constant rate by 10 whenever for 3 epochs the training loss
+            was not lower than ever before (as torch's `ReduceLROnPlateau` with patience=2).
         l1: factor of `l1_penalty` in the loss.
         l1_over: what that sums over: "weights" of convolutions and linear layers, or "all".
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
@@ -91,6 +94,16 @@ class Recipe:
         """The learning rate at `step`, from 0 on, of a training of `steps` steps."""
         return self.lr * SCHEDULES[self.schedule](step, steps)
 
+    def scale_after(self, losses: Sequence[float]) -> float:
+        """What the learning rates are multiplied by after epochs of these training losses."""
+        scale, best, waited = 1.0, math.inf, 0
+        for loss in losses if self.schedule == "plateau" else ():
+            waited = 0 if loss < best * (1 - 1e-4) else waited + 1
+            best = loss if waited == 0 else best
+            if waited == PATIENCE:
+                scale, waited = scale / 10, 0
+        return scale
+
     def replace(self, **changes: object) -> "Recipe":
         """The same recipe with some fields changed."""
         for name in changes:
@@ -145,5 +158,5 @@ SCHEDULES = {  # each gives the factor of the recipe's rate at a step, from 0 on
     "one-cycle": _one_cycle,
     "cosine": lambda step, steps: _half_cosine(1.0, 0.0, step / steps),
     "step": lambda step, steps: 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps)),
-    "constant": lambda step, steps: 1.0,
+    **dict.fromkeys(("constant", "plateau"), lambda step, steps: 1.0),
 }

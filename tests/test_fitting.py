@@ -698,3 +698,39 @@ def test_without_locks_it_goes_on_and_says_so(tiny, tiny_network, tmp_path, monk
     assert capsys.readouterr().err == (
         f"{tmp_path} cannot be locked: let no other process write there at the same time\n"
     )
+
+
+# --- a schedule that depends on what was learned --------------------------------------------------
+
+# So slow that the loss stays where it is.
+PLATEAU = nl.Recipe(epochs=9, batch_size=32, lr=1e-6, momentum=0.0, schedule="plateau")
+
+
+def test_plateau_is_the_loop_with_torchs_scheduler(tiny, tiny_network, one_thread):
+    run = fit(tiny_network(seed=3), tiny, PLATEAU, engine="plain")
+    network, batches = tiny_network(seed=3), tiny.loader(batch_size=32)
+    optimizer = torch.optim.SGD(network.parameters(), lr=PLATEAU.lr)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2)
+    rates, losses = [], []
+    for _ in range(PLATEAU.epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        losses.append(nl.train_epoch(network, batches, optimizer, scheduler=scheduler).loss)
+    assert [row["lr"] for row in run.history] == pytest.approx(rates)
+    assert [row["train_loss"] for row in run.history] == pytest.approx(losses, rel=1e-5)
+    assert rates[-1] < PLATEAU.lr
+
+
+@pytest.mark.parametrize("engine", ["plain", "auto"])
+def test_plateau_resumes_bit_for_bit(tiny, tiny_network, tmp_path, one_thread, engine):
+    def interrupt(number, _):
+        if number == 7 * 3 + 1:  # in the eighth epoch
+            raise KeyboardInterrupt
+
+    whole, network = fit(tiny_network(seed=3), tiny, PLATEAU, engine=engine), tiny_network(seed=3)
+    remove = on_training_batch(network, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, tiny, PLATEAU, engine=engine, directory=tmp_path / "run")
+    remove()
+    again = fit(tiny_network(seed=3), tiny, PLATEAU, engine=engine, directory=tmp_path / "run")
+    assert_same_run(again, whole)
+    assert again.history[-1]["lr"] < PLATEAU.lr

@@ -42,7 +42,7 @@ ORDER = (
     *("history", "analysis", "assignments", "plots", "images"),
     *("datasets.cache", "datasets.folders", "datasets.downloads", "datasets.loading"),
     *("engines.dropout", "engines.plain", "engines.agreement", "engines.cpu"),
-    *("engines.cuda_graph", "engines.choice"),
+    *("engines.cuda_graph", "engines.choice", "engines.doctor"),
     *("runs.identity", "runs.folder", "runs.jobs", "runs.trainer"),
     *("runs.transfer", "runs.processes", "runs.cluster"),
     *("fitting", "experiment"),
@@ -52,6 +52,7 @@ ORDER = (
     *("lessons.by_hand", "lessons.sharing", "lessons.diagrams", "lessons.explorer"),
     *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
     *("lessons.watch_plots", "lessons.range_test"),
+    *("lessons.checking", "lessons.norm_mistakes", "lessons.student_code", "lessons.norm_checks"),
     *("cli", "__main__"),
 )
 # Imported by the functions that need them, so that the rest does not wait for them.
@@ -100,9 +101,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_340
+    assert sum(map(lines.get, shelf)) <= 3_360
     assert max(map(lines.get, shelf)) <= 320
-    assert sum(lines.values()) <= 10_500
+    assert sum(lines.values()) <= 12_145
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -210,3 +210,23 @@ def test_numbers_of_any_library_make_the_same_recipe():
     recipe = Recipe(lr=lr, epochs=epochs, batch_size=torch.tensor(16), l1=np.float32(0.5))
     assert recipe == Recipe(lr=0.125, epochs=3, batch_size=16, l1=0.5)
     assert json.loads(json.dumps(recipe.as_dict())) == recipe.as_dict()
+
+
+def test_step_divides_by_ten_at_half_and_at_three_quarters():
+    rates = rates_of_recipe(Recipe(lr=0.5, schedule="step"), 8)
+    assert rates == pytest.approx([0.5] * 4 + [0.05] * 2 + [0.005] * 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plateau_is_that_of_torch(seed):
+    losses = torch.rand(40, generator=torch.Generator().manual_seed(seed)).tolist()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2)
+    recipe = Recipe(lr=0.5, schedule="plateau")
+    for count, loss in enumerate(losses, 1):
+        scheduler.step(loss)
+        rate = recipe.lr * recipe.scale_after(losses[:count])
+        assert rate == pytest.approx(max(optimizer.param_groups[0]["lr"], 0.5e-8), rel=0.1) or (
+            rate < 1e-7  # where torch leaves it, since it hardly changes
+        )
+    assert Recipe(lr=0.5, schedule="constant").scale_after(losses) == 1

@@ -31,6 +31,14 @@ class Source:
     jpegs: str = ""  # a folder below the data root that may hold the same images as JPEG files
     fingerprint: str = ""  # of the original, if torchvision knows no check sums of these files
 
+    def is_in(self, place: Path) -> bool:
+        """Whether all its files are there."""
+        return all(os.path.isfile(place / file) for file in self.files)
+
+    def jpegs_in(self, place: Path) -> bool:
+        """Whether a JPEG copy of its images is there."""
+        return bool(self.jpegs) and os.path.isdir(place / self.jpegs / "train")
+
     def open(self, place: Path, **options: object) -> list:
         """The training and the test part, as torchvision has them."""
         import torchvision
@@ -121,9 +129,9 @@ def find_or_download(name: str, root: Path | None, download: bool) -> Dataset:
     """A data set of torchvision's, wherever it lies; from the internet if it lies nowhere."""
     source = SOURCES[name]
     for place in data_roots(root):
-        if all(os.path.isfile(place / file) for file in source.files):
+        if source.is_in(place):
             return source.read(name, place)
-        if source.jpegs and os.path.isdir(place / source.jpegs / "train"):
+        if source.jpegs_in(place):
             title = f"{source.title} (JPEG copy)"
             return load_folder(place / source.jpegs, None, name=name, title=title)
     if download:

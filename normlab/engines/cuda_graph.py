@@ -40,7 +40,8 @@ class GraphEngine(PlainEngine):
     ) -> None:
         super().__init__(network, recipe, train, test)
         rates = [recipe.rate_at(step, self.all_steps) for step in range(self.all_steps)]
-        self.rates = torch.tensor(rates, dtype=train.dtype, device=self.device)
+        self.schedule = torch.tensor(rates, dtype=train.dtype, device=self.device)
+        self.rates = self.schedule.clone()
         self.step_number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.row = torch.zeros((), dtype=torch.int64, device=self.device)
         largest = max(train.batch_size, test.batch_size)
@@ -88,14 +89,15 @@ class GraphEngine(PlainEngine):
             )
         return ""
 
-    def launch(self, epoch: int) -> None:
-        super().launch(epoch)
+    def launch(self, epoch: int, scale: float = 1.0) -> None:
+        super().launch(epoch, scale)
         self._started = time.perf_counter()
         with self._on_stream(), self.random_state():
             order, draws = self.batches.draw_epoch()
             for mine, drawn in zip((self.order, *self.draws), (order, *draws), strict=True):
                 mine.copy_(drawn)
             self.step_number.fill_(epoch * self.steps)
+            torch.mul(self.schedule, scale, out=self.rates)
             self.sums.zero_()
             for replays in self._replays:
                 self.row.zero_()

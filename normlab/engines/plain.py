@@ -34,7 +34,7 @@ class PlainEngine:
         self.all_steps = recipe.epochs * self.steps
         self.optimizer = self.make_optimizer()
         self.step_options = step_options(recipe)
-        self.epoch = 0
+        self.epoch, self.scale = 0, 1.0
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser, whose state is kept in checkpoints."""
@@ -44,14 +44,19 @@ class PlainEngine:
         """Gets ready for the first epoch; says what is in the way, if anything."""
         return ""
 
-    def launch(self, epoch: int) -> None:
-        """Starts an epoch, where the device works on its own; otherwise only notes its number."""
+    def launch(self, epoch: int, scale: float = 1.0) -> None:
+        """Starts an epoch, where the device works on its own; otherwise only notes its number.
+
+        The learning rates of the recipe's schedule are multiplied by `scale`.
+        """
         self.epoch = self.batches.epoch = epoch
+        self.scale = scale
 
     def collect(self, counted: Counted) -> tuple[EpochResult, EpochResult]:
         """The results of training and testing in the epoch that was launched."""
         done = self.epoch * self.steps
-        scheduler = make_scheduler(self.optimizer, self.recipe, self.all_steps, done=done)
+        recipe = self.recipe.replace(lr=self.recipe.lr * self.scale)
+        scheduler = make_scheduler(self.optimizer, recipe, self.all_steps, done=done)
         batches, options = counted(self.batches), {"scheduler_steps": "batch", **self.step_options}
         with self.random_state():
             train = train_epoch(
@@ -64,7 +69,7 @@ class PlainEngine:
 
     def last_rate(self, epoch: int) -> float:
         """The learning rate of the last step of an epoch."""
-        return self.recipe.rate_at((epoch + 1) * self.steps - 1, self.all_steps)
+        return self.recipe.rate_at((epoch + 1) * self.steps - 1, self.all_steps) * self.scale
 
     def random_state(self) -> AbstractContextManager[None]:
         """The state from which this epoch's dropout is drawn."""

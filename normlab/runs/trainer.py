@@ -143,7 +143,8 @@ class _Training:
                 stack.enter_context(shown).start_at(len(self.history))
                 yield  # when it is ready, as those beside it shall be before its first epoch
                 while len(self.history) < self.recipe.epochs:
-                    self.engine.launch(len(self.history))
+                    losses = [row["train_loss"] for row in self.history]
+                    self.engine.launch(len(losses), self.recipe.scale_after(losses))
                     yield
                     self._collect(shown)
                 self._close_engine()  # predictions are those of the network as a student gets it

@@ -38,7 +38,7 @@ class FrozenRate(GraphEngine):
     """As if the learning rate were a number that the graph has learned by heart."""
 
     def prepare(self):
-        self.rates[:] = self.rates[0]
+        self.schedule[:] = self.schedule[0]
         return super().prepare()
 
 
