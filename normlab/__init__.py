@@ -76,6 +76,8 @@ _HOMES = {
     "model": ("NETWORKS", "Network", "build_network"),
     "lessons.checking": ("Checked",),
     "lessons.norm_checks": ("check_norm",),
+    "lessons.penalty_checks": ("check_penalty",),
+    "lessons.loop_checks": ("check_loop",),
     "norms": ("NORMS", "make_norm"),
     "penalties": ("l1_penalty",),
     "plots": (

@@ -188,6 +188,7 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
         f"{source}, {images} images. Device: {_all(origin['device'])}, torch "
         f"{_all(origin['torch'])}, normlab {_all(origin['normlab'])}, {period}.",
         markdown_table(results),
+        *_at_once(origin),
         _caution(results),
         *_differences_part(results),
         "## Loss",
@@ -205,6 +206,13 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
         "`ln-elementwise` has one for every element.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _at_once(origin: dict[str, list]) -> Iterator[str]:
+    """What the seconds are worth where runs shared the machine."""
+    most = max(origin.get("at_once", [1]))
+    if most > 1:
+        yield f"Up to {most} runs went on at once: the seconds of each contain the others' share."
 
 
 def _all(names: list[str]) -> str:

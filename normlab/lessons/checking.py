@@ -1,6 +1,7 @@
 """What the checks of a student's code share: a result that prints itself, and calls that end."""
 
 import inspect
+import re
 import signal
 import sysconfig
 import threading
@@ -130,6 +131,19 @@ def _where(error: BaseException) -> str:
         return ""
     line = f": {frames[-1].line}" if frames[-1].line else ""
     return f" (in line {frames[-1].lineno} of {frames[-1].name}{line})"
+
+
+def roles_by(names: Mapping[str, str]) -> Callable[[str], str | None]:
+    """Finds the role of an argument's name by the pattern that a role's usual names have.
+
+    The patterns are of small letters, without _ and digits; "G" alone may also be written large.
+    """
+
+    def role_of(name: str) -> str | None:
+        plain = re.sub("[_0-9]", "", name if name == "G" else name.lower())
+        return next((role for role, usual in names.items() if re.fullmatch(usual, plain)), None)
+
+    return role_of
 
 
 def bound(

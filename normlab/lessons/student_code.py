@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normlab.lessons.checking import Failed, attempt, bound
+from normlab.lessons.checking import Failed, attempt, bound, roles_by
 from normlab.norms import EPSILON
 from normlab.support.module_state import copied
 
-# What arguments and attributes are usually called, in small letters without _ and 0 to 9.
+# What arguments and attributes are usually called.
 _ROLES = {
     "x": "x|xs|z|h|inputs?|images?|batch|data|tensor|features?|inp|activations?",
     "scale": "weights?|gammas?|scales?|g|w|gain|γ",
     "shift": "bias|betas?|shifts?|offset|b|β",
-    "groups": "(n|num)?(of)?groups?",
+    "groups": "(n|num)?(of)?groups?|G",
     "eps": "eps|epsilon|e|ε",
     "mean": "(running|moving|run|ema|global|r)(mean|mu|avg|average|m)|(mean|mu)(running|moving)",
     "var": "(running|moving|run|ema|global|r)(var|variance|v)|(var|variance)(running|moving)",
@@ -43,12 +42,7 @@ VECTORS = ("scale", "shift", "mean", "var")
 _ORDER = ("x", "groups", *VECTORS)  # of arguments with other names
 
 
-def role_of(name: str) -> str | None:
-    """The role of an argument or attribute of this name; None if it is no usual one."""
-    if name == "G":
-        return "groups"
-    plain = re.sub("[_0-9]", "", name.lower())
-    return next((role for role, names in _ROLES.items() if re.fullmatch(names, plain)), None)
+role_of = roles_by(_ROLES)
 
 
 class _Options(dict):

@@ -64,9 +64,9 @@ def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True
         look = functools.partial(_show_epochs, _displays(sent, stack, show=progress))
         file = folder / "data.safetensors"
         data.save(file)
-        task = functools.partial(attempt, functools.partial(_train_alone, file))
         while left:
             workers = min(len(left), cores + len(left) % cores)
+            task = functools.partial(attempt, functools.partial(_train_alone, file, workers))
             for job in (yield from _in_pool(task, left, list(left), workers, look)):
                 if (yield from _in_pool(task, left, [job], 1, look)):
                     del left[job]
@@ -134,10 +134,10 @@ def _begin(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _train_alone(file: Path, sent: bytes) -> None:
+def _train_alone(file: Path, processes: int, sent: bytes) -> None:
     with quiet():
         data = _open(file)
-        fit_job(unpack(sent, data), data, device="cpu", progress=False)
+        fit_job(unpack(sent, data), data, device="cpu", progress=False, processes=processes)
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
@@ -46,10 +47,12 @@ def fit_each(
     progress: bool = True,
     engine: str = "auto",
     at_once: int | None = None,
+    processes: int = 1,
 ) -> Outcomes:
     """Does jobs in this process; yields each with its run, or with the error that ended it.
 
     On a GPU the epochs of several overlap: of `at_once`, or of fewer where memory is short.
+    `processes` says how many do so side by side, for the record.
     """
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
@@ -59,7 +62,7 @@ def fit_each(
     while left:
         now, left = left[:at_once], left[at_once:]
         with exact_float32(), torch.inference_mode(False), torch.enable_grad():
-            outcomes = _fit_together(now, data, device, engine, progress)
+            outcomes = _fit_together(now, data, device, engine, progress, processes)
         if without_room := [job for job in outcomes if outcomes[job] is None]:
             at_once, left = max(1, at_once // 2), without_room + left
             gc.collect()  # engines that are in cycles hold memory, too
@@ -67,7 +70,12 @@ def fit_each(
 
 
 def _fit_together(
-    jobs: Sequence[Job], data: Dataset, device: torch.device, engine: str, progress: bool
+    jobs: Sequence[Job],
+    data: Dataset,
+    device: torch.device,
+    engine: str,
+    progress: bool,
+    processes: int,
 ) -> dict[Job, Run | Exception | None]:
     """The runs of jobs that are done at once, or errors; None for want of memory beside others."""
     jobs = [_prepared(job, data, device) for job in jobs]
@@ -83,6 +91,8 @@ def _fit_together(
         trainings = [_Training(job, data, device, engine, progress) for job in left]
         together = can_overlap(training.network for training in trainings)
         for group in [trainings] if together else [[training] for training in trainings]:
+            for training in group:
+                training.at_once = len(group) * processes
             outcomes |= _take_turns(group)
     return outcomes
 
@@ -120,6 +130,7 @@ class _Training:
         self.folder = None if job.directory is None else RunFolder(job.directory)
         self.engine: PlainEngine | None = None
         self.history: list[dict] = []
+        self.at_once = 1  # how many trainings share the machine
 
     def turns(self) -> Generator[None, None, Run]:
         """Resumes or begins, and trains from each `next` to another for an epoch; returns the run.
@@ -158,21 +169,24 @@ class _Training:
 
     def _start(self) -> None:
         """Makes everything ready for the next epoch, on the plain path if need be."""
+        started = time.perf_counter()
         why = self._open_engine(self.choice)
         if problem := disagreement_of(self.engine, self.choice) or self._resume():
             warn(f"{self.job.label} takes the plain path: {problem}")
             why = problem
             self._close_engine()
-            self._open_engine("plain")  # with batches of its own: the other has changed its
+            self._open_engine("plain")  # with new batches: the first engine has changed its own
             self._resume()
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
             "computes_in": self.recipe.dtype,
             "threads": torch.get_num_threads(),
+            "at_once": self.at_once,
         }
         if self.folder is not None:
             self.folder.start(self.job.identity, self.provenance, len(self.history))
+        self.preparation = time.perf_counter() - started  # of steps that are captured, above all
 
     def _open_engine(self, choice: str) -> str:
         """Makes the engine; says why this one."""
@@ -213,8 +227,9 @@ class _Training:
             "test_accuracy": test.accuracy,
             "penalty": train.penalty,
             "lr": self.engine.last_rate(epoch),
-            "seconds": train.seconds + test.seconds,
+            "seconds": train.seconds + test.seconds + self.preparation,
         }
+        self.preparation = 0.0
         self.history.append(row)
         if self.folder is not None:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)

@@ -39,7 +39,6 @@ TRIAL_IMAGES = 8
 # largest number: they may have other numbers of threads or, in a cluster, other processors.
 TRIAL_APART = (1e-4, 1e-3, 1e-3)
 
-
 SECONDS_BETWEEN_LOOKS = 0.5
 
 Ended = Iterator[tuple[Job, Exception | None]]

@@ -220,6 +220,15 @@ def test_the_report_names_every_version_device_and_the_dates_of_its_runs(two_see
     assert origin["before"] == [[{"until_epoch": 1, "threads": 1}]]
 
 
+def test_the_page_says_how_many_runs_went_on_at_once(two_seeds, monkeypatch):
+    results, _ = two_seeds
+    alone = "went on at once"
+    assert alone not in report_text(results)
+    run = results.runs["GN"][1]
+    monkeypatch.setitem(run.provenance, "at_once", 8)
+    assert f"Up to 8 runs {alone}" in report_text(results)
+
+
 def test_a_validation_part_is_called_so(tiny, tiny_assignment):
     assignment = replace(tiny_assignment, variants=tiny_assignment.variants[1:2])
     results = train(assignment, tiny.with_validation(0.25), 1)

@@ -1,6 +1,7 @@
 """Several jobs in one process: at once, one after another, and none twice."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -46,7 +47,20 @@ def fit_together(jobs, data):
 def test_several_at_once_give_what_each_gives_alone(tiny, tiny_network):
     runs = fit_together(three_jobs(tiny_network), tiny)
     for seed, run in enumerate(runs):
-        assert_same_run(run, fit(tiny_network("gn", seed), tiny))
+        alone = fit(tiny_network("gn", seed), tiny)
+        assert_same_run(run, alone)
+        assert (run.provenance["at_once"], alone.provenance["at_once"]) == (3, 1)
+
+
+def test_the_first_epoch_s_seconds_contain_the_preparation(tiny, tiny_network, monkeypatch):
+    def prepare(engine):
+        time.sleep(0.2)
+        return kept(engine)
+
+    kept = CpuEngine.prepare
+    monkeypatch.setattr(CpuEngine, "prepare", prepare)
+    run = fit(tiny_network(), tiny)
+    assert run.history[0]["seconds"] >= 0.2
 
 
 def test_one_that_diverges_does_not_keep_the_others_from_their_end(tiny, tiny_network, tmp_path):
