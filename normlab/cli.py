@@ -88,10 +88,8 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{assignment.title}, {data.source}", flush=True)
         return data
 
-    taken = _taken(options, "engine")
-    results = run_assignment(
-        assignment, data=load_and_tell, directory=options.out / "runs", **taken
-    )
+    place, taken = options.out / "runs", _taken(options, "engine")
+    results = run_assignment(assignment, data=load_and_tell, directory=place, **taken)
     print(f"\n{markdown_table(results)}", flush=True)
     page, data = write_report(results, options.out), results.data
     print(f"\nFigures, tables and {page.name} are in {options.out}")

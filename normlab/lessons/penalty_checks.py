@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.lessons.checking import Checked, Failed, Part, attempt, bound, checked, roles_by
+from normlab.lessons.student_code import as_numbers
 from normlab.penalties import l1_penalty, penalised_weights
 from normlab.support.seeding import seeded
 
@@ -162,10 +163,10 @@ def _parts(candidate: Callable) -> Iterator[Part]:
     networks = _networks()
     before = [[p.detach().clone() for p in network.parameters()] for network in networks]
     given = [_called(candidate, network) for network in networks]
-    try:
-        numbers = torch.stack([torch.as_tensor(each).detach().double().sum() for each in given])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Failed(f"the penalty must be a number, not {given[0]!r:.60}") from error
+    values = [as_numbers(each) for each in given]
+    if any(value is None or value.numel() != 1 for value in values):
+        raise Failed(f"the penalty must be one number, not {given[0]!r:.60}")
+    numbers = torch.cat([value.flatten() for value in values])
     mistakes, due = _value(numbers, networks, _takes(candidate, "factor"))
     yield Part("value", mistakes)
     yield Part("gradients", _gradients(given, due, networks))
@@ -202,8 +203,9 @@ def _value(
             text = f"the penalty is {first:.3g} times the sum where the factor is {_FACTOR}"
             found["factor"] = text
         return found, partial(due, factor=first)
-    text = f"the penalty is {float(numbers[0]):.3g} where {float(l1_penalty(networks[0]).detach()):.3g} is "
-    return {"unknown": f"{text}right (times its factor), by none of the usual mistakes"}, None
+    due = float(l1_penalty(networks[0]).detach())
+    text = f"the penalty is {float(numbers[0]):.3g} where {due:.3g} is right (times its factor)"
+    return {"unknown": f"{text}, by none of the usual mistakes"}, None
 
 
 def _gradients(given: list, due: Callable | None, networks: list[nn.Module]) -> dict[str, str]:
