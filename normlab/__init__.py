@@ -78,6 +78,7 @@ _HOMES = {
     "lessons.norm_checks": ("check_norm",),
     "lessons.penalty_checks": ("check_penalty",),
     "lessons.loop_checks": ("check_loop",),
+    "lessons.mistake_checks": ("check_mistakes",),
     "norms": ("NORMS", "make_norm"),
     "penalties": ("l1_penalty",),
     "plots": (

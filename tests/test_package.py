@@ -53,7 +53,7 @@ ORDER = (
     *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
     *("lessons.watch_plots", "lessons.range_test"),
     *("lessons.checking", "lessons.norm_mistakes", "lessons.student_code", "lessons.norm_checks"),
-    *("lessons.penalty_checks", "lessons.loop_checks"),
+    *("lessons.penalty_checks", "lessons.loop_checks", "lessons.mistake_checks"),
     *("cli", "__main__"),
 )
 # Imported by the functions that need them, so that the rest does not wait for them.
@@ -102,9 +102,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_366
+    assert sum(map(lines.get, shelf)) <= 3_370
     assert max(map(lines.get, shelf)) <= 320
-    assert sum(lines.values()) <= 12_700
+    assert sum(lines.values()) <= 13_040
 
 
 @pytest.mark.parametrize("module", ORDER)

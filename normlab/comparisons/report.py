@@ -291,7 +291,7 @@ def _recipe_table(results: Results) -> str:
     rows = [
         (field, *(_cell(recipe.get(field, "–")) for recipe in recipes.values()))
         for field in every
-        if field not in ("seed", "layers", "code")  # digests tell a reader nothing
+        if field not in ("seed", "layers", "code", "program")  # digests tell a reader nothing
     ]
     return in_markdown(("", *map(escaped, recipes)), rows, rule="---")
 
