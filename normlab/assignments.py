@@ -27,6 +27,7 @@ class Variant:
     skip: bool = True  # whether skip connections are there, where the network has some
     changes: dict = field(default_factory=dict)  # fields of the recipe that differ
     reported: float | None = None  # test accuracy of the student's submission, a fraction
+    declares: tuple[str, ...] = ()  # what else `check_fair` shall expect to differ: "class", …
 
     @property
     def folder(self) -> str:

@@ -139,6 +139,8 @@ def run_assignment(
         own = find_runs([job for job in jobs if job.directory not in runs], data, device)
         runs |= {job.directory: run for job, run in own.items()}
         left = [job for job in jobs if job.directory not in runs]
+        if progress:
+            _say_limits(assignment, jobs)
         if progress and runs:
             print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
         outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
@@ -151,6 +153,17 @@ def run_assignment(
         run.directory = run.directory if directory else None
         results[job.variant.label].append(run)
     return Results(assignment, data, results)
+
+
+def _say_limits(assignment: Assignment, jobs: Iterable[Job]) -> None:
+    """Says which variants have more parameters or epochs than the assignment allows."""
+    for job in {job.variant.label: job for job in jobs}.values():
+        counts = {"parameters": job.identity["parameters"], "epochs": job.recipe.epochs}
+        limits = {"parameters": assignment.parameter_limit, "epochs": assignment.epoch_limit}
+        for what, limit in limits.items():
+            if limit is not None and counts[what] > limit:
+                label, count = job.variant.label, counts[what]
+                print(f"{label} has {count:,} {what}, more than the {limit:,} that are allowed")
 
 
 def make_jobs(

@@ -118,6 +118,26 @@ NORMS = {
 }
 
 
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a layer normalises: one of torch's, or one of one's own with "norm" in its name."""
+    return "norm" in type(layer).__name__.lower() and not list(layer.children())
+
+
+def described_norm(layer: nn.Module) -> str:
+    """What a layer that normalises is and averages over: "GroupNorm of 2 groups over C/G, H, W"."""
+    name, sides = type(layer).__name__, getattr(layer, "normalized_shape", ())
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return f"{name} over N, H, W"
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return f"{name} over H, W"
+    if isinstance(layer, nn.GroupNorm):
+        one = layer.num_groups == 1
+        return (
+            f"{name} of {'1 group over C' if one else f'{layer.num_groups} groups over C/G'}, H, W"
+        )
+    return f"{name} over {', '.join('CHW'[-len(sides) :])}" if sides else name
+
+
 def norm_name(kind: str) -> str:
     """The short name of a normalization: "BN", "BatchNorm2d" and "batch_norm" are all "bn".
 

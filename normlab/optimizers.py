@@ -221,7 +221,7 @@ def _batch_of(banks: Sequence[Tensor]) -> _Batch | None:
     return _cached_batch(shapes, *kinds.pop())
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for good: a captured graph refers to the places in memory
 def _cached_batch(
     shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> _Batch:

@@ -160,3 +160,4 @@ SCHEDULES = {  # each gives the factor of the recipe's rate at a step, from 0 on
     "step": lambda step, steps: 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps)),
     **dict.fromkeys(("constant", "plateau"), lambda step, steps: 1.0),
 }
+OPEN_ENDED = {"constant", "plateau"}  # do not depend on how many steps there will be

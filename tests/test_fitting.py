@@ -1,6 +1,8 @@
 """`fit`: what it computes, that it computes it again, and that it goes on after an interruption."""
 
 import errno
+import importlib
+import itertools
 import json
 import os
 import random
@@ -734,3 +736,158 @@ def test_plateau_resumes_bit_for_bit(tiny, tiny_network, tmp_path, one_thread, e
     again = fit(tiny_network(seed=3), tiny, PLATEAU, engine=engine, directory=tmp_path / "run")
     assert_same_run(again, whole)
     assert again.history[-1]["lr"] < PLATEAU.lr
+
+
+# --- a network of one's own, resumed --------------------------------------------------------------
+
+OWN = """
+import torch
+from torch import nn
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.linear = nn.Linear(400, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        return self.linear(x.flatten(1))
+"""
+
+
+NUMBERS = itertools.count()  # no two modules have the same name
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """`own(source)` makes an unseeded network by the class in a file of this source."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def make(source=OWN, seed=None):
+        number = next(NUMBERS)
+        name = f"own_{number}"
+        (tmp_path / f"{name}.py").write_text(source)
+        torch.manual_seed(100 + number if seed is None else seed)
+        kind = importlib.import_module(name).Own
+        kind.__module__ = "own"
+        return kind()
+
+    return make
+
+
+def interrupted(network, data, folder, *, batch=8):
+    """Ends a training of the network within its second epoch."""
+
+    def interrupt(number, _):
+        if number == batch:
+            raise KeyboardInterrupt
+
+    remove = on_training_batch(network, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, data, RECIPE, folder)
+    remove()
+
+
+def test_a_network_that_was_not_seeded_resumes_from_the_weights_kept(tiny, own, tmp_path):
+    whole = fit(own(seed=7), tiny)
+    interrupted(own(seed=7), tiny, tmp_path / "run")
+    other = own()
+    with pytest.warns(UserWarning, match="begun from other initial weights: those kept there"):
+        resumed = fit(other, tiny, RECIPE, tmp_path / "run")
+    assert_same_run(resumed, whole)
+    assert resumed.identity["initial_weights"] == whole.identity["initial_weights"]
+    with pytest.warns(UserWarning, match="begun from other initial weights"):
+        loaded = fit(own(), tiny, RECIPE, tmp_path / "run")
+    assert_same_run(loaded, whole)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_comments_and_blank_lines_make_no_other_network(tiny, own, tmp_path, finished):
+    commented = OWN.replace("        x = torch", "        # what it does\n\n        x =  torch")
+    if finished:
+        fit(own(seed=7), tiny, RECIPE, tmp_path / "run")
+    else:
+        interrupted(own(seed=7), tiny, tmp_path / "run")
+    again = fit(own(commented, seed=7), tiny, RECIPE, tmp_path / "run")
+    assert_same_run(again, fit(own(seed=7), tiny))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("seed", [7, None])
+def test_changed_code_is_another_network_and_what_to_do_is_said(
+    tiny, own, tmp_path, finished, seed
+):
+    if finished:
+        fit(own(seed=7), tiny, RECIPE, tmp_path / "run")
+    else:
+        interrupted(own(seed=7), tiny, tmp_path / "run")
+    changed = OWN.replace("torch.relu", "torch.tanh")
+    with pytest.raises(ValueError, match=r"network.program differs.* choose another directory, or"):
+        fit(own(changed, seed=seed), tiny, RECIPE, tmp_path / "run")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_the_code_does_not_show_is_seen_with_the_weights_kept(tiny, own, tmp_path, finished):
+    if finished:
+        fit(own(seed=7), tiny, RECIPE, tmp_path / "run")
+    else:
+        interrupted(own(seed=7), tiny, tmp_path / "run")
+    other = own()
+    other.register_forward_hook(lambda module, inputs, logits: -logits)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    words = "its network predicted otherwise" if finished else "kept there the test loss is"
+    with pytest.raises(ValueError, match=words), pytest.warns(UserWarning, match="other initial"):
+        fit(other, tiny, RECIPE, tmp_path / "run")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_fit_says_that_a_network_was_trained_before(tiny, tiny_network, capsys):
+    for norm in ("bn", "gn"):
+        network, said = tiny_network(norm), "the network was trained before"
+        nl.fit(network, tiny, RECIPE, device="cpu")
+        assert said not in capsys.readouterr().out
+        nl.fit(network, tiny, RECIPE, device="cpu")
+        assert said in capsys.readouterr().out
+
+
+CONSTANT = RECIPE.replace(schedule="constant", momentum=0.9, augment=AUGMENT)
+
+
+def test_at_a_constant_rate_a_finished_run_goes_on_for_more_epochs(tiny, tiny_network, tmp_path):
+    fit(tiny_network(dropout=0.2), tiny, CONSTANT, tmp_path)
+    longer = CONSTANT.replace(epochs=5)
+    again = fit(tiny_network(dropout=0.2), tiny, longer, tmp_path)
+    assert_same_run(again, fit(tiny_network(dropout=0.2), tiny, longer))
+    assert again.identity["recipe"]["epochs"] == 5
+    assert_same_run(fit(tiny_network(dropout=0.2), tiny, longer, tmp_path), again)
+    with pytest.raises(ValueError, match=r"recipe.epochs is 5 there and 3 here, and only runs at"):
+        fit(tiny_network(dropout=0.2), tiny, CONSTANT, tmp_path)
+
+
+def test_interrupted_beyond_its_first_end_a_run_goes_on_there(tiny, tiny_network, tmp_path):
+    fit(tiny_network(), tiny, CONSTANT, tmp_path)
+    longer, network = CONSTANT.replace(epochs=5), tiny_network()
+
+    def interrupt(number, _):
+        if number == 8:  # in the fifth epoch
+            raise KeyboardInterrupt
+
+    remove = on_training_batch(network, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, tiny, longer, tmp_path)
+    remove()
+    assert_same_run(fit(network, tiny, longer, tmp_path), fit(tiny_network(), tiny, longer))
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "constant"}])
+def test_other_finished_runs_say_why_they_do_not_go_on(tiny, tiny_network, tmp_path, changes):
+    recipe = RECIPE.replace(**changes)
+    fit(tiny_network(), tiny, recipe, tmp_path)
+    (tmp_path / "checkpoint.safetensors").unlink(missing_ok=True)
+    with pytest.raises(
+        ValueError, match=r"epochs is 3 there and 5 here, and only runs at constant"
+    ):
+        fit(tiny_network(), tiny, recipe.replace(epochs=5), tmp_path)

@@ -194,3 +194,8 @@ def test_banks_too_large_to_be_filled_up_go_one_by_one(in_one_batch, monkeypatch
     monkeypatch.setattr(optimizers, "LARGEST_BATCH", 2 * 8 * 18 - 1)
     assert optimizers._batch_of(banks) is None
     assert optimizers._batch_of([]) is None
+
+
+def test_a_batch_is_kept_for_good():
+    """A captured CUDA graph reads its look-ups where they lie, however many networks come after."""
+    assert optimizers._cached_batch.cache_parameters()["maxsize"] is None

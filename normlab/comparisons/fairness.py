@@ -13,7 +13,7 @@ from normlab.support.checks import check_instance
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest
 # of a module of one's own, norms included.
-_OF_THE_NORM = {"norm", "groups", "layers"}
+_OF_THE_NORM = {"norm", "groups", "layers", "code"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Finding:
     Args:
         what: "parameters", "l1", "images seen", ….
         values: it, by label, for the variants concerned.
-        declared: whether all variants that do not name it among their `changes` agree.
+        declared: whether all variants agree that do not name it, in `changes` or `declares`.
         limit: what the assignment allows, where that is passed.
     """
 
@@ -54,7 +54,7 @@ def check_fair(results: Results) -> list[Finding]:
         values = {label: some.get(what) for label, some in facts.items()}
         if any(value != values[variants[0].label] for value in values.values()):
             found.append(Finding(what, values, declared=_is_declared(what, values, variants)))
-    return [*found, *_limits(results)]
+    return [*found, *limits(results)]
 
 
 def _facts(results: Results, variant: Variant) -> dict[str, object]:
@@ -71,6 +71,8 @@ def _facts(results: Results, variant: Variant) -> dict[str, object]:
 def _facts_of_run(results: Results, variant: Variant, run: Run) -> dict[str, object]:
     about, epochs = run.identity, len(run.history)
     network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
+    if "program" in network:  # of a class of one's own, whose name is told
+        network["class"] += f" ({network.pop('program')[:8]})"
     recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
     return {
         "parameters": about["parameters"],
@@ -102,6 +104,7 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
     """Whether all who do not say that they change it have the same."""
     if what == "skip":
         return True
+    variants = [variant for variant in variants if what not in variant.declares]
     if what == "parameters":  # skips have parameters: only without them must all have as many
         kinds = {variant.skip: set() for variant in variants}
         for variant in variants:
@@ -111,7 +114,8 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
     return len({str(values[v.label]) for v in variants if name not in v.changes}) <= 1
 
 
-def _limits(results: Results) -> Iterator[Finding]:
+def limits(results: Results) -> Iterator[Finding]:
+    """What is beyond the assignment's limits."""
     allowed = results.assignment
     facts = {
         "parameters": (allowed.parameter_limit, lambda run: run.parameters),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING
 from normlab.analysis import Mistakes, find_mistakes
 from normlab.assignments import Variant, folder_name
 from normlab.comparisons.comparison import Difference, compare, main_effects
+from normlab.comparisons.fairness import limits
 from normlab.experiment import Results
 from normlab.images import plot_mistakes
+from normlab.norms import described_norm, is_norm
 from normlab.plots import plot_curves, plot_loss_and_accuracy
 from normlab.support.figures import save_if_drawn
 from normlab.support.files import user_path, write_json, write_text
@@ -202,8 +205,8 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
         *_mistakes_part(results, show),
         "## Networks and recipes",
         _recipe_table(results),
-        "`ln` is one group over channels and positions with one scale and shift a channel, "
-        "`ln-elementwise` has one for every element.",
+        _norm_table(results),
+        *(f"Over what the assignment allows: {escaped(str(each))}." for each in limits(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -291,9 +294,21 @@ def _recipe_table(results: Results) -> str:
     rows = [
         (field, *(_cell(recipe.get(field, "–")) for recipe in recipes.values()))
         for field in every
-        if field not in ("seed", "layers", "code")  # digests tell a reader nothing
+        if field not in ("seed", "layers", "code", "program")  # digests tell a reader nothing
     ]
     return in_markdown(("", *map(escaped, recipes)), rows, rule="---")
+
+
+def _norm_table(results: Results) -> str:
+    """The layers that normalise in each variant's network, whatever the variant is called."""
+    rows = []
+    for label, runs in results.runs.items():
+        layers = [layer for layer in runs[0].network.modules() if is_norm(layer)]
+        kinds = Counter(map(described_norm, layers))
+        learned = sum(weight.numel() for layer in layers for weight in layer.parameters())
+        told = "; ".join(f"{count} × {kind}" for kind, count in kinds.items()) or "none"
+        rows.append((escaped(label), escaped(told), f"{learned:,}"))
+    return in_markdown(("", "layers that normalise", "their parameters"), rows, rule="---")
 
 
 def _cell(value: object) -> str:

@@ -1,6 +1,7 @@
 """The data sets that torchvision can download: read from files that are here, else fetched."""
 
 import http.client
+import math
 import os
 import shutil
 import socket
@@ -75,8 +76,16 @@ class Source:
         found = []
         for file in self.files:
             content = (place / file).read_bytes()
-            start, *shape = 4 + 4 * content[3], *struct.unpack_from(f">{content[3]}I", content, 4)
-            found.append(np.frombuffer(content, np.uint8, offset=start).reshape(shape))
+            magic, *shape = (2051, 28, 28) if "images" in file else (2049,)
+            start = 8 + 4 * len(shape)
+            count, rest = divmod(len(content) - start, math.prod(shape))
+            header = struct.pack(f">{start // 4}I", magic, max(count, 0), *shape)
+            if count < 1 or rest or content[:start] != header:
+                raise ValueError(f"{place / file}: its header and its size do not fit together")
+            found.append(np.frombuffer(content, np.uint8, offset=start).reshape(count, *shape))
+            wrong = not shape and (count != len(found[-2]) or found[-1].max() >= len(self.classes))
+            if wrong:
+                raise ValueError(f"{place / file}: its labels do not fit to the images")
         return [found[0][:, None], found[1], found[2][:, None], found[3], self.classes]
 
 

@@ -67,7 +67,7 @@ def _list_classes(part: Path, unread: list[Path]) -> dict[str, list[Path]]:
     classes: dict[str, list[Path]] = {}
     for folder in _visible(part):
         if not folder.is_dir():
-            unread.append(Path(folder))
+            unread.append(folder)
             continue
         name = readable(folder.name)
         if name in classes:
@@ -75,7 +75,7 @@ def _list_classes(part: Path, unread: list[Path]) -> dict[str, list[Path]]:
         classes[name] = []
         for each in _visible(folder):
             is_image = each.is_file() and each.name.lower().endswith(suffixes)
-            (classes[name] if is_image else unread).append(Path(each))
+            (classes[name] if is_image else unread).append(each)
         if not classes[name]:
             raise ValueError(f"class folder {readable(folder)} holds no image to read")
     if not classes:
@@ -83,9 +83,8 @@ def _list_classes(part: Path, unread: list[Path]) -> dict[str, list[Path]]:
     return dict(sorted(classes.items()))
 
 
-def _visible(folder: os.PathLike) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _warn_of_unread(unread: list[Path], folder: Path) -> None:

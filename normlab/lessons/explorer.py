@@ -79,16 +79,12 @@ def _form(kind: str, shape: Shape, groups: int) -> VBox:
     from IPython.core.pylabtools import print_figure
     from ipywidgets import Dropdown, Image, IntSlider, VBox, interactive
 
-    kinds = [(NORMS[name].title.capitalize(), name) for name in explorable()]
     names = ("images N", "channels C", "rows H", "columns W", "groups G")
     sliders = {
         name: IntSlider(value, 1, most, continuous_update=False)
         for name, value, most in zip(names, (*shape, groups), (*LIMITS, LIMITS[1]), strict=True)
     }
-
-    image = Image(
-        layout={"max_width": "100%"}
-    )  # what the first call shows would be lost in Jupyter
+    image = Image(layout={"max_width": "100%"})  # Jupyter loses what `interactive` shows at first
 
     def draw(kind: str, **numbers: int) -> None:
         *shape, groups = numbers.values()
@@ -98,8 +94,9 @@ def _form(kind: str, shape: Shape, groups: int) -> VBox:
         if fitting == groups:
             image.value = print_figure(_picture(kind, tuple(shape), groups), dpi=80)
 
-    kinds = Dropdown(options=kinds, value=kind, layout={"width": "480px"})
-    return VBox([interactive(draw, kind=kinds, **sliders), image])
+    kinds = [(NORMS[name].title.capitalize(), name) for name in explorable()]
+    chooser = Dropdown(options=kinds, value=kind, layout={"width": "480px"})
+    return VBox([interactive(draw, kind=chooser, **sliders), image])
 
 
 @drawn
@@ -121,7 +118,8 @@ def _picture(kind: str, shape: Shape, groups: int) -> Figure:
     )
     draw_cube(axes["cube"], NORMS[kind], (images, channels, height * width), groups)
     layer, x = make_norm(kind, channels, groups=groups, size=(height, width)), _numbers(shape)
-    if numbers_a_mean(NORMS[kind], shape, groups) == 1 and NORMS[kind].moment == "mean":
+    alone = NORMS[kind].statistics(shape, groups=groups) == math.prod(shape)
+    if alone and NORMS[kind].moment == "mean":
         layer, y = nn.Identity(), torch.zeros(shape)  # x − mean; torch refuses to compute it
     else:
         y = layer(x).detach()
@@ -139,18 +137,14 @@ def _numbers(shape: Shape) -> Tensor:
     return x[tuple(map(slice, shape))]
 
 
-def numbers_a_mean(kind: NormKind, shape: Shape, groups: int) -> int:
-    """How many numbers of (N, C, H, W) share one mean."""
-    return math.prod(shape) // kind.statistics(shape, groups=groups)
-
-
 def counts_in_words(kind: NormKind, shape: Shape, groups: int) -> str:
     """How many means there are, of how many numbers, and how many numbers are learned."""
     own = kind.own_axes(shape, groups=groups)
     product = " · ".join(own)
     if len(own) > 1:
         product += " = " + " · ".join(map(str, own.values()))
-    count, each = kind.statistics(shape, groups=groups), numbers_a_mean(kind, shape, groups)
+    count = kind.statistics(shape, groups=groups)
+    each = math.prod(shape) // count
     learned = " · ".join((str(len(kind.learned)), *kind.learned_axes)).removeprefix("1 · ")
     return (
         f"{kind.title.split(',')[0].capitalize()}: {product} = {count} {kind.moment}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import check_instance, number
+from normlab.support.checks import check_instance, number, whole_number
 from normlab.support.module_state import copied
 from normlab.support.seeding import seeded
 from normlab.support.tensor_checks import check_weights
@@ -59,8 +59,7 @@ def rescale_weights(
 
     The gradient is that of a fixed random weighting of the outputs. Source: van Laarhoven, "L2
     Regularization versus Batch and Weight Normalization", 2017.
-    Raises `ValueError` if there is no such layer, no filter or no image, `IndexError` for a filter
-    that the layer does not have.
+    Raises `ValueError` if there is no such layer, no such filter, or no image.
     """
     check_instance(network, nn.Module, "a network", "nl.build_network(…) gives one")
     if not len(images):
@@ -68,9 +67,13 @@ def rescale_weights(
     factor = number(factor, "factor", positive=True)
     check_weights(network)
     name, count = _find(network, layer)
-    rows = torch.arange(count)[... if filters is None else list(filters)]
-    if not len(rows):
-        raise ValueError("filters must name at least one filter")
+    filters = range(count) if filters is None else filters
+    rows = sorted({whole_number(each, "a filter", least=0) for each in filters})
+    if not rows or rows[-1] >= count:
+        raise ValueError(
+            f"filters must be numbers from 0 to {count - 1}, as layer {name!r} has {count} of "
+            f"them, not {rows}"
+        )
     before, slope = _output_and_gradient(network, images, name, rows, 1.0)
     after, new_slope = _output_and_gradient(network, images, name, rows, factor)
     return Rescaled(
@@ -94,7 +97,7 @@ def _find(network: nn.Module, layer: str | None) -> tuple[str, int]:
 
 
 def _output_and_gradient(
-    network: nn.Module, images: Tensor, layer: str, rows: Tensor, factor: float
+    network: nn.Module, images: Tensor, layer: str, rows: list[int], factor: float
 ) -> tuple[Tensor, Tensor]:
     """The output of a copy with rows of the weight multiplied, and their gradient, flattened."""
     twin = copied(network).train()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from normlab.support.checks import check_instance
+from normlab.support.checks import check_instance, whole_number
 from normlab.support.seeding import seeded
 
 # How far each element is moved. One step alone may hide what is shared: two numbers that are
@@ -39,6 +39,8 @@ def shared_statistics(
 
     check_instance(layer, nn.Module, "a layer", "nn.BatchNorm2d(4), say")
     check_instance(shape, tuple, "shape", "(N, C, H, W), say")
+    for side in shape:
+        whole_number(side, "each side of shape")
     output = _as_function(layer, training=training, seed=seed)
     with seeded(seed, "input"):
         x = torch.randn(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,14 +26,13 @@ SHEETS = {  # by name: the norm and its groups
 }
 N, C, H, W = SHAPE = (4, 4, 2, 2)
 
-# Rows of the first number, of the first mean, and, on the first sheet, of channel 1's scale (column
-# B) and shift (column C). All sheets have the batch in the same cells.
-TOP, TABLE, LEARNED = 7, 18, 23
+# Rows of the first mean, and, on the first sheet, of channel 1's scale (column B) and shift (C).
+TABLE, LEARNED = 18, 23
 
 
 def _cells(columns: str) -> np.ndarray:
-    """The names of a batch's cells in these columns, (N, C, H, W)."""
-    table = [[f"{column}{TOP + row}" for column in columns] for row in range(N * H)]
+    """The names of a batch's cells in these columns, (N, C, H, W), the same on all sheets."""
+    table = [[f"{column}{row}" for column in columns] for row in range(7, 7 + N * H)]
     return np.array(table).reshape(N, H, C, W).transpose(0, 2, 1, 3)
 
 
@@ -90,39 +90,40 @@ def to_spreadsheet(path: str | Path) -> Path:
 def _write_numbers(book: Workbook) -> None:
     """The numbers that the reader may change."""
     title = "A batch of four images. Change any yellow cell: all other sheets follow."
-    sheet = _new_sheet(book, "Batch", title)
-    _write_batch(sheet, BEFORE, "x", example_batch().int().flatten().tolist())
-    added = "is added to every variance, so that nothing is divided by 0"
-    weight = "is the weight of the new batch in BN's running statistics"
-    rows = {TABLE: ["ε", EPSILON, added], TABLE + 1: ["momentum", 0.1, weight]}
-    rows |= {LEARNED - 1: ["", "scale", "shift"]}
-    rows |= {LEARNED + channel: [f"channel {channel + 1}", 1, 0] for channel in range(C)}
-    for row, values in rows.items():
-        _write_row(sheet, row, values)
-    learned = [f"{column}{LEARNED + channel}" for column in "BC" for channel in range(C)]
-    _paint(sheet, [*BEFORE.flat, f"B{TABLE}", f"B{TABLE + 1}", *learned], "#FFF7CC")
+    cells = dict(zip(BEFORE.flat, example_batch().int().flatten().tolist(), strict=True))
+    cells |= {"A18": "ε", "B18": EPSILON}
+    cells |= {"C18": "is added to every variance, so that nothing is divided by 0"}
+    cells |= {"A19": "momentum", "B19": 0.1}
+    cells |= {"C19": "is the weight of the new batch in BN's running statistics"}
+    cells |= {f"B{LEARNED - 1}": "scale", f"C{LEARNED - 1}": "shift"}
+    for channel, row in enumerate(range(LEARNED, LEARNED + C), start=1):
+        cells |= {f"A{row}": f"channel {channel}", f"B{row}": 1, f"C{row}": 0}
+    sheet = _write(book, "Batch", title, cells)
+    _paint(sheet, [cell for cell, value in cells.items() if not isinstance(value, str)], "#FFF7CC")
 
 
 def _write_norm(book: Workbook, name: str, kind: str, groups: int) -> None:
     """Input and result side by side in the colours of their sets, and a row for each set."""
     over = ", ".join(NORMS[kind].averaged)
     title = f"{heading(NORMS[kind], groups)}: cells of one colour share a mean, over {over}"
-    sheet, after = _new_sheet(book, name, title), []
+    cells = {"C5": "x, from the first sheet", "N5": "(x − mean) / √(variance + ε) · scale + shift"}
     sets = shared_statistics(make_norm(kind, C, groups=groups), SHAPE).numpy()
     for place, cell in np.ndenumerate(BEFORE):
         row, learned = TABLE + sets[place], LEARNED + place[1]
-        after.append(f"=({cell}-$D${row})/$F${row}*Batch!$B${learned}+Batch!$C${learned}")
-    _write_batch(sheet, BEFORE, "x, from the first sheet", [f"=Batch!{x}" for x in BEFORE.flat])
-    _write_batch(sheet, AFTER, "(x − mean) / √(variance + ε) · scale + shift", after)
+        normalised = f"({cell}-$D${row})/$F${row}*Batch!$B${learned}+Batch!$C${learned}"
+        cells |= {cell: f"=Batch!{cell}", AFTER[place]: f"={normalised}"}
     formulas = STATISTICS | (KEPT if "N" in NORMS[kind].averaged else {})
-    _write_row(sheet, TABLE - 1, ["", *formulas])
-    for number, colour in enumerate(tints(sets.max() + 1)):
+    for number in range(sets.max() + 1):
         row, x, y = TABLE + number, BEFORE[sets == number], AFTER[sets == number]
         places = {"x": f"{x[0]}:{x[-1]}", "y": f"{y[0]}:{y[-1]}", "row": row}  # rectangles
-        values = [formula.format(**places) for formula in formulas.values()]
-        _write_row(sheet, row, [_name(sets == number), *values])
-        _paint(sheet, [*x, *y, f"A{row}"], colour)
-        for cell in (*y, *(f"{column}{row}" for column in "DEFGHIJK")):
+        cells[f"A{row}"] = _name(sets == number)
+        for column, (what, formula) in zip("BCDEFGHIJK", formulas.items(), strict=False):
+            cells |= {f"{column}{TABLE - 1}": what, f"{column}{row}": formula.format(**places)}
+    sheet = _write(book, name, title, cells)
+    for number, colour in enumerate(tints(sets.max() + 1)):
+        chosen, row = sets == number, TABLE + number
+        _paint(sheet, [*BEFORE[chosen], *AFTER[chosen], f"A{row}"], colour)
+        for cell in (*AFTER[chosen], *(f"{column}{row}" for column in "DEFGHIJK")):
             sheet[cell].number_format = "0.000"
 
 
@@ -136,32 +137,23 @@ def _name(chosen: np.ndarray) -> str:
     return ", ".join(words)
 
 
-def _new_sheet(book: Workbook, name: str, title: str) -> Worksheet:
+def _write(book: Workbook, name: str, title: str, cells: dict[str, object]) -> Worksheet:
+    """A sheet of these cells, and the numbers of the images and channels beside the batches."""
     from openpyxl.styles import Font
 
     sheet = book.create_sheet(name)
-    sheet["A1"] = title
-    sheet["A1"].font = Font(bold=True, size=14)
+    sheet["A1"], sheet["A1"].font = title, Font(bold=True, size=14)
     sheet.page_setup.orientation = "landscape"
     sheet.sheet_properties.pageSetUpPr.fitToPage = True
     for letter in "ABCDEFGHIJK":
         sheet.column_dimensions[letter].width = 24 if letter == "A" else 16
-    return sheet
-
-
-def _write_batch(sheet: Worksheet, cells: np.ndarray, title: str, values: list) -> None:
-    """The values of a batch in the order of its cells, and which image and channel they are of."""
-    for cell, value in zip(cells.flat, values, strict=True):
+    for cell, value in cells.items():
         sheet[cell] = value
-    for number in range(4):
-        sheet[cells[0, number, 0, 0]].offset(row=-1).value = f"channel {number + 1}"
-        sheet[cells[number, 0, 0, 0]].offset(column=-1).value = f"image {number + 1}"
-    sheet[cells[0, 0, 0, 0]].offset(row=-2).value = title
-
-
-def _write_row(sheet: Worksheet, row: int, values: list) -> None:
-    for column, value in enumerate(values, start=1):
-        sheet.cell(row, column, value)
+    for batch, number in itertools.product((BEFORE, AFTER), range(4)):
+        if batch[0, 0, 0, 0] in cells:
+            sheet[batch[0, number, 0, 0]].offset(row=-1).value = f"channel {number + 1}"
+            sheet[batch[number, 0, 0, 0]].offset(column=-1).value = f"image {number + 1}"
+    return sheet
 
 
 def _paint(sheet: Worksheet, cells: Iterable[str], colour: str) -> None:

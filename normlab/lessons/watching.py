@@ -128,11 +128,8 @@ class Watch:
         trains = module.training and torch.is_grad_enabled()
         self._awaited, self._last = self._awaited or trains, None
         self._recording = trains and self.steps % self.every == 0
-        if (
-            self._recording
-            and torch.cuda.is_available()
-            and torch.cuda.is_current_stream_capturing()
-        ):
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self._recording and capturing:
             raise RuntimeError(
                 "watch cannot record inside a CUDA graph, whose steps are replayed without Python: "
                 "take the steps one by one, or call fit after watch, which then does"

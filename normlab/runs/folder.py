@@ -13,7 +13,16 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from normlab.history import COLUMNS, Run
-from normlab.runs.identity import differences, earlier_computations, recipe_in, weights_digest
+from normlab.recipes import OPEN_ENDED
+from normlab.runs.identity import (
+    began_otherwise,
+    differences,
+    earlier_computations,
+    is_beginning,
+    recipe_in,
+    weights_digest,
+)
+from normlab.support.checks import warn
 from normlab.support.files import read_json, remove_leftovers, write_bytes, write_json, write_text
 from normlab.support.locks import LOCK, InUse, locked
 
@@ -38,9 +47,12 @@ class RunFolder:
         self._history, self._weights, self._predictions = self._results
         self._identity: dict = {}
 
-    def open(self, identity: dict) -> bool:
+    def open(self, identity: dict, *, any_weights: bool = False) -> bool:
         """Whether the finished run with this identity lies here; nothing is changed.
 
+        A finished run with fewer epochs goes on, if its rates do not depend on their number.
+        With `any_weights` a network of one's own may have begun from other weights, as one does
+        that was not seeded: a warning says so.
         Raises `ValueError`, naming the difference, if epochs of another run lie here.
         """
         if self.is_empty():
@@ -50,9 +62,24 @@ class RunFolder:
         if identity["initial_weights"] == config.get("final_weights"):  # the run's own network
             kept = kept | {"initial_weights": identity["initial_weights"], "logits": {}}
         found = differences(kept, identity)
+        if is_beginning(kept, identity) and self._checkpoint.is_file():
+            return False
         if found and (finished or self._checkpoint.is_file()):
-            raise another_run(self.directory, "; ".join(found))
+            if found[0].startswith("recipe.epochs"):
+                found[0] += ", and only runs at constant rates go on, by their checkpoint"
+            if not any_weights or not began_otherwise(kept, identity):
+                raise another_run(self.directory, "; ".join(found))
+            warn(
+                f"{self.directory} holds this training, begun from other initial weights: those "
+                "kept there are taken (seed the network, as by torch.manual_seed, to have the same)"
+            )
         return finished
+
+    def identity_of(self, wanted: dict) -> dict:
+        """The identity of the unfinished run here, if that is `wanted` but for initial weights."""
+        there = self._config.is_file() and self._checkpoint.is_file()
+        kept = self._read_config()["is"] if there else wanted
+        return kept if began_otherwise(kept, wanted) else wanted
 
     def _read_config(self) -> dict:
         config = read_json(self._config) if self._config.is_file() else None
@@ -107,7 +134,7 @@ class RunFolder:
             # Not where it is in use, or only to be read.
             with suppress(InUse, OSError), locked(self.directory, wait=False):
                 if self.is_finished():
-                    self._checkpoint.unlink(missing_ok=True)
+                    self._remove_checkpoint(self._read_config())
                     remove_leftovers(self.directory)
 
     def start(self, identity: dict, provenance: dict, epochs: int) -> None:
@@ -149,7 +176,8 @@ class RunFolder:
         tensors, about = self._read(self._checkpoint)
         if about.get("digest") != _json_digest(about | {"tensors": weights_digest(tensors)}):
             raise self._damaged(self._checkpoint)
-        if found := differences(json.loads(about["is"]), identity):
+        kept = json.loads(about["is"])
+        if (found := differences(kept, identity)) and not is_beginning(kept, identity):
             raise self._damaged(self._checkpoint, f"of another run ({'; '.join(found)})")
         states, weights = {}, {}
         try:
@@ -175,7 +203,12 @@ class RunFolder:
         write_bytes(self._predictions, tensors_to_bytes(guesses))
         run.config["digests"] = {file.name: _file_digest(file) for file in self._results}
         self._write_config(run.config)
-        self._checkpoint.unlink(missing_ok=True)
+        self._remove_checkpoint(run.config)
+
+    def _remove_checkpoint(self, config: dict) -> None:
+        """If no more epochs can follow."""
+        if config["is"]["recipe"]["schedule"] not in OPEN_ENDED:
+            self._checkpoint.unlink(missing_ok=True)
 
     def load(self, network: nn.Module) -> Run:
         """The finished run that lies here, its weights put into `network`."""

@@ -6,10 +6,13 @@ which versions; it does not change what a run is.
 
 import hashlib
 import inspect
+import io
 import json
 import math
 import platform
 import re
+import textwrap
+import tokenize
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from normlab.data import Dataset
 from normlab.model import Network, build_network
 from normlab.norms import NORMS
-from normlab.recipes import DTYPES, Recipe
+from normlab.recipes import DTYPES, OPEN_ENDED, Recipe
 from normlab.support.module_state import copied, evaluating, set_training
 from normlab.support.seeding import generator, seeded
 from normlab.support.summaries import count_parameters
@@ -77,6 +80,7 @@ def digest_of(identity: dict) -> str:
     alone have the same digits, and the second one is refused in the folder of the first.
     """
     covered = {key: value for key, value in identity.items() if key != "logits" and value != []}
+    covered["network"] = {k: v for k, v in covered["network"].items() if k != "program"}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -108,18 +112,34 @@ def _describe(network: nn.Module) -> dict:
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     kinds = {type(layer) for layer in network.modules()}
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
-    code = "".join(sorted(map(_source, own)))
-    digests = (hashlib.sha256(text.encode()).hexdigest() for text in (layers, code))
-    return {"class": type(network).__name__} | dict(zip(("layers", "code"), digests, strict=True))
+    sources = sorted(map(_sources, own))
+    program = "".join(_program(text) for texts in sources for text in texts)
+    # "code" is the text as it is, which is all that kept runs of earlier versions tell.
+    texts = {"layers": layers, "code": "".join(map("".join, sources)), "program": program}
+    digests = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
+    return {"class": type(network).__name__} | digests
 
 
-def _source(thing: type | Callable) -> str:
-    """The source of a class or function, as far as there is any: in a notebook of the methods."""
+def _sources(thing: type | Callable) -> list[str]:
+    """The source of a class or function; of a class without a file that of its methods, or code."""
     try:
-        return inspect.getsource(thing)
+        return [inspect.getsource(thing)]
     except (OSError, TypeError):
-        methods = filter(inspect.isfunction, getattr(thing, "__dict__", {}).values())
-        return "".join([thing.__qualname__, *map(_source, methods)])
+        if code := getattr(thing, "__code__", None):
+            constants = [value for value in code.co_consts if not inspect.iscode(value)]
+            return [f"{code.co_name} {code.co_code.hex()} {code.co_names} {constants}"]
+        methods = filter(inspect.isfunction, vars(thing).values())
+        return [thing.__qualname__, *(text for each in methods for text in _sources(each))]
+
+
+def _program(source: str) -> str:
+    """The words of a source, without comments, blank lines and how they are laid out."""
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT)
+    words = tokenize.generate_tokens(io.StringIO(textwrap.dedent(source)).readline)
+    try:
+        return " ".join(word.string or "." for word in words if word.type not in layout)
+    except (tokenize.TokenError, SyntaxError):
+        return source
 
 
 # --- what a network computes ------------------------------------------------------------------
@@ -207,6 +227,23 @@ def differences(kept: dict, wanted: dict, where: str = "") -> list[str]:
     return found
 
 
+def began_otherwise(kept: dict, wanted: dict) -> bool:
+    """Whether it is the same training of a network of one's own, but for its initial weights."""
+    apart = kept.get("initial_weights") != wanted["initial_weights"]
+    begun = dict.fromkeys(("initial_weights", "logits"))  # logits follow from the weights
+    own = "class" in wanted["network"]
+    return own and apart and not differences(kept | begun, wanted | begun)
+
+
+def is_beginning(kept: dict, wanted: dict) -> bool:
+    """Whether the kept training is the wanted one with fewer epochs, at rates that know of none."""
+    recipe, epochs = kept.get("recipe"), wanted["recipe"]["epochs"]
+    if wanted["recipe"]["schedule"] not in OPEN_ENDED or not isinstance(recipe, dict):
+        return False
+    fewer = isinstance(recipe.get("epochs"), int) and recipe["epochs"] < epochs
+    return fewer and not differences(kept | {"recipe": recipe | {"epochs": epochs}}, wanted)
+
+
 def _comparable(part: str, kept: dict, wanted: dict) -> tuple[dict, dict]:
     """Two parts of identities with the same fields, of which those count that are not equal."""
     both = kept.keys() & wanted.keys()
@@ -220,6 +257,8 @@ def _comparable(part: str, kept: dict, wanted: dict) -> tuple[dict, dict]:
         both = {mode for mode in both if are_apart(kept[mode], wanted[mode])}
     elif part != "network" or "class" not in both:
         return kept, wanted
+    elif "program" in both:
+        both = both - {"code"}
     return {name: kept[name] for name in both}, {name: wanted[name] for name in both}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -72,6 +73,13 @@ class Job:
         move(network, device, self.recipe)
         return job
 
+    def may_begin_otherwise(self) -> bool:
+        """Whether the network may have other initial weights than a kept run of it: if not seeded.
+
+        Those of an assignment are, and a trained network is no beginning.
+        """
+        return self.variant is None and not was_trained(self.build())
+
     def find(self, data: Dataset, device: torch.device, *, only_read: bool = False) -> Run | None:
         """The finished run that lies in its directory, in evaluation mode; None if there is none.
 
@@ -81,7 +89,7 @@ class Job:
         then the network has its own weights.
         """
         folder = None if self.directory is None else RunFolder(self.directory)
-        if folder is None or not folder.open(self.identity):
+        if folder is None or not folder.open(self.identity, any_weights=self.may_begin_otherwise()):
             return None
         if not only_read:
             folder.tidy()
@@ -96,6 +104,15 @@ class Job:
             raise another_run(self.directory, "its network predicted otherwise, with its weights")
         network.eval()
         return run
+
+
+TRAINED: WeakSet[nn.Module] = WeakSet()  # in this process
+
+
+def was_trained(network: nn.Module) -> bool:
+    """Whether `fit` has trained the network, or batch normalization has counted batches."""
+    counters = (getattr(layer, "num_batches_tracked", None) for layer in network.modules())
+    return network in TRAINED or any(bool(count) for count in counters if count is not None)
 
 
 def _predicts_what_is_kept(run: Run, data: Dataset) -> bool:

@@ -15,15 +15,24 @@ from normlab.engines.choice import ENGINES, disagreement_of, make_engine
 from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
-from normlab.runs.folder import RunFolder
-from normlab.runs.identity import provenance, weights_digest
-from normlab.runs.jobs import CHANCE_EPOCHS, Job, Outcomes, find_runs, warn_if_at_chance
+from normlab.runs.folder import RunFolder, another_run
+from normlab.runs.identity import LOGITS_APART, provenance, weights_digest
+from normlab.runs.jobs import (
+    CHANCE_EPOCHS,
+    TRAINED,
+    Job,
+    Outcomes,
+    find_runs,
+    warn_if_at_chance,
+    was_trained,
+)
 from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
 from normlab.support.locks import locked
 from normlab.support.module_state import modes_kept
 from normlab.support.progress import Progress
 from normlab.support.seeding import seeded
+from normlab.training import test_epoch
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -126,6 +135,7 @@ class _Training:
         self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
     ) -> None:
         self.job, self.recipe, self.network = job, job.recipe, job.build()
+        self.identity = job.identity
         self.data, self.device, self.choice, self.progress = data, device, engine, progress
         self.folder = None if job.directory is None else RunFolder(job.directory)
         self.engine: PlainEngine | None = None
@@ -165,6 +175,7 @@ class _Training:
                 self.network.load_state_dict(initial)
             raise
         self.network.eval()
+        TRAINED.add(self.network)
         return run
 
     def _start(self) -> None:
@@ -177,6 +188,8 @@ class _Training:
             self._close_engine()
             self._open_engine("plain")  # with new batches: the first engine has changed its own
             self._resume()
+        if self.progress and not self.history and was_trained(self.network):
+            print(f"{self.job.label}: the network was trained before, and starts from its weights")
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
             "because": why,
@@ -185,7 +198,7 @@ class _Training:
             "at_once": self.at_once,
         }
         if self.folder is not None:
-            self.folder.start(self.job.identity, self.provenance, len(self.history))
+            self.folder.start(self.identity, self.provenance, len(self.history))
         self.preparation = time.perf_counter() - started  # of steps that are captured, above all
 
     def _open_engine(self, choice: str) -> str:
@@ -198,9 +211,21 @@ class _Training:
     def _resume(self) -> str:
         """Has the engine go on after the epochs that are kept; says what is in its way, if so."""
         if self.folder is not None:
-            about = (self.network, self.engine.optimizer, self.job.identity)
+            if self.job.may_begin_otherwise():
+                self.identity = self.folder.identity_of(self.job.identity)
+            about = (self.network, self.engine.optimizer, self.identity)
             self.history = self.folder.load_epoch(*about)
+            if self.identity is not self.job.identity:
+                self._check_kept_weights()
         return self.engine.prepare()
+
+    def _check_kept_weights(self) -> None:
+        """Raises `ValueError` unless the network tests as it did with the weights that are kept."""
+        kept = self.history[-1]["test_loss"]
+        loss = test_epoch(self.network, self.engine.tests).loss
+        if not math.isclose(loss, kept, rel_tol=LOGITS_APART):
+            what = f"with the weights kept there the test loss is {loss:.4g}, not {kept:.4g}"
+            raise another_run(self.job.directory, what)
 
     def _close_engine(self) -> None:
         if self.engine is not None:
@@ -240,7 +265,7 @@ class _Training:
     def _finish(self) -> Run:
         with seeded(self.recipe.seed, "predictions", device=self.device):
             predicted, probability = class_and_probability(predict(self.network, self.data))
-        config = {"is": self.job.identity, "from": self.provenance}
+        config = {"is": self.identity, "from": self.provenance}
         config["final_weights"] = weights_digest(self.network.state_dict())
         about = (self.network, self.recipe, self.history, predicted, probability, config)
         run = Run(*about, self.job.directory)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -73,23 +73,18 @@ def exact_float32() -> Iterator[None]:
     parts = [b.cuda.matmul]
     parts += [getattr(b.cudnn, name, None) for name in ("conv", "rnn")]
     parts += [getattr(b.mkldnn, name, None) for name in ("conv", "matmul")]
-    found = [(b.cudnn, "allow_tf32", False)]
-    found += [(part, "fp32_precision", "ieee") for part in parts if hasattr(part, "fp32_precision")]
-    before, precision = [], None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Please use the new API")
-        with suppress(RuntimeError):
-            precision = torch.get_float32_matmul_precision()
-        for part, name, _ in found:
+    exact = [(b.cudnn, "allow_tf32", False)]
+    exact += [(part, "fp32_precision", "ieee") for part in parts if hasattr(part, "fp32_precision")]
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Please use the new API")
+            for part, name, _ in reversed(exact):  # what is kept last is put back first
+                with suppress(RuntimeError):
+                    stack.callback(setattr, part, name, getattr(part, name))
             with suppress(RuntimeError):
-                before.append((part, name, getattr(part, name)))
-        torch.set_float32_matmul_precision("highest")
-        for part, name, exact in found:
-            setattr(part, name, exact)
-    try:
+                precision = torch.get_float32_matmul_precision()
+                stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+            for part, name, value in exact:
+                setattr(part, name, value)
         yield
-    finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        for part, name, value in before:
-            setattr(part, name, value)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import secrets
 import shutil
 import sys
 import tempfile
@@ -86,31 +85,29 @@ def _print(message: str) -> None:
 def scratch_folder() -> Iterator[Path]:
     """A temporary folder while the block lasts; removes those of processes that were killed.
 
-    A lock beside it says whether it is in use. The process id in its name would not: it may be
-    that of another container, or given anew.
+    A lock in it says whether it is in use. The process id in its name would not: it may be that of
+    another container, or given anew.
     """
-    temporary = Path(tempfile.gettempdir())
-    for lock in temporary.glob("normlab-*.lock"):
+    for lock in Path(tempfile.gettempdir()).glob(f"normlab-*/{LOCK}"):
         with suppress(OSError, Timeout):  # another user's, or in use
-            _remove_scratch(lock, timeout=0)
-    lock = temporary / f"normlab-{os.getpid()}-{secrets.token_hex(8)}.lock"
+            with FileLock(lock, timeout=0):
+                pass
+            _remove_leftovers(lock.parent)
+    place = Path(tempfile.mkdtemp(prefix=f"normlab-{os.getpid()}-"))
     try:
-        with FileLock(lock):
-            lock.with_suffix("").mkdir(mode=0o700)
-            yield lock.with_suffix("")
+        with FileLock(place / LOCK):
+            yield place
     finally:
-        _remove_scratch(lock)
+        shutil.rmtree(place, ignore_errors=True)
 
 
-def _remove_scratch(lock: Path, *, timeout: float = -1) -> None:
-    if lock.is_symlink():
-        return
-    with FileLock(lock, timeout=timeout):
-        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-        # joblib's semaphores stay in memory when a process is killed with all its children. If
-        # its id has been given anew, they stay.
-        process = lock.name.split("-")[1]
-        if not Path("/proc", process).exists():
-            for file in Path("/dev/shm").glob(f"sem.loky-{process}-*"):
-                file.unlink(missing_ok=True)
-    lock.unlink(missing_ok=True)
+def _remove_leftovers(place: Path) -> None:
+    """The folder, and joblib's semaphores, which stay when a process is killed with all children.
+
+    If the id of the process has been given anew, they stay.
+    """
+    shutil.rmtree(place)
+    process = place.name.split("-")[1]
+    if not Path("/proc", process).exists():
+        for file in Path("/dev/shm").glob(f"sem.loky-{process}-*"):
+            file.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
 """What sets variants apart, in comparisons made unfair on purpose."""
 
+import re
 from dataclasses import replace
 
 import pytest
+from conftest import TinyNetwork
 
 import normlab as nl
 
@@ -127,3 +129,20 @@ def test_skips_are_declared_and_their_parameters_with_them(digits):
     results = nl.run_assignment(replace(skip, variants=chosen), data=data, epochs=1, progress=False)
     found = {each.what: each.declared for each in nl.check_fair(results)}
     assert found == {"parameters": True, "skip": True}
+
+
+def three_classes(norm):
+    """What a student has who wrote a class for each norm."""
+    kinds = {name: type(f"Net{name.upper()}", (TinyNetwork,), {}) for name in ("bn", "gn", "ln")}
+    return kinds[norm](norm)
+
+
+@pytest.mark.parametrize("declares", [(), ("class",)])
+def test_a_class_for_each_norm_is_told_by_its_name_and_can_be_declared(
+    tiny, tiny_assignment, declares
+):
+    others = (nl.Variant(norm.upper(), norm, declares=declares) for norm in ("gn", "ln"))
+    (found,) = outcome(tiny, tiny_assignment, nl.Variant("BN", "bn"), *others, build=three_classes)
+    assert (found.what, found.declared) == ("class", bool(declares))
+    assert re.search(r"BN NetBN \([0-9a-f]{8}\); GN NetGN \([0-9a-f]{8}\); LN NetLN", str(found))
+    assert len(max(str(found).split(), key=len)) < 20

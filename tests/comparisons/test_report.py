@@ -12,9 +12,11 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from torch import nn
 
 import normlab as nl
 from normlab.comparisons.report import escaped, report_text, results_as_dict
+from normlab.norms import described_norm
 
 FILES = {
     "test-loss.png",
@@ -337,3 +339,64 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(two_seeds, tmp_path, m
     assert "](training-and-test.png)" not in page
     for name in ("results.csv", "results.json"):
         assert (tmp_path / name).read_text() == (whole / name).read_text()
+
+
+def norm_rows(results: nl.Results) -> dict[str, tuple[str, str]]:
+    text = html.unescape(report_text(results))
+    table = text[text.index("layers that normalise") :].splitlines()[2:]
+    rows = [line.strip("|").split("|") for line in table[: len(results)]]
+    return {label.strip(): (layers.strip(), count.strip()) for label, layers, count in rows}
+
+
+def test_the_page_names_the_layers_that_normalise_whatever_variants_are_called(
+    tiny, tiny_assignment
+):
+    class Own(nn.Module):
+        def forward(self, x):
+            return x / x.std()
+
+    class MyNorm(Own):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    layers = {
+        "A": nn.BatchNorm2d(1),
+        "B": nn.GroupNorm(1, 1),
+        "C": nn.LayerNorm([1, 12, 12]),
+        "D": nn.InstanceNorm2d(1),
+        "E": MyNorm(),
+        "F": Own(),
+    }
+
+    def build(name):
+        return nn.Sequential(layers[name], nn.Flatten(), nn.Linear(144, 4))
+
+    variants = tuple(nl.Variant(label, label) for label in layers)
+    results = train(replace(tiny_assignment, variants=variants, build=build), tiny, 1)
+    assert norm_rows(results) == {
+        "A": ("1 × BatchNorm2d over N, H, W", "2"),
+        "B": ("1 × GroupNorm of 1 group over C, H, W", "2"),
+        "C": ("1 × LayerNorm over C, H, W", "288"),
+        "D": ("1 × InstanceNorm2d over H, W", "0"),
+        "E": ("1 × MyNorm", "3"),
+        "F": ("none", "0"),
+    }
+    groups = nl.build_network("mnist-l1", "gn", groups=5, seed=0)
+    assert described_norm(groups[0][2]) == "GroupNorm of 5 groups over C/G, H, W"
+
+
+def test_a_limit_that_is_passed_is_on_the_page_and_said_before_training(
+    tiny, tiny_assignment, capsys
+):
+    small = replace(tiny_assignment, parameter_limit=100, epoch_limit=1)
+    results = nl.run_assignment(small, data=tiny, device="cpu")
+    said = capsys.readouterr().out
+    label, first = small.variants[0].label, results[small.variants[0].label][0]
+    over = f"{label} has {first.parameters} parameters, more than the 100 that are allowed"
+    assert said.startswith(over)
+    assert f"{label} has 2 epochs, more than the 1 that are allowed" in said
+    page = html.unescape(report_text(results))
+    assert "Over what the assignment allows: parameters: over the limit of 100: " in page
+    assert "Over what the assignment allows: epochs: over the limit of 1: " in page
+    assert "Over what" not in report_text(train(tiny_assignment, tiny, 1))

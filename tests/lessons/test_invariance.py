@@ -140,7 +140,9 @@ def test_a_whole_network_with_dropout_is_tried_and_left_as_it_is(norm):
         (nn.Linear(2, 2), {}, "Linear has no convolution, whose weights"),
         (nn.Conv2d(2, 2, 1), {"layer": "3"}, "Conv2d has no layer '3' with a weight, whose"),
         (nn.Conv2d(2, 2, 1), {"factor": 0}, "factor must be greater than 0, not 0"),
-        (nn.Conv2d(2, 2, 1), {"filters": []}, "filters must name at least one filter"),
+        (nn.Conv2d(2, 2, 1), {"filters": [2]}, "numbers from 0 to 1, as layer '' has 2 of them"),
+        (nn.Conv2d(2, 2, 1), {"filters": []}, r"numbers from 0 to 1.*, not \[\]"),
+        (nn.Conv2d(2, 2, 1), {"filters": [-1]}, "a filter must be at least 0, not -1"),
     ],
 )
 def test_bad_input_gets_one_sentence(network, options, message):
@@ -153,6 +155,7 @@ def test_without_images_there_is_nothing_to_measure():
         nl.rescale_weights(nn.Conv2d(2, 2, 1), torch.zeros(0, 2, 4, 4))
 
 
-def test_a_filter_that_is_not_there_is_refused():
-    with pytest.raises(IndexError, match="index 2 is out of bounds"):
-        nl.rescale_weights(nn.Conv2d(2, 2, 1), torch.zeros(2, 2, 4, 4), filters=[2])
+@pytest.mark.parametrize("filters", ["0", [0.5]])
+def test_filters_are_whole_numbers(filters):
+    with pytest.raises(TypeError, match=r"a filter must be a whole number, not ('0'|0\.5)"):
+        nl.rescale_weights(nn.Conv2d(2, 2, 1), torch.zeros(2, 2, 4, 4), filters=filters)

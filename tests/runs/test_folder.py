@@ -304,7 +304,6 @@ OTHERS = {
     "data.fingerprint differs": {"change": other_images},
     "data.train_images is 96 there and 50 here": {"change": lambda data: data.subset(50)},
     "data.validation_images": {"change": lambda data: data.with_validation()},
-    "initial_weights differs": {"seed": 1},
     "network.layers differs": {"norm": "bn"},
 }
 
@@ -649,13 +648,18 @@ def test_what_only_newer_versions_tell_of_a_network_of_ones_own_is_no_difference
     config = json.loads((folder / "config.json").read_text())
     del config["digest"]
     told = config["is"]["network"].copy()
-    for network in ({k: told[k] for k in ("class", "layers")}, told | {"closure": "1f3a"}):
+    assert {"class", "layers", "code", "program"} == told.keys()
+    for network in (
+        {k: told[k] for k in ("class", "layers")},
+        {k: told[k] for k in ("class", "layers", "code")},  # of earlier versions
+        told | {"code": "with a comment", "closure": "1f3a"},
+    ):
         config["is"]["network"] = network
         (folder / "config.json").write_text(json.dumps(config))
         assert fit(tiny_network("gn"), tiny, folder).history == run.history
-    config["is"]["network"] = told | {"code": "another", "closure": "1f3a"}
+    config["is"]["network"] = told | {"program": "another", "closure": "1f3a"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"\(network\.code is 'another' there"):
+    with pytest.raises(ValueError, match=r"\(network\.program is 'another' there"):
         fit(tiny_network("gn"), tiny, folder)
 
 
