@@ -7,7 +7,7 @@ together as well.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations, product
 
 import torch
 from torch import Tensor
@@ -167,6 +167,16 @@ _PLACES = (
         {"moment": lambda x, axes: x.square().mean(axes, True)},
     ),
     Mistake(
+        "mean absolute deviation",
+        "the mean of |x − mean| is taken for the standard deviation, the root of the mean square",
+        {"moment": lambda x, axes: (x - x.mean(axes, True)).abs().mean(axes, True).square()},
+    ),
+    Mistake(
+        "mean not squared",
+        "the mean of x² less the mean is taken for the variance, the mean of x² less the mean²",
+        {"moment": lambda x, axes: x.square().mean(axes, True) - x.mean(axes, True)},
+    ),
+    Mistake(
         "epsilon outside the root",
         f"epsilon is added to the standard deviation, outside the root; {_RATIO}",
         {"divisor": lambda v: v.sqrt() + EPSILON},
@@ -317,12 +327,17 @@ def _sharings(kind: str) -> Iterator[Mistake]:
             yield Mistake(name, text + right.words, {"sharing": sharing})
     for sharing in _SUBSETS.values():
         if sharing is not right:
+            change = {"variance_sharing": sharing}
             text = f"the variance is taken {sharing.words}; {title} takes it {right.words}"
-            yield Mistake(f"variance {sharing.words}", text, {"variance_sharing": sharing})
+            yield Mistake(f"variance {sharing.words}", text, change)
+            if kind != "gn":
+                change = {"sharing": sharing, "variance_sharing": right}
+                text = f"the mean is taken {sharing.words}; {title} takes it {right.words}"
+                yield Mistake(f"mean {sharing.words}", text, change)
 
 
 def explanations(kind: str, *, cube: bool) -> Iterator[tuple[Formula, tuple[Mistake, ...]]]:
-    """The right formula, then those with one mistake, then with two at different places.
+    """The right formula, then those with one mistake, then with two or three at different places.
 
     Args:
         cube: whether C, H and W are equal, so that more mistakes run without an error.
@@ -331,11 +346,20 @@ def explanations(kind: str, *, cube: bool) -> Iterator[tuple[Formula, tuple[Mist
     yield from _changed(right_formula(kind), single)
 
 
+_TOGETHER = (("sharing", "moment", "divisor"), ("moment", "divisor", "affine"))
+
+
+def _triples(single: tuple[Mistake, ...]) -> Iterator[tuple[Mistake, ...]]:
+    """Three mistakes at places that are often wrong together; all triples would be too many."""
+    for places in _TOGETHER:
+        yield from product(*([each for each in single if p in each.change] for p in places))
+
+
 def _changed(right: object, single: tuple[Mistake, ...]) -> Iterator[tuple]:
     yield right, ()
-    for mistakes in (*zip(single), *combinations(single, 2)):
+    for mistakes in chain(zip(single), combinations(single, 2), _triples(single)):
         change = {place: value for each in mistakes for place, value in each.change.items()}
-        if len(change) == len(mistakes):
+        if len(change) == sum(len(each.change) for each in mistakes):
             yield replace(right, **change), mistakes
 
 

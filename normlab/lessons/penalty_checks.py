@@ -191,7 +191,7 @@ def _value(
             continue
         found = {name: texts[name][0] for name, texts in ((chosen, _CHOSEN), (summed, _SUMMED))}
         found.pop("", None)
-        right = f"the penalty is the sum of |w| over {len(penalised_weights(networks[0]))} layers"
+        right = "the penalty is the sum of |w| over the weights of convolutions and linear layers"
         example = f"{float(l1_penalty(networks[0]).detach()):.3g} for a small network"
         found = {
             name: f"{text}; {right}. It gives {float(values[0]):.3g} where {example} is right."

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,10 @@ _ROLES = {
     "shift": "bias|betas?|shifts?|offset|b|β",
     "groups": "(n|num)?(of)?groups?|G",
     "eps": "eps|epsilon|e|ε",
-    "mean": "(running|moving|run|ema|global|r)(mean|mu|avg|average|m)|(mean|mu)(running|moving)",
-    "var": "(running|moving|run|ema|global|r)(var|variance|v)|(var|variance)(running|moving)",
+    "mean": "(running|moving|run|ema|exp|pop|global|r)(mean|mu|avg|average|m)"
+    "|(mean|mu)(run(ning)?|moving)",
+    "var": "(running|moving|run|ema|exp|pop|global|r)(var|variance|v)"
+    "|(var|variance)(run(ning)?|moving)",
     "momentum": "momentum|mom|m",
     "training": "(is)?train(ing)?(mode)?|mode|phase",
     "evaluation": "(is)?(eval|test|evaluation|testing|inference)",
@@ -138,6 +140,16 @@ def _apart(channels: int) -> tuple[int, int, int, int]:
     return n, channels, h, w
 
 
+def _roles_of(parameters: Iterable[str], kind: str) -> dict[str, str | None]:
+    """The roles of a function's arguments by their names; single letters may mean other things."""
+    roles = {name: role_of(name) for name in parameters}
+    if "x" not in roles.values():
+        return {name: role if len(name) > 1 else None for name, role in roles.items()}
+    if kind == "gn" and roles.get("g") == "scale" and "shift" not in roles.values():
+        roles["g"] = "groups"
+    return roles
+
+
 class FunctionCode:
     """A student's function: what it takes, and calls of it."""
 
@@ -145,21 +157,25 @@ class FunctionCode:
         self.function, self.groups = function, groups
         self.order = _ORDER if kind == "gn" else tuple(role for role in _ORDER if role != "groups")
         parameters = inspect.signature(function).parameters
-        self.roles = {role_of(name) for name in parameters}
+        self.names = _roles_of(parameters, kind)
+        self.roles = {*self.names.values()}
         needed = [name for name, each in parameters.items() if each.default is each.empty]
         others = [role for role in self.order if role not in self.roles]
-        self.roles |= {*others[: sum(role_of(name) is None for name in needed)]}
+        self.roles |= {*others[: sum(self.names[name] is None for name in needed)]}
         if "options" in self.roles:
             self.roles |= {"mean", "var", "training"}
-        named = {role_of(name): each.default for name, each in parameters.items()}
+        named = {self.names[name]: each.default for name, each in parameters.items()}
         momentum = named.get("momentum")
         self.rates = {min(momentum, 1 - momentum)} if isinstance(momentum, float) else None
         if momentum is inspect.Parameter.empty:  # old or new may be what it multiplies
             self.rates = {0.1, 0.9}
+        self.if_needed = ("momentum",) if kind == "gn" else ("momentum", "groups")
         self.libraries = _libraries([inspect.unwrap(function)])
-        words = [("train", "test"), ("train", "eval"), (True, False)]
-        if not isinstance(named.get("training"), str):
-            words = words[2:] if isinstance(named.get("training", True), bool) else words
+        words = [(True, False), ("train", "test"), ("train", "eval")]
+        if isinstance(default := named.get("training", True), bool | str):
+            words = words[1:] if isinstance(default, str) else words[:1]
+        elif {"mode", "phase"} & {*parameters}:  # every word is true, so it may not be found out
+            words = [*words[1:], words[0]]
         layouts = ("CHW",) if kind == "ln-elementwise" else ("C", "1C11", "C11", "CHW")
         self.ways = _ways(self.libraries, layouts, words)
 
@@ -189,7 +205,9 @@ class FunctionCode:
             **{"channels": x.shape[1], "shape": tuple(x.shape[1:]), "size": tuple(x.shape[2:])},
             **given,
         }
-        arguments = bound(self.function, values, role_of, self.order, if_needed=("momentum",))
+        arguments = bound(
+            self.function, values, self.names.get, self.order, if_needed=self.if_needed
+        )
         with torch.set_grad_enabled(training):
             result = attempt(self.function, *arguments.args, **arguments.kwargs)
         output, *rest = result if isinstance(result, tuple) else (result,)
@@ -236,7 +254,7 @@ class ObjectCode:
         """The sizes of x, those wanted or such as fit, and the shapes of the vectors it has."""
         wanted = sizes or _apart(3 * self.groups)
         made = self._make(wanted, way)
-        shapes = {role: tuple(value.shape) for role, value in _vectors(made).items()}
+        shapes = {role: tuple(value.shape) for role, value in _vectors(made, _places(made)).items()}
         self.roles = {*shapes}
         momentum = _settings(made).get("momentum", ...)
         self.rates = {min(momentum, 1 - momentum)} if isinstance(momentum, float) else None
@@ -260,7 +278,8 @@ class ObjectCode:
                 if role_of(name) in ("training", "evaluation"):
                     setattr(made, name, training == (role_of(name) == "training"))
         given = way.give(x)
-        own = _vectors(made)
+        places = _places(made)
+        own = _vectors(made, places)
         for role, value in vectors.items():
             _fill(own[role], value)
         leaves = {}
@@ -276,7 +295,8 @@ class ObjectCode:
         with torch.set_grad_enabled(training):
             result = attempt(made if callable(made) else made.forward, *arguments.args)
         output, *rest = result if isinstance(result, tuple) else (result,)
-        after = {role: each for role, each in _vectors(made).items() if role in ("mean", "var")}
+        now = _vectors(made, places)
+        after = {role: each for role, each in now.items() if role in ("mean", "var")}
         return Called(output, tuple(rest), given, after, leaves)
 
 
@@ -302,23 +322,32 @@ def _settings(made: object) -> dict[str, object]:
     return kept
 
 
-def _vectors(made: object) -> dict[str, object]:
-    """Scale, shift and running statistics in an object, by their names or first values."""
-    found, unknown = {}, []
-    for layer in _layers(made):
+def _places(made: object) -> dict[str, tuple[int, str]]:
+    """Where an object keeps scale, shift and running statistics: the layer and the attribute.
+
+    They are found by their names, else by their first values.
+    """
+    found, unknown = {}, {}
+    for number, layer in enumerate(_layers(made)):
         module = isinstance(layer, nn.Module)
         kept = {**layer._parameters, **layer._buffers} if module else {}
         for name, value in {**kept, **getattr(layer, "__dict__", {})}.items():
-            if isinstance(value, Tensor | np.ndarray):
+            if isinstance(value, Tensor | np.ndarray) and value.ndim:
                 if (role := role_of(name)) in VECTORS:
-                    found.setdefault(role, value)
-                else:
-                    unknown.append(value)
-    for value in unknown:
-        if isinstance(value, nn.Parameter):
-            one, zero = bool((value == 1).all()), bool((value == 0).all())
-            found.setdefault("scale" if one else "shift" if zero else "other", value)
+                    found.setdefault(role, (number, name))
+                elif module and name in kept:
+                    pair = ("shift", "scale") if name in layer._parameters else ("mean", "var")
+                    ends = [bool((value == end).all()) for end in (0, 1)]
+                    unknown |= {
+                        role: (number, name) for role, end in zip(pair, ends, strict=True) if end
+                    }
+    found = unknown | found
     return {role: found[role] for role in VECTORS if role in found}
+
+
+def _vectors(made: object, places: dict[str, tuple[int, str]]) -> dict[str, object]:
+    layers = _layers(made)
+    return {role: getattr(layers[number], name) for role, (number, name) in places.items()}
 
 
 def _fill(target: object, value: Tensor) -> None:

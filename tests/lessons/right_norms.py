@@ -337,6 +337,47 @@ right("bn")(nn.BatchNorm2d(3, momentum=0.01))
 right("bn")(nn.Sequential(nn.BatchNorm2d(4)))
 
 
+right("bn")(nn.BatchNorm2d(6, momentum=None))
+
+
+@right("bn")
+class BatchNormLabml(nn.Module):
+    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.channels, self.eps, self.momentum = channels, eps, momentum
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("average", torch.zeros(channels))
+        self.register_buffer("spread", torch.ones(channels))
+
+    def forward(self, x: torch.Tensor):
+        flat = x.view(x.shape[0], self.channels, -1)
+        if self.training:
+            mean = flat.mean(dim=[0, 2])
+            var = (flat**2).mean(dim=[0, 2]) - mean**2
+            n = flat.shape[0] * flat.shape[2]
+            self.average = (1 - self.momentum) * self.average + self.momentum * mean.detach()
+            unbiased = var.detach() * n / (n - 1)
+            self.spread = (1 - self.momentum) * self.spread + self.momentum * unbiased
+        else:
+            mean, var = self.average, self.spread
+        normed = (flat - mean.view(1, -1, 1)) / torch.sqrt(var + self.eps).view(1, -1, 1)
+        return (self.scale.view(1, -1, 1) * normed + self.shift.view(1, -1, 1)).view(x.shape)
+
+
+@right("bn")
+def bn_test_flag(x, gamma, beta, moving_mean, moving_var, eps=1e-5, momentum=0.1, test=False):
+    if not test:
+        return F.batch_norm(x, moving_mean, moving_var, gamma, beta, True, momentum, eps)
+    mean, var, gamma, beta = (v.view(1, -1, 1, 1) for v in (moving_mean, moving_var, gamma, beta))
+    return (x - mean) / torch.sqrt(var + eps) * gamma + beta
+
+
+@right("bn")
+def bn_other_names(a, b, c):
+    return F.batch_norm(a, None, None, b, c, True)
+
+
 # --- layer normalization --------------------------------------------------------------------------
 
 
@@ -381,6 +422,14 @@ class LayerNormChannels(nn.Module):
 right("ln")(nl.layer_norm)
 right("ln")(nn.GroupNorm(1, 6))
 right("ln")(lambda x: F.group_norm(x, 1))
+right("ln")(partial(F.group_norm, num_groups=1))
+
+
+@right("ln")
+def ln_through_numpy(x):
+    a = x.numpy()
+    mean, var = a.mean((1, 2, 3), keepdims=True), a.var((1, 2, 3), keepdims=True)
+    return torch.from_numpy((a - mean) / np.sqrt(var + 1e-5))
 
 
 @right("ln-elementwise")
@@ -427,6 +476,14 @@ def gn_numpy(x, gamma, beta, groups):
 def gn_chunks(x, num_groups):
     parts = [F.layer_norm(part, part.shape[1:]) for part in x.chunk(num_groups, dim=1)]
     return torch.cat(parts, dim=1)
+
+
+@right("gn")
+def gn_g_is_groups(x, g):
+    n, c, h, w = x.shape
+    x = x.reshape(n, g, c // g * h * w)
+    x = (x - x.mean(2, keepdim=True)) / torch.sqrt(x.var(2, keepdim=True, correction=0) + 1e-5)
+    return x.reshape(n, c, h, w)
 
 
 @right("gn", groups=3)

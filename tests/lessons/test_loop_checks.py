@@ -85,6 +85,24 @@ def train_by_hand(net, train_iter, loss, updater):
     return metric[0] / metric[2], metric[1] / metric[2]
 
 
+@right("train")
+def train_smoothed_with_a_schedule(model, loader, optimizer, scheduler):
+    model.train()
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    for x, y in loader:
+        optimizer.zero_grad()
+        criterion(model(x.flatten(1)), y).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+@right("train")
+def fit_and_test(model, train_loader, test_loader, optimizer, epochs):
+    for epoch in range(epochs):
+        train_of_the_examples(model, "cpu", train_loader, optimizer, epoch)
+        measure_of_the_examples(model, "cpu", test_loader)
+
+
 @right("test")
 def measure_of_the_examples(model, device, test_loader):
     model.eval()
@@ -253,6 +271,12 @@ def percent(net, loader, optimizer):
         total += loss.item()
         correct += (out.argmax(1) == y).sum().item()
     return total / len(loader.dataset), 100.0 * correct / len(loader.dataset)
+
+
+@wrong("train", "unknown gradients")
+def uphill(net, loader, optimizer):
+    net.train()
+    trained(net, loader, optimizer, ["zero"], ["step"], lambda z, y: -F.cross_entropy(z, y))
 
 
 @wrong("train", "error")

@@ -680,3 +680,118 @@ def bn_three(x, gamma, beta):
     mean, var = x.mean(BN, keepdim=True), x.var(BN, False, True)
     xhat = (x - mean) / (var + 1e-5)
     return beta.view(1, -1, 1, 1) * xhat + gamma.view(1, -1, 1, 1)
+
+
+# --- from memory, some with several mistakes --------------------------------------------------
+
+
+@wrong(
+    "bn",
+    "epsilon outside the root",
+    "running variance biased",
+    "momentum the wrong way round",
+    "running statistics in the graph",
+)
+class FourMistakes(nn.Module):
+    def __init__(self, num_features, momentum=0.1):
+        super().__init__()
+        self.momentum = momentum
+        self.gamma = nn.Parameter(torch.ones(1, num_features, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, num_features, 1, 1))
+        self.running_mean = torch.zeros(1, num_features, 1, 1)
+        self.running_var = torch.ones(1, num_features, 1, 1)
+
+    def forward(self, x):
+        if self.training:
+            mean = x.mean((0, 2, 3), keepdim=True)
+            var = x.var((0, 2, 3), keepdim=True, unbiased=False)
+            self.running_mean = self.momentum * self.running_mean + (1 - self.momentum) * mean
+            self.running_var = self.momentum * self.running_var + (1 - self.momentum) * var
+        else:
+            mean, var = self.running_mean, self.running_var
+        return self.gamma * (x - mean) / (var.sqrt() + 1e-5) + self.beta
+
+
+@wrong("ln", "mean and variance over C only", "unbiased variance", "epsilon outside the root")
+class ThreeMistakes(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(features))
+        self.b = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+        return (x * self.w + self.b).permute(0, 3, 1, 2)
+
+
+@wrong("bn", "unbiased variance", "epsilon outside the root", "scale and shift swapped")
+def bn_three_mistakes(x, gamma, beta):
+    xhat = (x - x.mean(BN, keepdim=True)) / (x.std(BN, keepdim=True) + 1e-5)
+    return beta.view(1, -1, 1, 1) * xhat + gamma.view(1, -1, 1, 1)
+
+
+@wrong("bn", "variance over N, C, H and W")
+def bn_variance_of_all(x):
+    return (x - x.mean(BN, keepdim=True)) / (x.var(unbiased=False) + 1e-5).sqrt()
+
+
+@wrong("bn", "mean over N, C, H and W")
+def bn_mean_of_all(x):
+    return (x - x.mean()) / (x.var(BN, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+@wrong("ln", "mean absolute deviation", "epsilon outside the root")
+def ln_absolute(x):
+    d = x - x.mean((1, 2, 3), keepdim=True)
+    return d / (d.abs().mean((1, 2, 3), keepdim=True) + 1e-5)
+
+
+@wrong("bn", "mean not squared")
+def bn_forgot_a_square(x):
+    mean = x.mean(BN, keepdim=True)
+    return (x - mean) / torch.sqrt((x**2).mean(BN, keepdim=True) - mean + 1e-5)
+
+
+@wrong("gn", "group size for number")
+def gn_split(x, num_groups):
+    return torch.cat([F.layer_norm(part, part.shape[1:]) for part in x.split(num_groups, 1)], 1)
+
+
+@wrong("gn", "scale and shift by group")
+class GroupNormOfGroups(nn.Module):
+    def __init__(self, groups, channels):
+        super().__init__()
+        self.groups = groups
+        self.w = nn.Parameter(torch.ones(1, groups, 1))
+        self.b = nn.Parameter(torch.zeros(1, groups, 1))
+
+    def forward(self, x):
+        y = x.reshape(x.shape[0], self.groups, -1)
+        y = (y - y.mean(2, True)) / (y.var(2, False, True) + 1e-5).sqrt()
+        return (y * self.w + self.b).reshape(x.shape)
+
+
+@wrong("bn", "variance instead of standard deviation")
+def bn_no_root_in_evaluation(x, gamma, beta, running_mean, running_var, training):
+    if training:
+        return F.batch_norm(x, running_mean, running_var, gamma, beta, True)
+    mean, var, gamma, beta = (v[:, None, None] for v in (running_mean, running_var, gamma, beta))
+    return (x - mean) / var * gamma + beta
+
+
+@wrong("bn", "scale and shift missing")
+def bn_no_scale_in_evaluation(x, gamma, beta, running_mean, running_var, training):
+    if training:
+        return F.batch_norm(x, running_mean, running_var, gamma, beta, True)
+    return F.batch_norm(x, running_mean, running_var)
+
+
+@wrong("ln", "error")
+def ln_no_return(x):
+    x = (x - x.mean()) / x.std()
+
+
+@wrong("bn", "error")
+def bn_exit(x):
+    raise SystemExit("done")
