@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from normlab.analysis import Mistakes, find_mistakes
 from normlab.assignments import Variant, folder_name
 from normlab.comparisons.comparison import Difference, compare, main_effects
-from normlab.comparisons.fairness import limits
+from normlab.comparisons.fairness import Finding, limits
 from normlab.experiment import Results
 from normlab.history import runs_of
 from normlab.images import plot_mistakes
@@ -223,7 +223,7 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
         "## Networks and recipes",
         _recipe_table(results),
         _norm_table(results),
-        *(f"Over what the assignment allows: {escaped(str(each))}." for each in limits(results)),
+        *map(_beyond, limits(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -314,6 +314,12 @@ def _recipe_table(results: Results) -> str:
         if field not in ("seed", "layers", "code", "program")  # digests tell a reader nothing
     ]
     return in_markdown(("", *map(escaped, recipes)), rows, rule="---")
+
+
+def _beyond(found: Finding) -> str:
+    """What is more than the assignment allows, as a sentence."""
+    counts = [f"{escaped(label)} has {count:,}" for label, count in found.values.items()]
+    return f"The assignment allows {found.limit:,} {found.what}: {_all(counts)}."
 
 
 def _norm_table(results: Results) -> str:

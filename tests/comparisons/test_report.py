@@ -397,6 +397,6 @@ def test_a_limit_that_is_passed_is_on_the_page_and_said_before_training(
     assert said.startswith(over)
     assert f"{label} has 2 epochs, more than the 1 that are allowed" in said
     page = html.unescape(report_text(results))
-    assert "Over what the assignment allows: parameters: over the limit of 100: " in page
-    assert "Over what the assignment allows: epochs: over the limit of 1: " in page
-    assert "Over what" not in report_text(train(tiny_assignment, tiny, 1))
+    assert f"The assignment allows 100 parameters: {label} has {first.parameters}," in page
+    assert f"The assignment allows 1 epochs: {label} has 2," in page
+    assert "The assignment allows" not in report_text(train(tiny_assignment, tiny, 1))
