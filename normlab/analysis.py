@@ -65,15 +65,15 @@ def predict(
     elif train:
         raise ValueError("train=True is for a Dataset, which has two parts: give the one loader")
     warn_of_batch_statistics(network)
-    found = [torch.empty(0, 0)]
+    found = []
     with evaluating(network):
         for batch in data:
             images, _ = images_and_labels(batch, network)
             found.append(network(images))
             check_logits(network, images, found[-1])
-    if not len(found) > 1:
+    if not found:
         raise ValueError("there were no batches to loop over")
-    return torch.cat(found[1:]).cpu()
+    return torch.cat(found).cpu()
 
 
 def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +110,11 @@ class _Images:
                 return predictor.predicted, predictor.probability, len(self.classes)
             predictor = predictor.network
         logits = predict(predictor, self.batches)
-        check_labels(self.labels, "the labels", len(logits), logits.shape[1])
-        return *class_and_probability(logits), logits.shape[1]
+        width = logits.shape[1]
+        check_labels(self.labels, "labels", len(logits), width)
+        if self.classes and len(self.classes) != width:
+            raise ValueError(f"{len(self.classes)} class names do not fit {width} logits an image")
+        return *class_and_probability(logits), width
 
 
 def _images_of(
@@ -166,6 +169,7 @@ def _unnormalised(
 
 def _as_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8; such are returned as they are. Others are refused."""
+    images = torch.as_tensor(images)
     if images.dtype == torch.uint8:
         return images
     low, high = (float(end) for end in images.aminmax()) if images.numel() else (0.0, 1.0)
@@ -220,7 +224,7 @@ def find_common_mistakes(
     guesses = [images.predictions(predictor) for predictor in predictors]
     missed = torch.stack([predicted != images.labels for predicted, *_ in guesses]).all(0)
     wrong = missed.nonzero().flatten()
-    predicted, probability, classes = guesses[0]
+    predicted, probability, width = guesses[0]
     if order == "confident":
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
     chosen, heat = wrong[:count], None
@@ -233,7 +237,7 @@ def find_common_mistakes(
         predicted=predicted[chosen],
         probability=probability[chosen],
         index=chosen,
-        classes=images.classes or tuple(map(str, range(classes))),
+        classes=images.classes or tuple(map(str, range(width))),
         total=len(wrong),
         tested=len(images.labels),
         source=images.source,

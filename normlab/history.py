@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,8 +45,8 @@ class History(list):
     `History.of` makes one of what other loops keep. What is not known is NaN.
     """
 
-    def __init__(self, rows: Iterable[dict] = ()) -> None:
-        super().__init__(rows)
+    def __init__(self) -> None:
+        super().__init__()
 
     def add(
         self, train: EpochResult, test: EpochResult | None = None, *, lr: float = math.nan
@@ -67,27 +67,38 @@ class History(list):
         """The history in lists by name, or in rows.
 
         Args:
-            kept: `{"train_loss": [2.3, …], "val_acc": [0.1, …]}` and the like, with accuracies as
-                fractions; `{"train": […], "test": […]}` or pairs (train, test) of `EpochResult`s;
-                or a dict for each epoch.
+            kept: `{"train_loss": [2.3, …], "val_acc": [0.1, …]}` and the like; `{"train": […],
+                "test": […]}` or a list of pairs (train, test) of `EpochResult`s; or a list with a
+                dict for each epoch. Accuracies of which some are above 1 are percents.
 
-        Raises `ValueError` for names that are none of `QUANTITIES`, lists of several lengths, and
-        accuracies that are no fractions.
+        Raises `ValueError` for names that are none of `QUANTITIES` and lists of several lengths.
         """
         history = cls()
-        if isinstance(kept, Mapping):
-            if len({len(values) for values in kept.values()}) != 1:
-                raise ValueError("the lists of a history must have a value for each epoch")
-            kept = [dict(zip(kept, row, strict=True)) for row in zip(*kept.values(), strict=True)]
-        for row in kept:
-            if isinstance(row, Mapping) and "train" not in row:
-                history._append(_checked(row))
+        for row in _rows(kept) if isinstance(kept, Mapping) else kept:
+            if isinstance(row, Mapping) and "train" in row:
+                history.add(row["train"], row.get("test"))
+            elif isinstance(row, Mapping):
+                history._append(_named(row))
             else:
-                history.add(*row.values() if isinstance(row, Mapping) else row)
+                history.add(*row if isinstance(row, tuple) else (row,))
+        for name in ("train_accuracy", "test_accuracy"):
+            if any(row[name] > 1 for row in history):
+                for row in history:
+                    row[name] /= 100
         return history
 
 
-def _checked(row: Mapping[str, float]) -> dict[str, float]:
+def _rows(lists: Mapping[str, Sequence]) -> Iterator[dict]:
+    """A dict for each epoch, of a list for each name."""
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"the lists of a history must have a value for each epoch: {told}")
+    for row in zip(*lists.values(), strict=True):
+        yield dict(zip(lists, row, strict=True))
+
+
+def _named(row: Mapping[str, float]) -> dict[str, float]:
     """An epoch's numbers by the names of `QUANTITIES`."""
     found = {}
     for key, value in row.items():
@@ -96,8 +107,6 @@ def _checked(row: Mapping[str, float]) -> dict[str, float]:
         if name == "epoch":
             continue
         one_of(name, QUANTITIES, "quantity of a history")
-        if name.endswith("accuracy") and value > 1:
-            raise ValueError(f"{key} must be a fraction from 0 to 1, not {value}: divide by 100")
         found[name] = float(value)
     return found
 
@@ -199,6 +208,8 @@ def runs_of(kept: Run | Mapping | Iterable) -> list[Run]:
         return [kept]
     if isinstance(kept, Mapping):
         return [Run.from_history(kept)]
+    if isinstance(kept, str) or not isinstance(kept, Iterable):
+        raise TypeError(f"a run or a history is needed for each label, not {kept!r}")
     kept = list(kept)
     rows = kept and not isinstance(kept[0], Run) and not _is_history(kept[0])
     return [Run.from_history(kept)] if rows else [run for each in kept for run in runs_of(each)]

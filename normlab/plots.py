@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normlab.history import QUANTITIES, History, Run, runs_of
-from normlab.support.checks import one_of
+from normlab.support.checks import check_instance, one_of
 from normlab.support.colours import curve_styles, legible
 from normlab.support.figures import (
     drawn,
@@ -78,7 +78,7 @@ def plot_loss_and_accuracy(runs: Runs, *, training: bool = False) -> Figure:
     groups = _grouped(runs)
     parts = ("train", "test") if training else ("test",)
     quantities = [f"{part}_{kind}" for part in parts for kind in ("loss", "accuracy")]
-    panels = [(groups, quantity, _title(quantity, groups)) for quantity in quantities]
+    panels = [(_grouped(runs, name), name, _title(name, groups)) for name in quantities]
     return _draw_side_by_side(panels, sharey="col")
 
 
@@ -102,6 +102,7 @@ def plot_panels(panels: Mapping[str, Runs], quantity: str = "test_accuracy") -> 
 def _grouped(runs: Runs, quantity: str = "test_loss") -> dict[str, list[Run]]:
     """The runs of each label. Raises `ValueError` for an unknown quantity or no runs."""
     one_of(quantity, QUANTITIES, "quantity")
+    check_instance(runs, Mapping, "what to plot", "give each a label, as in {'BN': run}")
     groups = {label: runs_of(some) for label, some in runs.items()}
     empty = [label for label, some in groups.items() if not some]
     if empty or not groups:

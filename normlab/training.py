@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from normlab.penalties import l1_penalty
 from normlab.support.checks import number, one_of
-from normlab.support.module_state import evaluating, set_training
+from normlab.support.module_state import TRAINED, evaluating, set_training
 from normlab.support.tensor_checks import check_logits, check_optimizer, images_and_labels
 
 
@@ -116,8 +116,8 @@ def train_epoch(
         network: maps images (B, C, H, W) to logits (B, classes).
         batches: gives (images, labels); any `DataLoader` or `Dataset.loader`.
         scheduler: of the learning rate. OneCycleLR and CyclicLR are stepped after every batch;
-            StepLR, MultiStepLR, ExponentialLR, ReduceLROnPlateau, and CosineAnnealingLR with a
-            `T_max` below the number of batches, after the epoch.
+            StepLR, MultiStepLR, ExponentialLR, ReduceLROnPlateau, and those that end within an
+            epoch's number of batches (CosineAnnealingLR, OneCycleLR), after the epoch.
         scheduler_steps: "batch" or "epoch", where the scheduler itself does not tell.
         options: loss, l1, l1_over and autocast, as for `train_step`; the penalty is reported apart
             from the loss.
@@ -141,10 +141,11 @@ def train_epoch(
             scheduler.step()
         sums.append(batch_sums(logits, labels, penalty))
     result = epoch_result(sums, started)
-    if by_epoch:
-        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-        seen = result.accuracy if plateau and scheduler.mode == "max" else result.loss
-        scheduler.step(*[seen] * plateau)
+    if by_epoch and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(result.accuracy if scheduler.mode == "max" else result.loss)
+    elif by_epoch:
+        scheduler.step()
+    TRAINED.add(network)
     return result
 
 
@@ -153,8 +154,9 @@ def _steps_of(scheduler: LRScheduler, told: str | None, batches: Iterable) -> st
     if told is not None:
         return one_of(told, ("batch", "epoch"), "scheduler_steps")
     kind = type(scheduler).__name__
-    short = getattr(scheduler, "T_max", math.inf) < length_hint(batches)
-    if isinstance(scheduler, _BY_EPOCH) or (kind == "CosineAnnealingLR" and short):
+    counted = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}.get(kind, "")
+    short = getattr(scheduler, counted, math.inf) < length_hint(batches)
+    if isinstance(scheduler, _BY_EPOCH) or short:
         return "epoch"
     if isinstance(scheduler, _BY_BATCH):
         return "batch"

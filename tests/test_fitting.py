@@ -804,9 +804,23 @@ def test_a_network_that_was_not_seeded_resumes_from_the_weights_kept(tiny, own, 
     assert_same_run(loaded, whole)
 
 
+def test_without_a_seed_a_finished_run_goes_on_at_a_constant_rate(tiny, own, tmp_path):
+    recipe = RECIPE.replace(schedule="constant")
+    fit(own(seed=7), tiny, recipe, tmp_path / "run")
+    longer = recipe.replace(epochs=5)
+    with pytest.warns(UserWarning, match="begun from other initial weights"):
+        again = fit(own(), tiny, longer, tmp_path / "run")
+    assert_same_run(again, fit(own(seed=7), tiny, longer))
+    with pytest.raises(ValueError, match=r"something else \(recipe.lr is 0.1 there and 0.3 here\)"):
+        fit(own(), tiny, longer.replace(lr=0.3), tmp_path / "run")
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_comments_and_blank_lines_make_no_other_network(tiny, own, tmp_path, finished):
     commented = OWN.replace("        x = torch", "        # what it does\n\n        x =  torch")
+    commented = commented.replace(
+        "(self, x):", "(\n        self,\n        x,\n    ):\n        'Logits.'"
+    )
     if finished:
         fit(own(seed=7), tiny, RECIPE, tmp_path / "run")
     else:
@@ -829,19 +843,70 @@ def test_changed_code_is_another_network_and_what_to_do_is_said(
         fit(own(changed, seed=seed), tiny, RECIPE, tmp_path / "run")
 
 
+def test_another_global_number_is_another_network(tiny, own, tmp_path):
+    drops = OWN.replace("class Own", "P = 0.1\n\n\nclass Own").replace(
+        "x.flatten(1))", "nn.functional.dropout(x.flatten(1), P, self.training))"
+    )
+    fit(own(drops, seed=7), tiny, RECIPE, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"network.program differs"):
+        fit(own(drops.replace("P = 0.1", "P = 0.5"), seed=7), tiny, RECIPE, tmp_path / "run")
+
+
+def negated(network):
+    network.register_forward_hook(lambda module, inputs, logits: -logits)
+
+
+def negated_in_training(network):
+    network.register_forward_hook(
+        lambda module, inputs, logits: -logits if module.training else logits
+    )
+
+
+def with_dropout(network):
+    network.p = 0.6
+
+
+DROPS = OWN.replace("super().__init__()", "super().__init__()\n        self.p = 0.1").replace(
+    "x.flatten(1))", "nn.functional.dropout(x.flatten(1), self.p, self.training))"
+)
+
+
 @pytest.mark.parametrize("finished", [False, True])
-def test_what_the_code_does_not_show_is_seen_with_the_weights_kept(tiny, own, tmp_path, finished):
+@pytest.mark.parametrize("seed", [7, None])
+@pytest.mark.parametrize("change", [negated, negated_in_training, with_dropout])
+def test_what_the_code_does_not_show_is_seen(tiny, own, tmp_path, finished, seed, change):
     if finished:
-        fit(own(seed=7), tiny, RECIPE, tmp_path / "run")
+        fit(own(DROPS, seed=7), tiny, RECIPE, tmp_path / "run")
     else:
-        interrupted(own(seed=7), tiny, tmp_path / "run")
-    other = own()
-    other.register_forward_hook(lambda module, inputs, logits: -logits)
+        interrupted(own(DROPS, seed=7), tiny, tmp_path / "run")
+    other = own(DROPS, seed=seed)
+    change(other)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    words = "its network predicted otherwise" if finished else "kept there the test loss is"
-    with pytest.raises(ValueError, match=words), pytest.warns(UserWarning, match="other initial"):
+    with pytest.raises(ValueError, match=r"run that is something else \(logits"):
         fit(other, tiny, RECIPE, tmp_path / "run")
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_the_kept_weights_are_tried_before_an_unseeded_network_goes_on(
+    tiny, own, tmp_path, monkeypatch
+):
+    interrupted(own(seed=7), tiny, tmp_path / "run")
+    monkeypatch.setattr("normlab.runs.identity.probe", lambda *_, **__: {})
+    other = own()
+    negated(other)
+    with (
+        pytest.raises(ValueError, match="with the weights kept there the test loss is"),
+        pytest.warns(UserWarning, match="other initial weights"),
+    ):
+        fit(other, tiny, RECIPE, tmp_path / "run")
+
+
+def test_the_trained_network_itself_goes_on_for_more_epochs(tiny, own, tmp_path):
+    recipe = RECIPE.replace(schedule="constant")
+    network = own(seed=7)
+    fit(network, tiny, recipe, tmp_path / "run")
+    again = fit(network, tiny, recipe.replace(epochs=5), tmp_path / "run")
+    assert_same_run(again, fit(own(seed=7), tiny, recipe.replace(epochs=5)))
 
 
 def test_fit_says_that_a_network_was_trained_before(tiny, tiny_network, capsys):
@@ -863,7 +928,9 @@ def test_at_a_constant_rate_a_finished_run_goes_on_for_more_epochs(tiny, tiny_ne
     assert_same_run(again, fit(tiny_network(dropout=0.2), tiny, longer))
     assert again.identity["recipe"]["epochs"] == 5
     assert_same_run(fit(tiny_network(dropout=0.2), tiny, longer, tmp_path), again)
-    with pytest.raises(ValueError, match=r"recipe.epochs is 5 there and 3 here, and only runs at"):
+    with pytest.raises(
+        ValueError, match=r"recipe.epochs is 5 there and 3 here; for more epochs only a run"
+    ):
         fit(tiny_network(dropout=0.2), tiny, CONSTANT, tmp_path)
 
 
@@ -887,7 +954,5 @@ def test_other_finished_runs_say_why_they_do_not_go_on(tiny, tiny_network, tmp_p
     recipe = RECIPE.replace(**changes)
     fit(tiny_network(), tiny, recipe, tmp_path)
     (tmp_path / "checkpoint.safetensors").unlink(missing_ok=True)
-    with pytest.raises(
-        ValueError, match=r"epochs is 3 there and 5 here, and only runs at constant"
-    ):
+    with pytest.raises(ValueError, match=r"epochs is 3 there and 5 here; for more epochs only"):
         fit(tiny_network(), tiny, recipe.replace(epochs=5), tmp_path)

@@ -50,6 +50,7 @@ LISTS = {
     [
         list(zip(TRAIN, TEST, strict=True)),
         {"train": TRAIN, "test": TEST},
+        {"test": TEST, "train": TRAIN},
         LISTS,
         {
             "train_losses": [2, 1],
@@ -63,6 +64,7 @@ LISTS = {
             "valid_loss": [2.2, 1.5],
             "testing_accuracy": [0.2, 0.5],
         },
+        LISTS | {"train_accuracy": [30, 60], "test_accuracy": [20.0, 50.0]},
         {name: np.array(values) for name, values in LISTS.items()},
         [{name: values[epoch] for name, values in LISTS.items()} for epoch in range(2)],
     ],
@@ -90,8 +92,10 @@ def test_histories_of_several_seeds_are_several_runs():
     ("kept", "words"),
     [
         ({"train_loss": [1.0], "beauty": [2.0]}, "unknown quantity of a history 'beauty'"),
-        ({"train_loss": [1.0, 2.0], "test_loss": [1.0]}, "must have a value for each epoch"),
-        ({"test_acc": [98.7]}, "test_acc must be a fraction from 0 to 1, not 98.7: divide by 100"),
+        (
+            {"train_loss": [1.0, 2.0], "test_loss": [1.0]},
+            "must have a value for each epoch: train_loss has 2, test_loss has 1",
+        ),
     ],
 )
 def test_what_is_no_history_is_refused_in_one_sentence(kept, words):
@@ -125,3 +129,13 @@ def test_a_run_from_a_history_knows_its_network(tiny, tiny_network):
     assert found.total == nl.find_mistakes(network, tiny).total > 0
     assert nl.plot_curves({"mine": run}).axes[0].get_title() == "Test loss, my images"
     assert "test_accuracy=0.5000" in repr(run)
+
+
+def test_what_is_drawn_needs_labels_and_all_quantities():
+    with pytest.raises(ValueError, match="the history of 'mine' holds no test_accuracy"):
+        nl.plot_loss_and_accuracy({"mine": {"train_loss": [2.0], "test_loss": [2.0]}})
+    for wrong in (nl.History.of(LISTS), 7):
+        with pytest.raises(TypeError, match="what to plot must be a Mapping"):
+            nl.plot_curves(wrong)
+    with pytest.raises(TypeError, match=r"a run or a history is needed for each label, not 2\.0"):
+        nl.plot_curves({"a": 2.0})

@@ -43,7 +43,7 @@ ORDER = (
     *("datasets.cache", "datasets.folders", "datasets.downloads", "datasets.loading"),
     *("engines.dropout", "engines.plain", "engines.agreement", "engines.cpu"),
     *("engines.cuda_graph", "engines.choice", "engines.doctor"),
-    *("runs.identity", "runs.folder", "runs.jobs", "runs.trainer"),
+    *("runs.probe", "runs.identity", "runs.folder", "runs.jobs", "runs.trainer"),
     *("runs.transfer", "runs.processes", "runs.cluster"),
     *("fitting", "experiment"),
     *("comparisons.intervals", "comparisons.comparison", "comparisons.fairness"),

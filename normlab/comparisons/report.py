@@ -183,8 +183,9 @@ def markdown_table(results: Results) -> str:
     rows = []
     for row in results.table().to_dict("records"):
         best = f"{100 * row['best_accuracy']:.2f} in epoch {row['best_epoch']}"
-        counts = (f"{row['parameters']:,}", str(row["seeds"]))
-        rows.append((escaped(row["variant"]), *counts, percent(row), best, f"{row['seconds']:.1f}"))
+        counts = (f"{row['parameters']:,}" if row["parameters"] else "–", str(row["seeds"]))
+        seconds = "–" if math.isnan(row["seconds"]) else f"{row['seconds']:.1f}"
+        rows.append((escaped(row["variant"]), *counts, percent(row), best, seconds))
     return in_markdown(head, rows)
 
 
@@ -318,7 +319,7 @@ def _recipe_table(results: Results) -> str:
 
 def _beyond(found: Finding) -> str:
     """What is more than the assignment allows, as a sentence."""
-    counts = [f"{escaped(label)} has {count:,}" for label, count in found.values.items()]
+    counts = [f"{escaped(label)} has {count:,}" for label, count in found.values.items()]  # noqa: PD011
     return f"The assignment allows {found.limit:,} {found.what}: {_all(counts)}."
 
 
@@ -329,7 +330,10 @@ def _norm_table(results: Results) -> str:
         layers = [layer for layer in runs[0].network.modules() if is_norm(layer)]
         kinds = Counter(map(described_norm, layers))
         learned = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        told = "; ".join(f"{count} × {kind}" for kind, count in kinds.items()) or "none"
+        told = (
+            "; ".join(f"{count} × {kind}" for kind, count in kinds.items())
+            or "none known by its class"
+        )
         rows.append((escaped(label), escaped(told), f"{learned:,}"))
     return in_markdown(("", "layers that normalise", "their parameters"), rows, rule="---")
 

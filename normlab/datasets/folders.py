@@ -61,7 +61,10 @@ def readable(name: str | os.PathLike) -> str:
 def _list_classes(part: Path, unread: list[Path]) -> dict[str, list[Path]]:
     """The image files of each class folder of train/ or test/, in the order of their names."""
     if not part.is_dir():
-        raise FileNotFoundError(f"there is no folder {part}: it must hold a folder for each class")
+        raise FileNotFoundError(
+            f"there is no folder {part}{' (nor val beside it)' if part.name == 'test' else ''}: it "
+            "must hold a folder for each class"
+        )
     known = Image.registered_extensions().items()
     suffixes = tuple(suffix for suffix, kind in known if kind in Image.OPEN)  # others are written
     classes: dict[str, list[Path]] = {}

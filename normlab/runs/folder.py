@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from normlab.history import COLUMNS, Run
 from normlab.recipes import OPEN_ENDED
 from normlab.runs.identity import (
-    began_otherwise,
+    BEGINNING,
+    as_begun_here,
     differences,
     earlier_computations,
     is_beginning,
@@ -58,28 +59,34 @@ class RunFolder:
         if self.is_empty():
             return False
         config = self._read_config()
+        self.opened = config.get("digest")
         kept, finished = config["is"], "final_weights" in config
-        if identity["initial_weights"] == config.get("final_weights"):  # the run's own network
-            kept = kept | {"initial_weights": identity["initial_weights"], "logits": {}}
-        found = differences(kept, identity)
-        if is_beginning(kept, identity) and self._checkpoint.is_file():
-            return False
-        if found and (finished or self._checkpoint.is_file()):
-            if found[0].startswith("recipe.epochs"):
-                found[0] += ", and only runs at constant rates go on, by their checkpoint"
-            if not any_weights or not began_otherwise(kept, identity):
-                raise another_run(self.directory, "; ".join(found))
+        begun = finished or self._checkpoint.is_file()
+        as_begun = _as_begun(config, identity, any_weights)
+        goes_on = self._checkpoint.is_file() and is_beginning(as_begun, identity)
+        found = [] if goes_on or not begun else differences(as_begun, identity)
+        if found:
+            if found[-1].startswith("recipe.epochs"):
+                found.append("for more epochs only a run at a constant rate goes on")
+            raise another_run(self.directory, "; ".join(found))
+        own = identity["initial_weights"] == config.get("final_weights")
+        if begun and not own and as_begun.get("initial_weights") != kept.get("initial_weights"):
             warn(
                 f"{self.directory} holds this training, begun from other initial weights: those "
                 "kept there are taken (seed the network, as by torch.manual_seed, to have the same)"
             )
-        return finished
+        return finished and not goes_on
 
-    def identity_of(self, wanted: dict) -> dict:
-        """The identity of the unfinished run here, if that is `wanted` but for initial weights."""
-        there = self._config.is_file() and self._checkpoint.is_file()
-        kept = self._read_config()["is"] if there else wanted
-        return kept if began_otherwise(kept, wanted) else wanted
+    def identity_of(self, wanted: dict, *, any_weights: bool) -> dict:
+        """The wanted identity with the initial weights from which the run that lies here began."""
+        if not (self._config.is_file() and self._checkpoint.is_file()):
+            return wanted
+        config = self._read_config()
+        kept, as_begun = config["is"], _as_begun(config, wanted, any_weights)
+        same = is_beginning(as_begun, wanted) or not differences(as_begun, wanted)
+        if not same or kept["initial_weights"] == wanted["initial_weights"]:
+            return wanted
+        return wanted | {key: kept[key] for key in BEGINNING if key in kept}
 
     def _read_config(self) -> dict:
         config = read_json(self._config) if self._config.is_file() else None
@@ -259,6 +266,15 @@ class RunFolder:
             f"{path} is {how}: delete the folder {self.directory} and run again (--fresh on the "
             "command line)"
         )
+
+
+def _as_begun(config: dict, wanted: dict, any_weights: bool) -> dict:
+    """What the run is that lies here, in so far as the wanted one may have other weights."""
+    kept = config["is"]
+    if wanted["initial_weights"] == config.get("final_weights"):  # the run's own network
+        any_logits = {key: {} for key in wanted if key.startswith("logits")}
+        return kept | {"initial_weights": wanted["initial_weights"]} | any_logits
+    return as_begun_here(kept, wanted) if any_weights else kept
 
 
 def another_run(directory: Path, differences: str) -> ValueError:

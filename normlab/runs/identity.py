@@ -4,18 +4,14 @@ An identity says what is computed: network, recipe, data. A provenance says wher
 which versions; it does not change what a run is.
 """
 
+import ast
 import hashlib
 import inspect
-import io
 import json
-import math
 import platform
 import re
 import textwrap
-import tokenize
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 
 import torch
@@ -25,8 +21,7 @@ from normlab.data import Dataset
 from normlab.model import Network, build_network
 from normlab.norms import NORMS
 from normlab.recipes import DTYPES, OPEN_ENDED, Recipe
-from normlab.support.module_state import copied, evaluating, set_training
-from normlab.support.seeding import generator, seeded
+from normlab.runs.probe import are_apart, probe
 from normlab.support.summaries import count_parameters
 
 # An identity names all of these. A field that `Recipe` or `build_network` gets later is named only
@@ -36,15 +31,9 @@ RECIPE_FIELDS = (
     *("centred", "schedule", "l1", "label_smoothing", "augment", "dtype", "seed"),
 )
 NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
-OPTIONAL = {"frozen", "logits"}  # identities of earlier versions lack these
-
-PROBED_IMAGES = 2
-# How far apart the same logits may be, relative to the largest one. Processors, numbers of threads
-# and versions of torch add in other orders: 10⁻⁶ for a few layers, 10⁻⁴ for many of them.
-LOGITS_APART = 1e-3
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_DROPOUTS += (nn.AlphaDropout, nn.FeatureAlphaDropout)
+# Identities of earlier versions lack these; the last one is there of networks of one's own only.
+OPTIONAL = ("frozen", "logits", "logits_by_drawn_weights")
+BEGINNING = ("initial_weights", "logits")  # what depends on the weights at the beginning
 
 # The part of a provenance on which the last bits of the results may depend.
 COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch", "normlab")
@@ -57,7 +46,7 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in network.state_dict().items()
     }
-    return {
+    about = {
         "recipe": _named("recipe", recipe.as_dict(), RECIPE_FIELDS),
         "network": _describe(network),
         "parameters": count_parameters(network),
@@ -71,6 +60,10 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
         },
         "logits": probe(network, data.input_shape, dtype),
     }
+    if "class" in about["network"]:  # a network of one's own, which may not have been seeded
+        drawn = probe(network, data.input_shape, dtype, drawn=True)
+        about["logits_by_drawn_weights"] = drawn
+    return about
 
 
 def digest_of(identity: dict) -> str:
@@ -79,7 +72,7 @@ def digest_of(identity: dict) -> str:
     They leave out the logits, which are compared with a tolerance: two runs that differ in these
     alone have the same digits, and the second one is refused in the folder of the first.
     """
-    covered = {key: value for key, value in identity.items() if key != "logits" and value != []}
+    covered = {k: v for k, v in identity.items() if not k.startswith("logits") and v != []}
     covered["network"] = {k: v for k, v in covered["network"].items() if k != "program"}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -114,6 +107,7 @@ def _describe(network: nn.Module) -> dict:
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
     sources = sorted(map(_sources, own))
     program = "".join(_program(text) for texts in sources for text in texts)
+    program += " ".join(sorted(text for kind in own for text in _constants(kind)))
     # "code" is the text as it is, which is all that kept runs of earlier versions tell.
     texts = {"layers": layers, "code": "".join(map("".join, sources)), "program": program}
     digests = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
@@ -133,72 +127,24 @@ def _sources(thing: type | Callable) -> list[str]:
 
 
 def _program(source: str) -> str:
-    """The words of a source, without comments, blank lines and how they are laid out."""
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT)
-    words = tokenize.generate_tokens(io.StringIO(textwrap.dedent(source)).readline)
+    """What a source says, without comments, docstrings and how it is laid out."""
     try:
-        return " ".join(word.string or "." for word in words if word.type not in layout)
-    except (tokenize.TokenError, SyntaxError):
+        tree = ast.parse(textwrap.dedent(source))
+    except SyntaxError:  # of what is no source
         return source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
-# --- what a network computes ------------------------------------------------------------------
-# It tells networks apart that look the same: an attribute, a global function that `forward` uses, a
-# hook, a frozen normalization do not show in the layers and their weights.
-
-
-def probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[float]]:
-    """Logits for images of a shape (C, H, W): in evaluation, and in training without dropout.
-
-    They are computed on the CPU by copies of the network, which stays as and where it is. Left out
-    is what cannot be computed, is no number, or depends on chance.
-    """
-    images = torch.rand(PROBED_IMAGES, *shape, generator=generator(0, "probe")).to(dtype)
-    first, second = (_in_both_modes(network, images, seed) for seed in (0, 1))
-    return {
-        mode: logits
-        for mode, logits in first.items()
-        if mode in second and not are_apart(logits, second[mode])
-    }
-
-
-def are_apart(one: object, other: object, limit: float = LOGITS_APART) -> bool:
-    """Whether two lists of logits are of networks that compute something else."""
-    try:
-        one, other = (torch.tensor(values, dtype=torch.float64) for values in (one, other))
-    except (TypeError, ValueError, RuntimeError):  # from a damaged file
-        return True
-    if one.shape != other.shape:
-        return True
-    return not (one - other).abs().max() <= limit * other.abs().max()  # as NaN is not
-
-
-def _in_both_modes(network: nn.Module, images: Tensor, seed: int) -> dict[str, list[float]]:
-    """The logits by mode, those that are numbers; none if the network cannot be copied."""
-    found = {}
-    with torch.no_grad(), warnings.catch_warnings(), seeded(seed, "probe"):
-        warnings.simplefilter("ignore")
-        with suppress(Exception):  # of a student's code, which may raise anything
-            twin = copied(network).to("cpu", images.dtype)
-            _fill(twin)
-            with evaluating(twin):
-                found["evaluation"] = _six_digits(twin(images))
-            set_training(twin)
-            for layer in twin.modules():
-                layer.training &= not isinstance(layer, _DROPOUTS)
-            found["training_without_dropout"] = _six_digits(twin(images))
-    return {mode: logits for mode, logits in found.items() if all(map(math.isfinite, logits))}
-
-
-def _six_digits(logits: Tensor) -> list[float]:
-    return [float(f"{value:.6g}") for value in logits.flatten().tolist()]
-
-
-def _fill(network: nn.Module) -> None:
-    """Gives values to weights that are all 0, as some begin: they would hide what lies before."""
-    for weight in network.parameters():
-        if not weight.any():
-            weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view(weight.shape))
+def _constants(kind: type) -> list[str]:
+    """The global numbers and texts that the methods of a class name, with their values."""
+    methods = filter(inspect.isfunction, vars(kind).values())
+    names = (
+        (name, each.__globals__.get(name)) for each in methods for name in each.__code__.co_names
+    )
+    return sorted({f"{name} = {v!r}" for name, v in names if isinstance(v, int | float | str)})
 
 
 # --- differences ------------------------------------------------------------------------------
@@ -216,7 +162,7 @@ def differences(kept: dict, wanted: dict, where: str = "") -> list[str]:
     """
     found = []
     both = kept.keys() & wanted.keys()
-    for key in sorted((kept.keys() | wanted.keys()) - (OPTIONAL - both)):
+    for key in sorted((kept.keys() | wanted.keys()) - (set(OPTIONAL) - both)):
         one, other = kept.get(key), wanted.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found += differences(*_comparable(key, one, other), f"{where}{key}.")
@@ -227,12 +173,15 @@ def differences(kept: dict, wanted: dict, where: str = "") -> list[str]:
     return found
 
 
-def began_otherwise(kept: dict, wanted: dict) -> bool:
-    """Whether it is the same training of a network of one's own, but for its initial weights."""
-    apart = kept.get("initial_weights") != wanted["initial_weights"]
-    begun = dict.fromkeys(("initial_weights", "logits"))  # logits follow from the weights
-    own = "class" in wanted["network"]
-    return own and apart and not differences(kept | begun, wanted | begun)
+def as_begun_here(kept: dict, wanted: dict) -> dict:
+    """The kept identity with the initial weights of the wanted one, and so its first logits.
+
+    Only of a network of one's own, which may not have been seeded; others stay as they are.
+    """
+    same = kept.get("initial_weights") == wanted["initial_weights"]
+    if same or "class" not in wanted["network"]:
+        return kept
+    return kept | {key: wanted[key] for key in BEGINNING}
 
 
 def is_beginning(kept: dict, wanted: dict) -> bool:
@@ -253,7 +202,7 @@ def _comparable(part: str, kept: dict, wanted: dict) -> tuple[dict, dict]:
         wanted = _completed(part, wanted)
         usual = _completed(part, {name: wanted[name] for name in wanted.keys() & kept.keys()})
         return usual | {k: v for k, v in kept.items() if k in wanted or v}, wanted
-    if part == "logits":
+    if part.startswith("logits"):
         both = {mode for mode in both if are_apart(kept[mode], wanted[mode])}
     elif part != "network" or "class" not in both:
         return kept, wanted

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from normlab.runs.folder import RunFolder, another_run
 from normlab.runs.identity import identity, weights_digest
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
-from normlab.support.module_state import device_of, evaluating
+from normlab.support.module_state import device_of, evaluating, was_trained
 from normlab.support.seeding import seeded
 from normlab.support.tensor_checks import check_network
 
@@ -97,6 +96,9 @@ class Job:
         move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
         run = folder.load(network)
+        if run.config.get("digest") != folder.opened:  # somebody has gone on with it meanwhile
+            network.load_state_dict(initial)
+            return self.find(data, device, only_read=only_read)
         trained = weights_digest(initial) == run.config["final_weights"]
         ask = trained or "class" in run.identity["network"]
         if ask and not _predicts_what_is_kept(run, data):
@@ -104,15 +106,6 @@ class Job:
             raise another_run(self.directory, "its network predicted otherwise, with its weights")
         network.eval()
         return run
-
-
-TRAINED: WeakSet[nn.Module] = WeakSet()  # in this process
-
-
-def was_trained(network: nn.Module) -> bool:
-    """Whether `fit` has trained the network, or batch normalization has counted batches."""
-    counters = (getattr(layer, "num_batches_tracked", None) for layer in network.modules())
-    return network in TRAINED or any(bool(count) for count in counters if count is not None)
 
 
 def _predicts_what_is_kept(run: Run, data: Dataset) -> bool:

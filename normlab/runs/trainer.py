@@ -16,20 +16,19 @@ from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
 from normlab.runs.folder import RunFolder, another_run
-from normlab.runs.identity import LOGITS_APART, provenance, weights_digest
+from normlab.runs.identity import provenance, weights_digest
 from normlab.runs.jobs import (
     CHANCE_EPOCHS,
-    TRAINED,
     Job,
     Outcomes,
     find_runs,
     warn_if_at_chance,
-    was_trained,
 )
+from normlab.runs.probe import LOGITS_APART
 from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
 from normlab.support.locks import locked
-from normlab.support.module_state import modes_kept
+from normlab.support.module_state import TRAINED, modes_kept, was_trained
 from normlab.support.progress import Progress
 from normlab.support.seeding import seeded
 from normlab.training import test_epoch
@@ -211,8 +210,8 @@ class _Training:
     def _resume(self) -> str:
         """Has the engine go on after the epochs that are kept; says what is in its way, if so."""
         if self.folder is not None:
-            if self.job.may_begin_otherwise():
-                self.identity = self.folder.identity_of(self.job.identity)
+            any_weights = self.job.may_begin_otherwise()
+            self.identity = self.folder.identity_of(self.job.identity, any_weights=any_weights)
             about = (self.network, self.engine.optimizer, self.identity)
             self.history = self.folder.load_epoch(*about)
             if self.identity is not self.job.identity:

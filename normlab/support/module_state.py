@@ -3,10 +3,19 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+
+TRAINED: WeakSet[nn.Module] = WeakSet()  # networks that were trained in this process
+
+
+def was_trained(network: nn.Module) -> bool:
+    """Whether the network was trained here, or batch normalization has counted batches."""
+    counters = (getattr(layer, "num_batches_tracked", None) for layer in network.modules())
+    return network in TRAINED or any(bool(count) for count in counters if count is not None)
 
 
 def copied(network: nn.Module) -> nn.Module:

@@ -118,9 +118,12 @@ def images_and_labels(batch: object, network: nn.Module | None = None) -> tuple[
         )
     images, labels = batch
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images.astype(np.float32))
+        whole = images.dtype.kind in "iub"
+        images = torch.from_numpy(images if whole else images.astype(np.float32))
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
         labels = torch.from_numpy(labels.astype(np.int64))
+    if isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int16, torch.int32):
+        labels = labels.long()
     for each in (images, labels):
         check_instance(each, Tensor, "images and labels of a batch", "torch.as_tensor(…) makes one")
     shape = tuple(images.shape)
@@ -173,8 +176,8 @@ def _where_cut(network: nn.Module, images: Tensor, rows: int) -> str:
         return ""
     name, layer, _, output = calls[-1]
     return (
-        f": layer {name!r} ({type(layer).__name__}) leaves {tuple(output.shape)}, of which a view "
-        f"or reshape then makes {rows} rows: it expects another size there, such as 1×1 from the "
+        f": after layer {name!r} ({type(layer).__name__}), which leaves {tuple(output.shape)}, a "
+        f"view or reshape makes {rows} rows: it expects another size there, such as 1×1 from the "
         "last pooling; x.flatten(1) keeps images apart"
     )
 

@@ -10,10 +10,10 @@ from torch import nn
 
 import normlab as nl
 from normlab.runs.folder import RunFolder
-from normlab.runs.identity import LOGITS_APART, are_apart, differences, digest_of, identity, probe
+from normlab.runs.identity import differences, digest_of, identity
+from normlab.runs.probe import LOGITS_APART, are_apart, probe
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)
-MODES = ("evaluation", "training_without_dropout")
 SLOPE = {"slope": 0.01}
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_moved(tiny):
     network = Own().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-    assert set(probe(network, tiny.input_shape, torch.float32)) == set(MODES)
+    assert set(probe(network, tiny.input_shape, torch.float32)) == {"evaluation", "training"}
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -161,14 +161,24 @@ def test_nothing_is_moved(tiny):
 
 def test_the_precision_of_the_recipe_does_not_matter_much(tiny):
     one, other = (probe(Own(), tiny.input_shape, dtype) for dtype in (torch.float32, torch.float64))
-    for mode in MODES:
+    for mode in ("evaluation", "training"):
         assert one[mode] == pytest.approx(other[mode], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    "chance",
-    [lambda: torch.rand(()), random.random, lambda: np.random.rand()],  # noqa: NPY002
-    ids=["torch", "python", "np"],
+    "layer", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5)]
+)
+def test_dropout_is_seen_without_chance(tiny, layer):
+    network = Own()
+    without = probe(network, tiny.input_shape, torch.float32)
+    network.dropout = layer
+    seen = probe(network, tiny.input_shape, torch.float32)
+    assert seen["evaluation"] == without["evaluation"]
+    assert are_apart(seen["training"], without["training"])
+
+
+@pytest.mark.parametrize(
+    "chance", [lambda: torch.rand(()), random.random, np.random.rand], ids=["torch", "python", "np"]
 )
 def test_of_what_depends_on_chance_nothing_is_said(tiny, chance):
     assert probe(Own(chance=chance), tiny.input_shape, torch.float32) == {}
