@@ -164,7 +164,8 @@ def bound(
 
     Raises `Failed` for an argument without a value.
     """
-    signature = inspect.signature(getattr(function, "forward", function))
+    is_class = inspect.isclass(function)
+    signature = inspect.signature(function if is_class else getattr(function, "forward", function))
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [p for p in signature.parameters.values() if p.kind not in variadic]
     roles = {p.name: role_of(p.name) for p in parameters}
