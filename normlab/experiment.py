@@ -73,6 +73,11 @@ class Results(Mapping[str, list[Run]]):
 
         return pandas.DataFrame([self._row(label, runs) for label, runs in self.runs.items()])
 
+    def spread(self, label: str) -> float:
+        """Standard deviation over seeds of the last epoch's test accuracy; NaN for one seed."""
+        last = [run.last["test_accuracy"] for run in self.runs[label]]
+        return float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
+
     def _row(self, label: str, runs: list[Run]) -> dict:
         accuracy = np.array([[row["test_accuracy"] for row in run.history] for run in runs])
         by_epoch = accuracy.mean(0)
@@ -80,7 +85,7 @@ class Results(Mapping[str, list[Run]]):
             # On a narrow terminal pandas leaves out the columns in the middle.
             "variant": label,
             "test_accuracy": by_epoch[-1],
-            "sd": float(accuracy[:, -1].std(ddof=1)) if len(runs) > 1 else math.nan,
+            "sd": self.spread(label),
             "best_accuracy": by_epoch.max(),
             "best_epoch": int(by_epoch.argmax()) + 1,
             "parameters": runs[0].parameters,

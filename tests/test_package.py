@@ -102,9 +102,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_400
+    assert sum(map(lines.get, shelf)) <= 3_410
     assert max(map(lines.get, shelf)) <= 3_400
-    assert sum(lines.values()) <= 13_176
+    assert sum(lines.values()) <= 13_210
 
 
 @pytest.mark.parametrize("module", ORDER)

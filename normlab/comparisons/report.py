@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -17,9 +17,10 @@ from normlab.assignments import Variant, folder_name
 from normlab.comparisons.comparison import Difference, compare, main_effects
 from normlab.comparisons.fairness import limits
 from normlab.experiment import Results
+from normlab.history import runs_of
 from normlab.images import plot_mistakes
 from normlab.norms import described_norm, is_norm
-from normlab.plots import plot_curves, plot_loss_and_accuracy
+from normlab.plots import Runs, plot_curves, plot_loss_and_accuracy
 from normlab.support.figures import save_if_drawn
 from normlab.support.files import user_path, write_json, write_text
 
@@ -33,24 +34,47 @@ _MARKUP = re.compile(r"""[\\`*[\]>&|~#$"]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W
 _FORMULA = ("=", "+", "-", "@")  # a cell that starts so is computed
 
 
-def write_report(results: Results, directory: str | Path) -> Path:
+def write_report(results: Results | Runs, directory: str | Path) -> Path:
     """Writes `results.csv`, `results.json`, figures and `report.md`; returns the page's path.
 
+    Of runs or histories by their labels, such as those of loops of one's own, it writes what they
+    tell: the table, the page, and the figures of loss and accuracy.
     A figure that cannot be drawn is a warning, and a sentence on the page.
     """
+    whole = isinstance(results, Results)
+    if not whole:
+        results = Results(None, None, {label: runs_of(each) for label, each in results.items()})
     directory, runs = user_path(directory), results.runs
     write_text(directory / "results.csv", csv_text(results.table()))
-    write_json(directory / "results.json", results_as_dict(results))
     figures = {
         LOSS_FIGURE: partial(plot_curves, runs, "test_loss"),
         ACCURACY_FIGURE: partial(plot_curves, runs, "test_accuracy"),
         TRAINING_FIGURE: partial(plot_loss_and_accuracy, runs, training=True),
     }
-    for label, wrong in _mistakes(results):
+    for label, wrong in _mistakes(results) if whole else ():
         figures[mistakes_file(label)] = partial(plot_mistakes, wrong, title=label)
     missing = [name for name in figures if not save_if_drawn(figures[name], directory / name)]
-    write_text(directory / "report.md", report_text(results, missing=missing))
+    if whole:
+        write_json(directory / "results.json", results_as_dict(results))
+        text = report_text(results, missing=missing)
+    else:
+        text = "\n\n".join(["# Runs", markdown_table(results), *_curves_part(missing)]) + "\n"
+    write_text(directory / "report.md", text)
     return directory / "report.md"
+
+
+def _curves_part(missing: Collection[str]) -> Iterator[str]:
+    for heading, what, file in (
+        ("Loss", "Loss of all variants over the epochs", LOSS_FIGURE),
+        ("Accuracy", "Accuracy of all variants over the epochs", ACCURACY_FIGURE),
+        ("Training against test", "Both, in training and test", TRAINING_FIGURE),
+    ):
+        yield f"## {heading}"
+        yield _shown(what, file, missing)
+
+
+def _shown(what: str, file: str, missing: Collection[str]) -> str:
+    return f"({file} could not be drawn.)" if file in missing else f"![{what}]({file})"
 
 
 def _mistakes(results: Results) -> Iterator[tuple[str, Mistakes]]:
@@ -153,7 +177,8 @@ def _variant_as_dict(results: Results, variant: Variant, spread: float) -> dict:
 
 def markdown_table(results: Results) -> str:
     """The table for people: percentages, mean ± standard deviation of the last epoch."""
-    tested = f"{results.data.test_name} accuracy, last epoch (%)"
+    part = results.data.test_name if results.data is not None else "test"
+    tested = f"{part} accuracy, last epoch (%)"
     head = ("variant", "parameters", "seeds", tested, "best epoch (optimistic)", "seconds a run")
     rows = []
     for row in results.table().to_dict("records"):
@@ -183,9 +208,6 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
     period = " to ".join(dict.fromkeys((origin["date"][0], origin["date"][-1])))
 
-    def show(what: str, file: str) -> str:
-        return f"({file} could not be drawn.)" if file in missing else f"![{what}]({file})"
-
     parts = [
         f"# {escaped(f'{results.assignment.name}: {results.assignment.title}')}, on {source}",
         f"{source}, {images} images. Device: {_all(origin['device'])}, torch "
@@ -194,15 +216,10 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
         *_at_once(origin),
         _caution(results),
         *_differences_part(results),
-        "## Loss",
-        show("Loss of all variants over the epochs", LOSS_FIGURE),
-        "## Accuracy",
-        show("Accuracy of all variants over the epochs", ACCURACY_FIGURE),
-        "## Training against test",
-        show("Both, in training and test", TRAINING_FIGURE),
+        *_curves_part(missing),
         "## Misclassified images",
         "Of the first seed's final network, the mistakes it is surest of.",
-        *_mistakes_part(results, show),
+        *_mistakes_part(results, missing),
         "## Networks and recipes",
         _recipe_table(results),
         _norm_table(results),
@@ -250,7 +267,7 @@ _EXPLAINED = {
 }
 
 
-def _mistakes_part(results: Results, show: Callable[[str, str], str]) -> Iterator[str]:
+def _mistakes_part(results: Results, missing: Collection[str]) -> Iterator[str]:
     tested = f"{len(results.data.test_images):,} {results.data.test_name} images"
     for name, wrong in _mistakes(results):
         label = escaped(name)
@@ -258,7 +275,7 @@ def _mistakes_part(results: Results, show: Callable[[str, str], str]) -> Iterato
         yield f"{wrong.total:,} of {tested} are misclassified."
         if wrong.total:
             what = f"{min(wrong.total, 10)} misclassified images of {label}"
-            yield show(what, mistakes_file(name))
+            yield _shown(what, mistakes_file(name), missing)
 
 
 def mistakes_file(label: str) -> str:

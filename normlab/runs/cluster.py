@@ -6,6 +6,7 @@ finished run's files home.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -70,10 +71,14 @@ def connected(address: str, load: Callable[[], Dataset], data: Dataset) -> Itera
         data: the images here; those of a worker must be the same.
 
     Raises `ConnectionError` or `RuntimeError` of one sentence if it does not answer, has no
-    workers, or has some with another normlab.
+    workers, or has some with another normlab or without these images.
     """
     with _connect(address) as client:
         _check_workers(client)
+        found = client.run(_load_there, load, data.fingerprint, on_error="return")
+        for worker, error in found.items():
+            if isinstance(error, Exception):
+                raise RuntimeError(f"worker {worker}: {error}") from error
         yield Cluster(client, load, data.fingerprint)
 
 
@@ -156,6 +161,11 @@ def _train_away(
         job = replace(unpack(sent, data), directory=folder)
         fit_job(job, data, device=device, progress=False)
         return RunFolder(folder).pack()
+
+
+async def _load_there(load: Callable[[], Dataset], fingerprint: str) -> None:
+    """In a thread: the worker must go on telling the scheduler that it lives."""
+    await asyncio.to_thread(_images_here, load, fingerprint)
 
 
 def _images_here(load: Callable[[], Dataset], fingerprint: str) -> Dataset:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -266,9 +267,11 @@ def test_a_worker_of_another_version_is_named(one_worker, tmp_path, monkeypatch)
 
 
 def test_images_that_only_the_client_has(one_worker, tmp_path):
+    kept = sweep(None, tmp_path / "sweep", data=few_digits)
     data = partial(_images_of_the_client, os.getpid(), "missing")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: there is no data root here"):
-        sweep(one_worker, tmp_path / "sweep", data=data)
+        sweep(one_worker, tmp_path / "sweep", data=data, fresh=True)
+    pd.testing.assert_frame_equal(sweep(None, tmp_path / "sweep", data=few_digits), kept)
     data = partial(_images_of_the_client, os.getpid(), "other")
     with pytest.raises(RuntimeError, match=r"worker tcp://127\S+: it has other images of digits"):
         sweep(one_worker, tmp_path / "other", data=data)
