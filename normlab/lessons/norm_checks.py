@@ -260,28 +260,10 @@ class _NormCheck:
         return mistakes
 
     def _gradients(self) -> dict[str, str] | None:
-        way, x = self.found.way, self.found.inputs[0]
-        upstream = _random(tuple(x.shape), 9)
-        arrays = way.numpy or "numpy" in self.code.libraries  # no gradients are expected then
-        try:
-            called = self.code.call(x, self.found.vectors, replace(way, leaves=not way.numpy), True)
-        except Failed:
-            if arrays and self.backward is None:
-                return None
-            raise
-        if self.backward is not None:
-            given = self._by_hand(called, upstream)
-        elif not getattr(called.output, "requires_grad", False):
-            text = "the output is cut off from x: no gradients flow through it"
-            return None if arrays else {"no gradients": text}
-        else:
-            leaves = {role: leaf for role, leaf in called.leaves.items() if leaf.requires_grad}
-            found = attempt(
-                torch.autograd.grad,
-                *(called.output, [*leaves.values()], upstream.to(called.output.dtype)),
-                allow_unused=True,
-            )
-            given = dict(zip(leaves, found, strict=True))
+        upstream = _random(self.found.sizes, 9)
+        given = self._given(upstream)
+        if given is None or "x" not in given:
+            return given
         formula = self.formula or self.right
         due = self._due(formula, upstream)
         given = {role: due[role] * 0 if each is None else each for role, each in given.items()}
@@ -289,12 +271,9 @@ class _NormCheck:
         mistakes = {
             f"gradient of {role}": _told_gradient(role, given[role], due[role]) for role in wrong
         }
-        if plain := [role for role, leaf in called.leaves.items() if not leaf.requires_grad]:
-            text = f"{' and '.join(plain)} must be nn.Parameter, or no optimiser will train them"
-            mistakes["scale and shift are no parameters"] = text
-        for name, detached in DETACHED:
+        for name, detached in DETACHED if "x" in wrong else ():
             other = self._due(replace(formula, detached=detached), upstream)
-            if "x" in wrong and _same(given["x"], other["x"]):
+            if _same(given["x"], other["x"]):
                 del mistakes["gradient of x"]
                 mistakes[name] = (
                     f"the gradient of x misses the terms of {' and '.join(detached)}: they depend "
@@ -302,6 +281,29 @@ class _NormCheck:
                 )
                 break
         return mistakes
+
+    def _given(self, upstream: Tensor) -> dict[str, object] | None:
+        """The gradients by the student's code, a mistake, or None where there need not be any."""
+        way, x, vectors = self.found.way, self.found.inputs[0], self.found.vectors
+        arrays = way.numpy or "numpy" in self.code.libraries  # no gradients are expected then
+        try:
+            called = self.code.call(x, vectors, replace(way, leaves=not way.numpy), True)
+        except Failed:
+            if arrays and self.backward is None:
+                return None
+            raise
+        if self.backward is not None:
+            return self._by_hand(called, upstream)
+        if not getattr(called.output, "requires_grad", False):
+            text = "the output is cut off from x: no gradients flow through it"
+            return None if arrays else {"no gradients": text}
+        leaves = called.leaves
+        if plain := [role for role, leaf in leaves.items() if not leaf.requires_grad]:
+            text = f"{' and '.join(plain)} must be nn.Parameter, or no optimiser will train them"
+            return {"scale and shift are no parameters": text}
+        wanted = (called.output, [*leaves.values()], upstream.to(called.output.dtype))
+        found = attempt(torch.autograd.grad, *wanted, allow_unused=True)
+        return dict(zip(leaves, found, strict=True))
 
     def _by_hand(self, called: Called, upstream: Tensor) -> dict[str, object]:
         """The gradients of a backward pass written by hand."""
@@ -319,7 +321,9 @@ class _NormCheck:
         """The gradients of x, scale and shift by a formula."""
         leaves = {"x": self.found.inputs[0], **self.found.vectors}
         leaves = {role: leaf.clone().requires_grad_() for role, leaf in leaves.items()}
-        output = formula(leaves["x"], *_affine(leaves["x"], leaves), self.code.groups)
+        output = self._output(formula, leaves["x"], leaves)
+        if output is None:
+            raise Failed("scale and shift do not fit x")
         wanted = {role: leaf for role, leaf in leaves.items() if role in ("x", "scale", "shift")}
         found = torch.autograd.grad(output, [*wanted.values()], upstream, allow_unused=True)
         return dict(zip(wanted, found, strict=True))

@@ -36,6 +36,7 @@ _ROLES = {
     "shape": "(normalized|input|norm)?shape",
     "size": "size|hw",
     "dims": "(num|n)?dims",
+    "device": "device|dev",
     "dy": "dy|dout|gradoutput|gradout|gout|upstream|grad|dldy|dldout",
     "cache": "cache|saved|memory|ctx|stored",
 }
@@ -202,6 +203,7 @@ class FunctionCode:
         values = {
             **{"eps": EPSILON, "momentum": 0.1, "groups": self.groups, "options": options},
             **{"training": way.words[not training], "evaluation": not training, "dims": 4},
+            "device": "cpu",
             **{"channels": x.shape[1], "shape": tuple(x.shape[1:]), "size": tuple(x.shape[2:])},
             **given,
         }
@@ -245,6 +247,7 @@ class ObjectCode:
         values = {  # "features" is x in a call, but the number of channels here
             **{"channels": sizes[1], "x": sizes[1], "groups": self.groups, "size": sizes[2:]},
             **{"eps": EPSILON, "momentum": 0.1, "dims": 4},
+            "device": "cpu",
             "shape": sizes[1] if way.layout == "C" else way.shape(sizes),
         }
         arguments = bound(self.made, values, role_of, self.order, if_needed=("momentum",))
