@@ -90,9 +90,11 @@ class _NormCheck:
 
     def parts(self) -> Iterator[Part]:
         self.found, self.formula, forward, affine = self._best()
-        yield Part("forward in training" if self.kind == "bn" else "forward", forward)
         roles = self.code.roles
-        if roles & {"scale", "shift"}:
+        with_affine = bool(roles & {"scale", "shift"})
+        forward |= {} if with_affine else affine
+        yield Part("forward in training" if self.kind == "bn" else "forward", forward)
+        if with_affine:
             yield Part("scale and shift", affine | self._sizes_of_vectors())
         if not self.found.called:
             return
@@ -195,12 +197,17 @@ class _NormCheck:
             return False
         return _close(called.numbers, self._evaluated(self.right, tried.inputs[0], tried.vectors))
 
+    def _explanations(self, cube: bool, most: int) -> Iterator[tuple[Formula, tuple]]:
+        """Formulas with up to so many mistakes, as long as there is time to look for them."""
+        for formula, mistakes in explanations(self.kind, cube=cube):
+            if len(mistakes) > most or time.monotonic() > self.enough:
+                return
+            yield formula, mistakes
+
     def _explained(self, tried: _Try) -> tuple[Formula, dict[str, str], dict[str, str]] | None:
         """The formula that gives this output, and its mistakes, those of scale and shift apart."""
         cube = len({*tried.sizes[1:]}) == 1
-        for formula, mistakes in explanations(self.kind, cube=cube):
-            if time.monotonic() > self.enough or (len(mistakes) > 2 and tried.sizes in _OTHERS):
-                break
+        for formula, mistakes in self._explanations(cube, 2 if tried.sizes in _OTHERS else 3):
             if self._agrees(tried, formula):
                 affine = [each for each in mistakes if "affine" in each.change]
                 forward = [each for each in mistakes if each not in affine]
@@ -402,7 +409,7 @@ class _NormCheck:
         if _close(given, self._output(formula, x, vectors)):
             text = "in evaluation x is normalized by the statistics of the batch instead of by the "
             return mistakes | {"batch statistics used in evaluation": text + "running ones"}
-        for formula, found in explanations(self.kind, cube=False):
+        for formula, found in self._explanations(False, 2):
             if _close(given, self._evaluated(formula, x, vectors)):
                 return mistakes | {m.name: with_numbers(self.kind, m) for m in found}
         return mistakes | {"evaluation": "in evaluation the output is wrong"}
