@@ -146,6 +146,24 @@ def roles_by(names: Mapping[str, str]) -> Callable[[str], str | None]:
     return role_of
 
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def signature_of(function: Callable) -> inspect.Signature:
+    """The arguments of a function, of a class's constructor or of a module's `forward`.
+
+    Raises `TypeError` for some that are built in.
+    """
+    if not inspect.isclass(function):
+        function = getattr(function, "forward", function)
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        raise TypeError(
+            f"{function!r} does not tell its arguments: wrap it in a function"
+        ) from None
+
+
 def bound(
     function: Callable,
     values: Mapping[str, object],
@@ -164,9 +182,8 @@ def bound(
 
     Raises `Failed` for an argument without a value.
     """
-    signature = inspect.signature(getattr(function, "forward", function))
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in signature.parameters.values() if p.kind not in variadic]
+    signature = signature_of(function)
+    parameters = [p for p in signature.parameters.values() if p.kind not in VARIADIC]
     roles = {p.name: role_of(p.name) for p in parameters}
     left = [role for role in order if role not in roles.values()]
     arguments = {}

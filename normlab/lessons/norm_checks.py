@@ -90,9 +90,11 @@ class _NormCheck:
 
     def parts(self) -> Iterator[Part]:
         self.found, self.formula, forward, affine = self._best()
-        yield Part("forward in training" if self.kind == "bn" else "forward", forward)
         roles = self.code.roles
-        if roles & {"scale", "shift"}:
+        with_affine = bool(roles & {"scale", "shift"})
+        forward |= {} if with_affine else affine
+        yield Part("forward in training" if self.kind == "bn" else "forward", forward)
+        if with_affine:
             yield Part("scale and shift", affine | self._sizes_of_vectors())
         if not self.found.called:
             return
@@ -195,12 +197,17 @@ class _NormCheck:
             return False
         return _close(called.numbers, self._evaluated(self.right, tried.inputs[0], tried.vectors))
 
+    def _explanations(self, cube: bool, most: int) -> Iterator[tuple[Formula, tuple]]:
+        """Formulas with up to so many mistakes, as long as there is time to look for them."""
+        for formula, mistakes in explanations(self.kind, cube=cube):
+            if len(mistakes) > most or time.monotonic() > self.enough:
+                return
+            yield formula, mistakes
+
     def _explained(self, tried: _Try) -> tuple[Formula, dict[str, str], dict[str, str]] | None:
         """The formula that gives this output, and its mistakes, those of scale and shift apart."""
         cube = len({*tried.sizes[1:]}) == 1
-        for formula, mistakes in explanations(self.kind, cube=cube):
-            if time.monotonic() > self.enough or (len(mistakes) > 2 and tried.sizes in _OTHERS):
-                break
+        for formula, mistakes in self._explanations(cube, 2 if tried.sizes in _OTHERS else 3):
             if self._agrees(tried, formula):
                 affine = [each for each in mistakes if "affine" in each.change]
                 forward = [each for each in mistakes if each not in affine]
@@ -260,28 +267,10 @@ class _NormCheck:
         return mistakes
 
     def _gradients(self) -> dict[str, str] | None:
-        way, x = self.found.way, self.found.inputs[0]
-        upstream = _random(tuple(x.shape), 9)
-        arrays = way.numpy or "numpy" in self.code.libraries  # no gradients are expected then
-        try:
-            called = self.code.call(x, self.found.vectors, replace(way, leaves=not way.numpy), True)
-        except Failed:
-            if arrays and self.backward is None:
-                return None
-            raise
-        if self.backward is not None:
-            given = self._by_hand(called, upstream)
-        elif not getattr(called.output, "requires_grad", False):
-            text = "the output is cut off from x: no gradients flow through it"
-            return None if arrays else {"no gradients": text}
-        else:
-            leaves = {role: leaf for role, leaf in called.leaves.items() if leaf.requires_grad}
-            found = attempt(
-                torch.autograd.grad,
-                *(called.output, [*leaves.values()], upstream.to(called.output.dtype)),
-                allow_unused=True,
-            )
-            given = dict(zip(leaves, found, strict=True))
+        upstream = _random(self.found.sizes, 9)
+        given = self._given(upstream)
+        if given is None or "x" not in given:
+            return given
         formula = self.formula or self.right
         due = self._due(formula, upstream)
         given = {role: due[role] * 0 if each is None else each for role, each in given.items()}
@@ -289,12 +278,9 @@ class _NormCheck:
         mistakes = {
             f"gradient of {role}": _told_gradient(role, given[role], due[role]) for role in wrong
         }
-        if plain := [role for role, leaf in called.leaves.items() if not leaf.requires_grad]:
-            text = f"{' and '.join(plain)} must be nn.Parameter, or no optimiser will train them"
-            mistakes["scale and shift are no parameters"] = text
-        for name, detached in DETACHED:
+        for name, detached in DETACHED if "x" in wrong else ():
             other = self._due(replace(formula, detached=detached), upstream)
-            if "x" in wrong and _same(given["x"], other["x"]):
+            if _same(given["x"], other["x"]):
                 del mistakes["gradient of x"]
                 mistakes[name] = (
                     f"the gradient of x misses the terms of {' and '.join(detached)}: they depend "
@@ -302,6 +288,29 @@ class _NormCheck:
                 )
                 break
         return mistakes
+
+    def _given(self, upstream: Tensor) -> dict[str, object] | None:
+        """The gradients by the student's code, a mistake, or None where there need not be any."""
+        way, x, vectors = self.found.way, self.found.inputs[0], self.found.vectors
+        arrays = way.numpy or "numpy" in self.code.libraries  # no gradients are expected then
+        try:
+            called = self.code.call(x, vectors, replace(way, leaves=not way.numpy), True)
+        except Failed:
+            if arrays and self.backward is None:
+                return None
+            raise
+        if self.backward is not None:
+            return self._by_hand(called, upstream)
+        if not getattr(called.output, "requires_grad", False):
+            text = "the output is cut off from x: no gradients flow through it"
+            return None if arrays else {"no gradients": text}
+        leaves = called.leaves
+        if plain := [role for role, leaf in leaves.items() if not leaf.requires_grad]:
+            text = f"{' and '.join(plain)} must be nn.Parameter, or no optimiser will train them"
+            return {"scale and shift are no parameters": text}
+        wanted = (called.output, [*leaves.values()], upstream.to(called.output.dtype))
+        found = attempt(torch.autograd.grad, *wanted, allow_unused=True)
+        return dict(zip(leaves, found, strict=True))
 
     def _by_hand(self, called: Called, upstream: Tensor) -> dict[str, object]:
         """The gradients of a backward pass written by hand."""
@@ -319,7 +328,9 @@ class _NormCheck:
         """The gradients of x, scale and shift by a formula."""
         leaves = {"x": self.found.inputs[0], **self.found.vectors}
         leaves = {role: leaf.clone().requires_grad_() for role, leaf in leaves.items()}
-        output = formula(leaves["x"], *_affine(leaves["x"], leaves), self.code.groups)
+        output = self._output(formula, leaves["x"], leaves)
+        if output is None:
+            raise Failed("scale and shift do not fit x")
         wanted = {role: leaf for role, leaf in leaves.items() if role in ("x", "scale", "shift")}
         found = torch.autograd.grad(output, [*wanted.values()], upstream, allow_unused=True)
         return dict(zip(wanted, found, strict=True))
@@ -398,7 +409,7 @@ class _NormCheck:
         if _close(given, self._output(formula, x, vectors)):
             text = "in evaluation x is normalized by the statistics of the batch instead of by the "
             return mistakes | {"batch statistics used in evaluation": text + "running ones"}
-        for formula, found in explanations(self.kind, cube=False):
+        for formula, found in self._explanations(False, 2):
             if _close(given, self._evaluated(formula, x, vectors)):
                 return mistakes | {m.name: with_numbers(self.kind, m) for m in found}
         return mistakes | {"evaluation": "in evaluation the output is wrong"}

@@ -12,8 +12,16 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from normlab.lessons.checking import Failed, attempt, bound, roles_by
+from normlab.lessons.checking import (
+    VARIADIC,
+    Failed,
+    attempt,
+    bound,
+    roles_by,
+    signature_of,
+)
 from normlab.norms import EPSILON
 from normlab.support.module_state import copied
 
@@ -36,6 +44,7 @@ _ROLES = {
     "shape": "(normalized|input|norm)?shape",
     "size": "size|hw",
     "dims": "(num|n)?dims",
+    "device": "device|dev",
     "dy": "dy|dout|gradoutput|gradout|gout|upstream|grad|dldy|dldout",
     "cache": "cache|saved|memory|ctx|stored",
 }
@@ -156,7 +165,8 @@ class FunctionCode:
     def __init__(self, function: Callable, kind: str, groups: int) -> None:
         self.function, self.groups = function, groups
         self.order = _ORDER if kind == "gn" else tuple(role for role in _ORDER if role != "groups")
-        parameters = inspect.signature(function).parameters
+        every = signature_of(function).parameters.items()
+        parameters = {name: each for name, each in every if each.kind not in VARIADIC}
         self.names = _roles_of(parameters, kind)
         self.roles = {*self.names.values()}
         needed = [name for name, each in parameters.items() if each.default is each.empty]
@@ -202,6 +212,7 @@ class FunctionCode:
         values = {
             **{"eps": EPSILON, "momentum": 0.1, "groups": self.groups, "options": options},
             **{"training": way.words[not training], "evaluation": not training, "dims": 4},
+            "device": "cpu",
             **{"channels": x.shape[1], "shape": tuple(x.shape[1:]), "size": tuple(x.shape[2:])},
             **given,
         }
@@ -245,6 +256,7 @@ class ObjectCode:
         values = {  # "features" is x in a call, but the number of channels here
             **{"channels": sizes[1], "x": sizes[1], "groups": self.groups, "size": sizes[2:]},
             **{"eps": EPSILON, "momentum": 0.1, "dims": 4},
+            "device": "cpu",
             "shape": sizes[1] if way.layout == "C" else way.shape(sizes),
         }
         arguments = bound(self.made, values, role_of, self.order, if_needed=("momentum",))
@@ -332,6 +344,10 @@ def _places(made: object) -> dict[str, tuple[int, str]]:
         module = isinstance(layer, nn.Module)
         kept = {**layer._parameters, **layer._buffers} if module else {}
         for name, value in {**kept, **getattr(layer, "__dict__", {})}.items():
+            if is_lazy(value):
+                raise Failed(
+                    "a lazy layer has no parameters yet: call it once before it is checked"
+                )
             if isinstance(value, Tensor | np.ndarray) and value.ndim:
                 if (role := role_of(name)) in VECTORS:
                     found.setdefault(role, (number, name))

@@ -378,6 +378,11 @@ def bn_other_names(a, b, c):
     return F.batch_norm(a, None, None, b, c, True)
 
 
+@right("bn")
+def bn_with_options(x, *ignored, **options):
+    return F.batch_norm(x, None, None, training=True)
+
+
 # --- layer normalization --------------------------------------------------------------------------
 
 

@@ -795,3 +795,11 @@ def ln_no_return(x):
 @wrong("bn", "error")
 def bn_exit(x):
     raise SystemExit("done")
+
+
+@wrong("ln", "scale and shift swapped", "no gradients", "dtype not kept")
+def ln_ones(x):
+    return x.bool()
+
+
+wrong("bn", "error")(nn.LazyBatchNorm2d)
