@@ -279,12 +279,19 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor, *, layer: str)
     return F.interpolate(heat, images.shape[2:], mode="bilinear").squeeze(1).cpu()
 
 
-def confusion_matrix(network: Predictor, data: Tested) -> Tensor:
+def confusion_matrix(
+    network: Predictor,
+    data: Tested,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
     """Counts, int64 (classes, classes): row the true class, column the predicted one.
 
-    `data` is a `Dataset`, or any batches of (images, labels).
+    `data` is a `Dataset`, which `mean` and `std` normalise in another way than its own, or any
+    batches of (images, labels), which are taken as they are.
     """
-    return _confusion(network, _images_of(data))
+    return _confusion(network, _images_of(data, None, mean, std))
 
 
 def _confusion(network: Predictor, images: _Images) -> Tensor:
@@ -294,10 +301,18 @@ def _confusion(network: Predictor, images: _Images) -> Tensor:
 
 
 def class_accuracy(
-    network: Predictor, data: Tested, classes: Sequence[str] | None = None
+    network: Predictor,
+    data: Tested,
+    classes: Sequence[str] | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """The fraction of images classified correctly, by class; NaN for a class without images."""
-    images = _images_of(data, classes)
+    """The fraction of images classified correctly, by class; NaN for a class without images.
+
+    `data`, `mean` and `std` are as for `confusion_matrix`.
+    """
+    images = _images_of(data, classes, mean, std)
     counts = _confusion(network, images)
     shares = (counts.diagonal() / counts.sum(1)).tolist()
     return dict(zip(images.classes or map(str, range(len(shares))), shares, strict=True))

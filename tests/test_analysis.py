@@ -209,7 +209,9 @@ def test_a_loader_gives_what_a_data_set_of_its_normalization_gives(tiny, tiny_ne
     network, loader = tiny_network(norm), as_loader(tiny)
     same = replace(tiny, mean=MEAN, std=STD)
     torch.testing.assert_close(nl.predict(network, loader), nl.predict(network, same))
-    assert torch.equal(nl.confusion_matrix(network, loader), nl.confusion_matrix(network, same))
+    table = nl.confusion_matrix(network, loader)
+    assert torch.equal(table, nl.confusion_matrix(network, same))
+    assert torch.equal(table, nl.confusion_matrix(network, tiny, mean=MEAN, std=STD))
     names = {"classes": tiny.classes}
     found = nl.find_mistakes(network, loader, mean=MEAN, std=STD, **names)
     for wanted in (

@@ -866,14 +866,22 @@ def with_dropout(network):
     network.p = 0.6
 
 
-DROPS = OWN.replace("super().__init__()", "super().__init__()\n        self.p = 0.1").replace(
-    "x.flatten(1))", "nn.functional.dropout(x.flatten(1), self.p, self.training))"
+def with_noise(network):
+    network.sd = 2.0
+
+
+DROPS = OWN.replace(
+    "super().__init__()", "super().__init__()\n        self.p, self.sd = 0.1, 0.0"
+).replace(
+    "x.flatten(1))",
+    "nn.functional.dropout(x.flatten(1), self.p, self.training))"
+    " + self.training * self.sd * torch.randn(len(x), 4)",
 )
 
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("seed", [7, None])
-@pytest.mark.parametrize("change", [negated, negated_in_training, with_dropout])
+@pytest.mark.parametrize("change", [negated, negated_in_training, with_dropout, with_noise])
 def test_what_the_code_does_not_show_is_seen(tiny, own, tmp_path, finished, seed, change):
     if finished:
         fit(own(DROPS, seed=7), tiny, RECIPE, tmp_path / "run")
@@ -882,7 +890,7 @@ def test_what_the_code_does_not_show_is_seen(tiny, own, tmp_path, finished, seed
     other = own(DROPS, seed=seed)
     change(other)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"run that is something else \(logits"):
+    with pytest.raises(ValueError, match=r"run that is something else \((logits|numbers)"):
         fit(other, tiny, RECIPE, tmp_path / "run")
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 

@@ -272,8 +272,8 @@ def _as_begun(config: dict, wanted: dict, any_weights: bool) -> dict:
     """What the run is that lies here, in so far as the wanted one may have other weights."""
     kept = config["is"]
     if wanted["initial_weights"] == config.get("final_weights"):  # the run's own network
-        any_logits = {key: {} for key in wanted if key.startswith("logits")}
-        return kept | {"initial_weights": wanted["initial_weights"]} | any_logits
+        learned = {key: {} for key in wanted if key.startswith("logits") or key == "numbers"}
+        return kept | {"initial_weights": wanted["initial_weights"]} | learned
     return as_begun_here(kept, wanted) if any_weights else kept
 
 

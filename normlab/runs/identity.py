@@ -32,7 +32,7 @@ RECIPE_FIELDS = (
 )
 NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
 # Identities of earlier versions lack these; the last one is there of networks of one's own only.
-OPTIONAL = ("frozen", "logits", "logits_by_drawn_weights")
+OPTIONAL = ("frozen", "logits", "logits_by_drawn_weights", "numbers")
 BEGINNING = ("initial_weights", "logits")  # what depends on the weights at the beginning
 
 # The part of a provenance on which the last bits of the results may depend.
@@ -62,7 +62,7 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     }
     if "class" in about["network"]:  # a network of one's own, which may not have been seeded
         drawn = probe(network, data.input_shape, dtype, drawn=True)
-        about["logits_by_drawn_weights"] = drawn
+        about |= {"logits_by_drawn_weights": drawn, "numbers": _numbers(network)}
     return about
 
 
@@ -72,7 +72,8 @@ def digest_of(identity: dict) -> str:
     They leave out the logits, which are compared with a tolerance: two runs that differ in these
     alone have the same digits, and the second one is refused in the folder of the first.
     """
-    covered = {k: v for k, v in identity.items() if not k.startswith("logits") and v != []}
+    left_out = {key for key in identity if key.startswith("logits")} | {"numbers"}
+    covered = {k: v for k, v in identity.items() if k not in left_out and v != []}
     covered["network"] = {k: v for k, v in covered["network"].items() if k != "program"}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -104,7 +105,7 @@ def _describe(network: nn.Module) -> dict:
         return _named("network", json.loads(json.dumps(arguments)), NETWORK_ARGUMENTS)
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     kinds = {type(layer) for layer in network.modules()}
-    own = [kind for kind in kinds if kind.__module__.split(".")[0] not in ("torch", "normlab")]
+    own = list(filter(is_own, kinds))
     sources = sorted(map(_sources, own))
     program = "".join(_program(text) for texts in sources for text in texts)
     program += " ".join(sorted(text for kind in own for text in _constants(kind)))
@@ -136,6 +137,19 @@ def _program(source: str) -> str:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def _numbers(network: nn.Module) -> dict[str, float]:
+    """The numbers that layers of one's own hold: the size of a noise does not show in logits."""
+    own = {path: layer for path, layer in network.named_modules() if is_own(type(layer))}
+    held = ((f"{path}.{name}", value) for path, o in own.items() for name, value in vars(o).items())
+    found = {path.lstrip("."): v for path, v in held if isinstance(v, int | float)}
+    return {path: value for path, value in found.items() if path.split(".")[-1] != "training"}
+
+
+def is_own(kind: type) -> bool:
+    """Whether a class is neither torch's nor normlab's."""
+    return kind.__module__.split(".")[0] not in ("torch", "normlab")
 
 
 def _constants(kind: type) -> list[str]:
@@ -204,10 +218,10 @@ def _comparable(part: str, kept: dict, wanted: dict) -> tuple[dict, dict]:
         return usual | {k: v for k, v in kept.items() if k in wanted or v}, wanted
     if part.startswith("logits"):
         both = {mode for mode in both if are_apart(kept[mode], wanted[mode])}
-    elif part != "network" or "class" not in both:
+    elif part == "network" and "class" in both:
+        both = both - {"code"} if "program" in both else both
+    elif part != "numbers":
         return kept, wanted
-    elif "program" in both:
-        both = both - {"code"}
     return {name: kept[name] for name in both}, {name: wanted[name] for name in both}
 
 
