@@ -106,7 +106,7 @@ def run_sweep(
     data = load_images(load)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
-        workers = None
+        cluster = workers = None
         if dask is not None:  # before files change
             from normlab.runs.cluster import connected
 
@@ -116,6 +116,8 @@ def run_sweep(
         jobs = [_in_own_folder(job.identified(data, device)) for job in jobs]
         table = SweepTable(jobs, bases, data, place / TABLE if directory else None, progress)
         if fresh:
+            if cluster is not None:
+                cluster.check_images()  # before runs are gone
             table.start_anew()
         left = table.take_finished(device, None if fresh else kept)
         left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest

@@ -50,6 +50,13 @@ class Cluster:
         for job, future in as_they_end(futures, self._warn_if_alone):
             yield job, _outcome(future, job)
 
+    def check_images(self) -> None:
+        """Raises `RuntimeError` that names a worker which does not come by these images."""
+        found = self.client.run(_load_there, self.load, self.fingerprint, on_error="return")
+        for worker, error in found.items():
+            if isinstance(error, Exception):
+                raise RuntimeError(f"worker {worker}: {error}") from error
+
     def _warn_if_alone(self) -> None:
         if not self._said_alone and not self.client.scheduler_info()["workers"]:
             self._said_alone = True
@@ -71,14 +78,10 @@ def connected(address: str, load: Callable[[], Dataset], data: Dataset) -> Itera
         data: the images here; those of a worker must be the same.
 
     Raises `ConnectionError` or `RuntimeError` of one sentence if it does not answer, has no
-    workers, or has some with another normlab or without these images.
+    workers, or has some with another normlab.
     """
     with _connect(address) as client:
         _check_workers(client)
-        found = client.run(_load_there, load, data.fingerprint, on_error="return")
-        for worker, error in found.items():
-            if isinstance(error, Exception):
-                raise RuntimeError(f"worker {worker}: {error}") from error
         yield Cluster(client, load, data.fingerprint)
 
 
@@ -158,9 +161,9 @@ def _train_away(
             from distributed import get_worker
 
             raise RuntimeError(f"worker {get_worker().address}: {error}") from error
-        job = replace(unpack(sent, data), directory=folder)
+        job = replace(unpack(sent, data), directory=folder / "run")  # beside the folder's lock
         fit_job(job, data, device=device, progress=False)
-        return RunFolder(folder).pack()
+        return RunFolder(job.directory).pack()
 
 
 async def _load_there(load: Callable[[], Dataset], fingerprint: str) -> None:
