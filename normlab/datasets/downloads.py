@@ -20,6 +20,11 @@ from normlab.datasets.folders import load_folder
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download counts as failed
 
 
+class _Damaged(ValueError):
+    def __init__(self, what: str | Path, why: str) -> None:
+        super().__init__(f"{what} is damaged ({why}): delete it and load the data set again")
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set of torchvision's."""
@@ -52,11 +57,11 @@ class Source:
         try:
             idx = self.files[0].endswith("ubyte")
             data = Dataset(name, *(self._read_idx(place) if idx else self._read(place)), self.title)
+        except _Damaged:
+            raise
         except Exception as error:  # torchvision raises whatever the damage happens to provoke
             paths = dict.fromkeys(str(place / Path(file).parts[0]) for file in self.files)
-            why = str(error) or type(error).__name__
-            again = "delete it and load the data set again"
-            raise ValueError(f"{' or '.join(paths)} is damaged ({why}): {again}") from error
+            raise _Damaged(" or ".join(paths), str(error) or type(error).__name__) from error
         original = self.fingerprint in ("", data.fingerprint)
         return data if original else replace(data, source=f"{self.title}, changed")
 
@@ -81,11 +86,11 @@ class Source:
             count, rest = divmod(len(content) - start, math.prod(shape))
             header = struct.pack(f">{start // 4}I", magic, max(count, 0), *shape)
             if count < 1 or rest or content[:start] != header:
-                raise ValueError(f"{place / file}: its header and its size do not fit together")
+                raise _Damaged(place / file, "its header and its size do not fit together")
             found.append(np.frombuffer(content, np.uint8, offset=start).reshape(count, *shape))
             wrong = not shape and (count != len(found[-2]) or found[-1].max() >= len(self.classes))
             if wrong:
-                raise ValueError(f"{place / file}: its labels do not fit to the images")
+                raise _Damaged(place / file, "its labels do not fit to the images")
         return [found[0][:, None], found[1], found[2][:, None], found[3], self.classes]
 
 
