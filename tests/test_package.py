@@ -102,9 +102,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_420
+    assert sum(map(lines.get, shelf)) <= 3_440
     assert max(map(lines.get, shelf)) <= 3_410
-    assert sum(lines.values()) <= 13_380
+    assert sum(lines.values()) <= 13_420
 
 
 @pytest.mark.parametrize("module", ORDER)
