@@ -380,7 +380,7 @@ def test_the_page_names_the_layers_that_normalise_whatever_variants_are_called(
         "C": ("1 × LayerNorm over C, H, W", "288"),
         "D": ("1 × InstanceNorm2d over H, W", "0"),
         "E": ("1 × MyNorm", "3"),
-        "F": ("none", "0"),
+        "F": ("none known by its class", "0"),
     }
     groups = nl.build_network("mnist-l1", "gn", groups=5, seed=0)
     assert described_norm(groups[0][2]) == "GroupNorm of 5 groups over C/G, H, W"
