@@ -303,7 +303,10 @@ class Cut(nn.Module):
         return self.gap(self.conv(x)).view(-1, 4)
 
 
-CUT = r"not \((8|64|128|160), 4\) for B = \d+: after layer 'gap' \(AvgPool2d\), which leaves \(\d+, 4, 2, 2\)"
+CUT = (
+    r"not \((8|64|128|160), 4\) for B = \d+: after layer 'gap' \(AvgPool2d\), which "
+    r"leaves \(\d+, 4, 2, 2\)"
+)
 OUTPUTS = {
     "tuple": (lambda: Returns(lambda y: (y, y)), TypeError, "tensor of logits, not a tuple"),
     "dict": (lambda: Returns(lambda y: {"y": y}), TypeError, "tensor of logits, not a dict"),
