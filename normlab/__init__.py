@@ -17,7 +17,7 @@ The files of this folder, in the order in which one reads them:
     augment       shift, flip, rotate: whole batches at once
     recipes       Recipe: how a network is trained
     optimizers    Muon, gradient centralization
-    history       Run: what a training was, and what it gave
+    history       Run: what a training was, and what it gave; History, of a loop of one's own
     analysis      predictions, misclassified images, confusion
     plots         curves and matrices, from plain data
     images        grids of images
@@ -30,10 +30,10 @@ Behind six doors lies the machinery, which can be left alone:
 
     support       checks of arguments, files, seeds, devices, figures, progress
     datasets      where images come from: bundled, downloaded, folders of pictures
-    engines       ways through an epoch that take the step of `training` faster
+    engines       ways through an epoch that take the step of `training` faster; `doctor`
     runs          runs on disk, resumed, side by side in processes, on a cluster
     comparisons   intervals, fairness, sweeps, reports
-    lessons       what single notebooks show
+    lessons       what single notebooks show, and checks of what students write
 
 Names are imported when they are first used (PEP 562), so that the command can answer `--help`
 without waiting for torch.
