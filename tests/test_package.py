@@ -396,7 +396,8 @@ def few_digits(root, train, transform, *, download):
     part = "train" if train else "test"
     images, labels = getattr(some, f"{part}_images"), getattr(some, f"{part}_labels")
     pictures = [transform(Image.fromarray(image[0].numpy())) for image in images]
-    return list(zip(pictures, labels.tolist(), strict=True))
+    kind = type("Pictures", (list,), {"train": train})
+    return kind(zip(pictures, labels.tolist(), strict=True))
 
 
 def test_a_loop_of_ones_own_takes_twelve_lines():
