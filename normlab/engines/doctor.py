@@ -51,7 +51,7 @@ def _hardware() -> Iterator[str]:
         f"normlab {__version__}, torch {torch.__version__}, torchvision {version('torchvision')}, "
         f"Python {platform.python_version()}, {platform.platform()}"
     )
-    cores = f"{joblib.cpu_count()} cores, {torch.get_num_threads()} threads"
+    cores = f"{joblib.cpu_count()} cores, of which torch uses {torch.get_num_threads()}"
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # not on Windows
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         cores += f", {memory / GIB:.1f} GiB of memory"
