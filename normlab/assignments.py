@@ -86,6 +86,13 @@ class Assignment:
                 "for the function itself to set"
             )
 
+    def exceeded(self, **counts: int) -> dict[str, int]:
+        """The limits, by name, that counts of "parameters" and "epochs" are above."""
+        limits = {"parameters": self.parameter_limit, "epochs": self.epoch_limit}
+        return {
+            name: limits[name] for name, n in counts.items() if limits[name] and n > limits[name]
+        }
+
     def recipe_for(self, variant: Variant, *, seed: int, epochs: int | None = None) -> Recipe:
         """The recipe of one variant: the shared one with the variant's changes."""
         changes = dict(variant.changes) | {"seed": seed}

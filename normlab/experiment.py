@@ -164,11 +164,9 @@ def _say_limits(assignment: Assignment, jobs: Iterable[Job]) -> None:
     """Says which variants have more parameters or epochs than the assignment allows."""
     for job in {job.variant.label: job for job in jobs}.values():
         counts = {"parameters": job.identity["parameters"], "epochs": job.recipe.epochs}
-        limits = {"parameters": assignment.parameter_limit, "epochs": assignment.epoch_limit}
-        for what, limit in limits.items():
-            if limit is not None and counts[what] > limit:
-                label, count = job.variant.label, counts[what]
-                print(f"{label} has {count:,} {what}, more than the {limit:,} that are allowed")
+        for what, limit in assignment.exceeded(**counts).items():
+            label, count = job.variant.label, counts[what]
+            print(f"{label} has {count:,} {what}, more than the {limit:,} that are allowed")
 
 
 def make_jobs(

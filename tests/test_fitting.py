@@ -724,15 +724,9 @@ def test_plateau_is_the_loop_with_torchs_scheduler(tiny, tiny_network, one_threa
 
 @pytest.mark.parametrize("engine", ["plain", "auto"])
 def test_plateau_resumes_bit_for_bit(tiny, tiny_network, tmp_path, one_thread, engine):
-    def interrupt(number, _):
-        if number == 7 * 3 + 1:  # in the eighth epoch
-            raise KeyboardInterrupt
-
     whole, network = fit(tiny_network(seed=3), tiny, PLATEAU, engine=engine), tiny_network(seed=3)
-    remove = on_training_batch(network, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fit(network, tiny, PLATEAU, engine=engine, directory=tmp_path / "run")
-    remove()
+    eighth = 7 * 3 + 1  # batch, the first of the eighth epoch
+    interrupted(network, tiny, tmp_path / "run", PLATEAU, batch=eighth, engine=engine)
     again = fit(tiny_network(seed=3), tiny, PLATEAU, engine=engine, directory=tmp_path / "run")
     assert_same_run(again, whole)
     assert again.history[-1]["lr"] < PLATEAU.lr
@@ -778,8 +772,8 @@ def own(tmp_path, monkeypatch):
     return make
 
 
-def interrupted(network, data, folder, *, batch=8):
-    """Ends a training of the network within its second epoch."""
+def interrupted(network, data, folder, recipe=RECIPE, *, batch=8, **options):
+    """Ends a training of the network at a batch, by default within its second epoch."""
 
     def interrupt(number, _):
         if number == batch:
@@ -787,7 +781,7 @@ def interrupted(network, data, folder, *, batch=8):
 
     remove = on_training_batch(network, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fit(network, data, RECIPE, folder)
+        fit(network, data, recipe, folder, **options)
     remove()
 
 
@@ -946,14 +940,7 @@ def test_interrupted_beyond_its_first_end_a_run_goes_on_there(tiny, tiny_network
     fit(tiny_network(), tiny, CONSTANT, tmp_path)
     longer, network = CONSTANT.replace(epochs=5), tiny_network()
 
-    def interrupt(number, _):
-        if number == 8:  # in the fifth epoch
-            raise KeyboardInterrupt
-
-    remove = on_training_batch(network, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fit(network, tiny, longer, tmp_path)
-    remove()
+    interrupted(network, tiny, tmp_path, longer, batch=8)  # in the fifth epoch
     assert_same_run(fit(network, tiny, longer, tmp_path), fit(tiny_network(), tiny, longer))
 
 

@@ -116,15 +116,12 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
 
 def limits(results: Results) -> Iterator[Finding]:
     """What is beyond the assignment's limits."""
-    allowed = results.assignment
-    facts = {
-        "parameters": (allowed.parameter_limit, lambda run: run.parameters),
-        "epochs": (allowed.epoch_limit, lambda run: len(run.history)),
-    }
-    for what, (limit, count) in facts.items():
+    kinds = {"parameters": lambda run: run.parameters, "epochs": lambda run: len(run.history)}
+    for what, count in kinds.items():
         counts = {label: max(map(count, runs)) for label, runs in results.runs.items()}
-        over = {label: number for label, number in counts.items() if limit and number > limit}
-        if over:
+        limit = results.assignment.exceeded(**{what: max(counts.values())}).get(what)
+        if limit:
+            over = {label: number for label, number in counts.items() if number > limit}
             yield Finding(what, over, limit=limit)
 
 
