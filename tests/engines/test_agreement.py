@@ -110,7 +110,7 @@ def test_what_is_in_an_engine_s_way_is_said(tried, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [GraphEngine, CpuEngine])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_an_engine_that_is_right_agrees(kind, optimizer, tried):
     assert tried(kind, optimizer=optimizer, l1=1e-4, dtype="bfloat16") == ""
 
@@ -129,7 +129,7 @@ class Rounding(PlainEngine):
 
 
 @pytest.mark.parametrize("name", ["mnist-l1", "cifar10-add"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_rounding_errors_are_no_disagreement(name, optimizer, tried, few_digits):
     """Those of BN on pictures with plain areas grow most."""
     network = nl.build_network(name, "bn", input_shape=few_digits.input_shape, seed=0)

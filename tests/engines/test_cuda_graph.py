@@ -242,7 +242,8 @@ def pretended(monkeypatch):
 
     def make_with_a_number(network, recipe, rate):
         optimizer = make_optimizer(network, recipe)
-        named = {"sgd": {"fused": True}, "adamw": {"capturable": True, "foreach": True}}
+        whole = {"capturable": True, "foreach": True}
+        named = {"sgd": {"fused": True}, "adam": whole, "adamw": whole}
         for group in optimizer.param_groups:
             group |= {"lr": rate, **named.get(recipe.optimizer, {})}
         return optimizer
@@ -278,7 +279,13 @@ def pretended(monkeypatch):
     optimizers._cached_batch.cache_clear()
 
 
-SEEN = [("sgd", "float32"), ("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")]
+SEEN = [
+    ("sgd", "float32"),
+    ("adam", "float32"),
+    ("adamw", "float32"),
+    ("muon", "float32"),
+    ("muon", "bfloat16"),
+]
 PRETENDED = nl.Recipe(
     batch_size=20, weight_decay=0.1, l1=1e-4, augment=("shift:1", "rotate", "flip")
 )
@@ -289,7 +296,9 @@ PRETENDED = nl.Recipe(
 def test_a_captured_step_on_a_gpu_waits_for_nothing(name, norm, pretended):
     # The precision is the forward pass's, whose optimiser does not see it.
     for optimizer, dtype in SEEN:
-        recipe = PRETENDED.replace(optimizer=optimizer, dtype=dtype, centred=optimizer != "adamw")
+        recipe = PRETENDED.replace(
+            optimizer=optimizer, dtype=dtype, centred="adam" not in optimizer
+        )
         engine = pretended(GraphEngine, name, norm, recipe)
         with OnTheDevice():
             engine._train_step(20)
