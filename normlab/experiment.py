@@ -109,11 +109,11 @@ def run_assignment(
 ) -> Results:
     """Trains every variant of an assignment with every seed and returns the `Results`.
 
-    A GPU trains up to eight of them at once, those with dropout one at a time. A CPU trains them in
-    processes of one thread each where that is quicker; they get the networks that are built here,
-    with all that the session defined or changed. What cannot be sent to a process is trained in
-    this one, with a warning. Where a loss diverges, the other runs are trained before that error is
-    raised, if a directory keeps them.
+    A GPU trains up to eight of them at once. A CPU trains them in processes of one thread each
+    where that is quicker; they get the networks that are built here, with all that the session
+    defined or changed. What cannot be sent to a process is trained in this one, with a warning.
+    Where a loss diverges, the other runs are trained before that error is raised, if a directory
+    keeps them.
 
     Args:
         name: one of `ASSIGNMENTS`, or an `Assignment` of one's own.

@@ -63,11 +63,13 @@ TRIALS: dict[str, dict] = {
         "batch_size": 32,
     },
 }
-RATES = tuple(f"muon {rate} centred" for rate in (0.05, 0.1, 0.02, 0.2))  # the likeliest first
+# The likeliest first.
+RATES = tuple(f"muon {rate} centred" for rate in (0.05, 0.1, 0.02, 0.2, 0.4))
 FIELDS = (
     *("norm", "trial", "epochs", "accuracy", "loss", "train_loss", "seconds"),
     *("batch_size", "augment"),  # empty in rows from before they were kept
     "seed",
+    "device",  # empty likewise: those were all trained on a CPU
 )
 
 
@@ -134,7 +136,8 @@ def _about(label: str, recipe: nl.Recipe) -> dict:
 def _row(label: str, run: nl.Run) -> dict:
     measured = {"accuracy": "test_accuracy", "loss": "test_loss", "train_loss": "train_loss"}
     numbers = {name: f"{run.last[column]:.4f}" for name, column in measured.items()}
-    return _about(label, run.recipe) | numbers | {"seconds": f"{run.seconds:.0f}"}
+    device = run.provenance["device"]
+    return _about(label, run.recipe) | numbers | {"seconds": f"{run.seconds:.0f}", "device": device}
 
 
 def _read(path: Path) -> dict[tuple, dict]:

@@ -62,6 +62,7 @@ REASONS = {
     "1,797": "= 1437 + 360",
     **dict.fromkeys(("0.02", "0.05", "0.1"), "in notebooks/results/search/cifar10-norms.csv"),
     **dict.fromkeys(("2.1", "2.4", "2.6", "2.8", "2.9", "3.1", "1.5", "0.82"), BENCHMARKS),
+    **dict.fromkeys(("34", "33", "15", "2.11", "2.12", "50,000"), BENCHMARKS),
     **dict.fromkeys(("5.1", "190", "98", "80"), COMPUTED),
     "45": "kB of a task on a cluster",
     **dict.fromkeys(("73.78", "72.07"), "last epochs of a submission's log"),

@@ -37,6 +37,7 @@ def disagreement(engine: PlainEngine) -> str:
     plain = _on_a_copy(PlainEngine, engine)
     rounded = _on_a_copy(PlainEngine, engine, torch.channels_last)
     with closing(_on_a_copy(type(engine), engine)) as trial:
+        trial.layout = engine.layout
         if problem := trial.prepare():
             return problem
         for epoch in range(EPOCHS):
@@ -96,7 +97,8 @@ class _CountedMasks(nn.Module):
 
 def _trained(engine: PlainEngine, epoch: int) -> Numbers:
     """What an engine holds after an epoch, and what came out of it."""
-    engine.launch(epoch)
+    for _ in engine.launch(epoch):
+        pass
     train, test = engine.collect(iter)
     losses = {"loss": train.loss, "penalty": train.penalty, "test loss": test.loss}
     counts = {"images": train.images, "test images": test.images}

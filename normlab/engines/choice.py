@@ -6,7 +6,7 @@ from torch import nn
 from normlab.data import BatchLoader
 from normlab.engines.agreement import disagreement
 from normlab.engines.cpu import CpuEngine
-from normlab.engines.cuda_graph import GraphEngine
+from normlab.engines.cuda_graph import GraphEngine, layout_for
 from normlab.engines.plain import PlainEngine
 from normlab.recipes import Recipe
 from normlab.support.checks import one_of
@@ -28,7 +28,7 @@ def make_engine(
     one_of(choice, ENGINES, "engine")
     kind, why = PlainEngine, f"asked for by engine={choice!r}"
     if choice != "plain":
-        kind, why = _fastest(network, train, train.images.device)
+        kind, why = _fastest(network, recipe, train, train.images.device)
     return kind(network, recipe, train, test), why
 
 
@@ -43,7 +43,7 @@ def disagreement_of(engine: PlainEngine, choice: str) -> str:
 
 
 def _fastest(
-    network: nn.Module, train: BatchLoader, device: torch.device
+    network: nn.Module, recipe: Recipe, train: BatchLoader, device: torch.device
 ) -> tuple[type[PlainEngine], str]:
     if device.type not in ("cpu", "cuda"):
         return PlainEngine, f"there is no faster way on {device.type}"
@@ -51,8 +51,8 @@ def _fastest(
         return PlainEngine, "float64 is for exact comparisons, and a GPU's fused optimiser is not"
     if device.type == "cuda" and has_hooks(network):
         return PlainEngine, "a CUDA graph calls no hooks, and there are some (a watch has them)"
-    problem = _channels_last_problem(network, train)
-    if problem:
+    channels_last = device.type == "cpu" or layout_for(recipe) == torch.channels_last
+    if channels_last and (problem := _channels_last_problem(network, train)):
         return PlainEngine, f"the network does not run channels last: {problem}"
     if device.type == "cpu":
         return CpuEngine, "channels last, quick dropout, kept memory: the fastest measured"

@@ -22,10 +22,10 @@ class CpuEngine(PlainEngine):
     """Tensors laid out channels last, masks of dropout drawn quicker, memory kept between steps."""
 
     name = "cpu-channels-last"
+    layout = torch.channels_last
 
     def prepare(self) -> str:
-        self.network.to(memory_format=torch.channels_last)
-        self.batches.memory_format = self.tests.memory_format = torch.channels_last
+        self.lay_out()
         return ""
 
     def collect(self, counted: Counted) -> tuple[EpochResult, EpochResult]:

@@ -131,7 +131,8 @@ def _speed(engine: PlainEngine) -> float:
         raise RuntimeError(problem)
     rates = []
     for epoch in range(EPOCHS):
-        engine.launch(epoch)
+        for _ in engine.launch(epoch):
+            pass
         result, _ = engine.collect(iter)
         rates.append(result.images / result.seconds)
     return max(rates)

@@ -52,11 +52,13 @@ def plot_norm_axes(
     if not kinds:
         raise ValueError("there are no kinds of norms to draw")
     check_groups(groups, shape[1])
-    figure = pyplot.figure(figsize=(2.9 * len(kinds), 2.9))
+    columns = min(2, len(kinds))  # more beside each other could not be read on a phone
+    rows = -(-len(kinds) // columns)
+    figure = pyplot.figure(figsize=(2.9 * columns, 2.9 * rows))
     for place, name in enumerate(kinds, start=1):
-        ax = figure.add_subplot(1, len(kinds), place, projection="3d")
+        ax = figure.add_subplot(rows, columns, place, projection="3d")
         draw_cube(ax, NORMS[norm_name(name)], shape, groups)
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=0.92, wspace=0)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - 0.08 / rows, wspace=0)
     return figure
 
 

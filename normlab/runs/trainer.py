@@ -12,7 +12,6 @@ import torch
 from normlab.analysis import class_and_probability, predict
 from normlab.data import Dataset
 from normlab.engines.choice import ENGINES, disagreement_of, make_engine
-from normlab.engines.cuda_graph import can_overlap
 from normlab.engines.plain import PlainEngine, training_batches
 from normlab.history import Run
 from normlab.runs.folder import RunFolder, another_run
@@ -97,11 +96,9 @@ def _fit_together(
         outcomes |= find_runs(left, data, device)  # by whoever had the folder before
         left = [job for job in left if job not in outcomes]
         trainings = [_Training(job, data, device, engine, progress) for job in left]
-        together = can_overlap(training.network for training in trainings)
-        for group in [trainings] if together else [[training] for training in trainings]:
-            for training in group:
-                training.at_once = len(group) * processes
-            outcomes |= _take_turns(group)
+        for training in trainings:
+            training.at_once = len(trainings) * processes
+        outcomes |= _take_turns(trainings)
     return outcomes
 
 
@@ -111,7 +108,7 @@ def _prepared(job: Job, data: Dataset, device: torch.device) -> Job:
 
 
 def _take_turns(trainings: Sequence["_Training"]) -> dict[Job, Run | Exception | None]:
-    """All epochs of all of them, an epoch of each at a time."""
+    """All epochs of all of them, by turns."""
     outcomes: dict[Job, Run | Exception | None] = {}
     with ExitStack() as stack:
         turns = {each.job: stack.enter_context(closing(each.turns())) for each in trainings}
@@ -142,7 +139,7 @@ class _Training:
         self.at_once = 1  # how many trainings share the machine
 
     def turns(self) -> Generator[None, None, Run]:
-        """Resumes or begins, and trains from each `next` to another for an epoch; returns the run.
+        """Resumes or begins, and trains a part of an epoch at each `next`; returns the run.
 
         If an exception ends it, layers are in the modes they were in, so that the same call trains
         the same again. The network then gets its initial weights back where a folder keeps the
@@ -164,8 +161,7 @@ class _Training:
                 yield  # when it is ready, as those beside it shall be before its first epoch
                 while len(self.history) < self.recipe.epochs:
                     losses = [row["train_loss"] for row in self.history]
-                    self.engine.launch(len(losses), self.recipe.scale_after(losses))
-                    yield
+                    yield from self.engine.launch(len(losses), self.recipe.scale_after(losses))
                     self._collect(shown)
                 self._close_engine()  # predictions are those of the network as a student gets it
                 run = self._finish()

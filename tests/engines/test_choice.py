@@ -35,7 +35,8 @@ def test_a_network_that_cannot_run_channels_last_takes_the_plain_path(few_digits
 
 
 def test_apple_s_gpus_take_the_plain_path(few_digits):
-    kind, why = choice._fastest(Viewing(), few_digits.loader(batch_size=32), torch.device("mps"))
+    train = few_digits.loader(batch_size=32)
+    kind, why = choice._fastest(Viewing(), nl.Recipe(), train, torch.device("mps"))
     assert kind is PlainEngine
     assert why == "there is no faster way on mps"
 
@@ -73,6 +74,6 @@ def test_a_network_with_hooks_is_not_put_into_a_cuda_graph(owner, register, tiny
     else:
         handle = getattr(module, f"register_module_{register}")(lambda *_: None)
     with handle:
-        assert choice._fastest(network, train, CUDA)[0] is PlainEngine
-        assert choice._fastest(network, train, torch.device("cpu"))[0] is CpuEngine
-    assert choice._fastest(network, train, CUDA)[0] is GraphEngine
+        assert choice._fastest(network, nl.Recipe(), train, CUDA)[0] is PlainEngine
+        assert choice._fastest(network, nl.Recipe(), train, torch.device("cpu"))[0] is CpuEngine
+    assert choice._fastest(network, nl.Recipe(), train, CUDA)[0] is GraphEngine

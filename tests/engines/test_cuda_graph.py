@@ -3,7 +3,6 @@
 import copy
 import warnings
 from contextlib import nullcontext
-from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -183,19 +182,6 @@ def test_a_network_whose_earlier_gradients_are_held_is_explained(sent_down_the_p
     assert not cuda_graph._held_by_others(network)
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError])
-def test_the_generator_takes_part_in_no_capture_after_a_failed_one(error, monkeypatch):
-    generator = Mock()
-    generator.graphsafe_set_state.side_effect = error
-    monkeypatch.setattr(torch.cuda, "default_generators", (Mock(), generator))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    cuda_graph._leave_capture(torch.device("cuda"))
-    cuda_graph._leave_capture(torch.device("cuda:1"))
-    cuda_graph._leave_capture(torch.device("cpu"))
-    fresh = generator.clone_state.return_value
-    assert generator.graphsafe_set_state.call_args_list == [call(fresh), call(fresh)]
-
-
 def test_one_warning_of_torch_is_silenced_in_the_warm_ups(recwarn):
     with cuda_graph._warming_up():
         warnings.warn("This instance was constructed with capturable=True or some", stacklevel=1)
@@ -253,7 +239,7 @@ def pretended(monkeypatch):
         with torch.device("cuda"):
             network = nl.build_network(name, norm, dropout=0.1, seed=0)
             images, labels = torch.zeros(50, *shape, dtype=torch.uint8), torch.arange(50) % 10
-        layout = torch.channels_last if kind is GraphEngine else torch.contiguous_format
+        layout = cuda_graph.layout_for(recipe) if kind is GraphEngine else torch.contiguous_format
         for layer in network.modules():  # `to` cannot do it with pretended tensors
             if isinstance(layer, nn.Conv2d):
                 layer.weight = nn.Parameter(layer.weight.detach().contiguous(memory_format=layout))
@@ -269,6 +255,7 @@ def pretended(monkeypatch):
         return kind(network, recipe, train, BatchLoader(images, labels, **options))
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "_generator_of", lambda device: torch.default_generator)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *arguments, **options: None)

@@ -194,6 +194,7 @@ def test_the_layout_is_changed_once_and_changed_back_after_errors_too(
     kind, few_digits, fit_with, monkeypatch
 ):
     network = nl.build_network("mnist-l1", dropout=0.0, seed=1)
+    layout_of = {CpuEngine: torch.channels_last, GraphEngine: torch.contiguous_format}
     layouts, move = [], network.to
 
     def to(**options):
@@ -202,9 +203,9 @@ def test_the_layout_is_changed_once_and_changed_back_after_errors_too(
 
     monkeypatch.setattr(network, "to", to)
     fit_with(kind, few_digits, nl.Recipe(epochs=2), network=network)
-    assert layouts == [torch.channels_last, torch.contiguous_format]
+    assert layouts == [layout_of[kind], torch.contiguous_format]
     monkeypatch.setattr(kind, "collect", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit_with(kind, few_digits, nl.Recipe(epochs=2), network=network)
-    assert layouts == [torch.channels_last, torch.contiguous_format] * 2
+    assert layouts == [layout_of[kind], torch.contiguous_format] * 2
     assert all(weight.is_contiguous() for weight in network.parameters())

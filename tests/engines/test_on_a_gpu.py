@@ -51,14 +51,14 @@ def test_steps_of_every_network_and_optimiser_agree_with_the_plain_loop(name, op
         assert disagreement(engine) == "", norm
 
 
-def test_half_precision_is_finite_and_within_a_point(digits):
+def test_half_precision_is_finite_and_within_three_points(digits):
     runs = [
         fit(nl.build_network("mnist-l1", seed=0), digits, RECIPE.replace(epochs=8, dtype=dtype))
         for dtype in ("float32", "bfloat16")
     ]
     whole, half = (run.last for run in runs)
     assert all(value == value for value in half.values())
-    assert half["test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=0.01)
+    assert half["test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=0.03)
 
 
 # --- dropout ---------------------------------------------------------------------------------

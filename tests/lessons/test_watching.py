@@ -342,12 +342,12 @@ def test_fit_on_the_cpu_is_watched_on_its_fast_path(tiny, tiny_network):
 def test_a_watched_network_is_not_put_into_a_cuda_graph(tiny, tiny_network):
     network, train = tiny_network(), tiny.loader(batch_size=32)
     cuda = torch.device("cuda")
-    assert engines._fastest(network, train, cuda)[0] is engines.GraphEngine
+    assert engines._fastest(network, nl.Recipe(), train, cuda)[0] is engines.GraphEngine
     with nl.watch(network):
-        kind, why = engines._fastest(network, train, cuda)
+        kind, why = engines._fastest(network, nl.Recipe(), train, cuda)
     assert kind is engines.PlainEngine
     assert "calls no hooks" in why
-    assert engines._fastest(network, train, cuda)[0] is engines.GraphEngine
+    assert engines._fastest(network, nl.Recipe(), train, cuda)[0] is engines.GraphEngine
 
 
 def test_a_captured_step_is_refused_in_one_sentence(tiny_network, monkeypatch):

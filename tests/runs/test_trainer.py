@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from normlab.engines import choice
 from normlab.engines.cpu import CpuEngine
+from normlab.engines.cuda_graph import GraphEngine
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.jobs import Job, warn_if_at_chance
 from normlab.runs.trainer import fit_each
@@ -50,6 +52,18 @@ def test_several_at_once_give_what_each_gives_alone(tiny, tiny_network):
         alone = fit(tiny_network("gn", seed), tiny)
         assert_same_run(run, alone)
         assert (run.provenance["at_once"], alone.provenance["at_once"]) == (3, 1)
+
+
+def test_graphs_with_dropout_draw_by_turns_what_each_draws_alone(tiny, tiny_network, monkeypatch):
+    def jobs():
+        networks = [tiny_network("gn", seed, dropout=0.3) for seed in range(3)]
+        return [job_of(each, RECIPE, None, f"number {i}") for i, each in enumerate(networks)]
+
+    monkeypatch.setattr(choice, "_fastest", lambda *_: (GraphEngine, "a test"))
+    monkeypatch.setattr(GraphEngine, "IN_A_ROW", 1)
+    for run, job in zip(fit_together(jobs(), tiny), jobs(), strict=True):
+        assert run.provenance["engine"] == "cuda-graph"
+        assert_same_run(run, *fit_together([job], tiny))
 
 
 def test_the_first_epoch_s_seconds_contain_the_preparation(tiny, tiny_network, monkeypatch):
@@ -145,15 +159,6 @@ def test_one_that_is_too_large_by_itself_is_named(tiny, tiny_network, tmp_path, 
         fit_together(jobs, tiny)
     finished = [RunFolder(job.directory).is_finished() for job in jobs]
     assert finished == [True, False, True]
-
-
-def test_networks_that_draw_random_numbers_get_ready_one_after_another(
-    tiny, tiny_network, monkeypatch
-):
-    memory = SmallMemory(monkeypatch, room=3)
-    jobs = [job_of(tiny_network(dropout=0.3), RECIPE.replace(epochs=1)) for _ in range(3)]
-    fit_together(jobs, tiny)
-    assert memory.opened == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("accuracy", "warned"), [(0.95, 1), (0.965, 0), (1.0, 0)])
