@@ -15,67 +15,31 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
-from normlab.lessons.checking import (
-    Checked,
-    Failed,
-    call,
-    checked,
-    explanations,
-    mistakes_at,
-    roles_of,
-)
+from normlab.lessons import checking
 from normlab.support.seeding import seeded
 
 _SIZES = (4, 4, 2)  # of the batches: the last one is short
-_RIGHT = (1, 2, 1)  # how many images of each are predicted correctly
+_WRONG = (0, 1, 1, 1, 0, 0, 1, 1, 0, 1)  # the images that are predicted wrongly
 _RATE = 1e-3
 
 # What may be minimised, or reported, instead of the cross-entropy.
-_LOSSES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "softmax before cross-entropy": (
-        "softmax is applied before cross-entropy, which applies it itself: give it the logits",
-        lambda z, y: F.cross_entropy(z.softmax(1), y),
-    ),
-    "softmax without logarithm": (
-        "nll_loss is given softmax; it needs log_softmax",
-        lambda z, y: F.nll_loss(z.softmax(1), y),
-    ),
-    "log-softmax missing": ("nll_loss is given logits; it needs log_softmax", F.nll_loss),
-    "squared error": (
-        "the squared error is taken instead of the cross-entropy",
-        lambda z, y: F.mse_loss(z.softmax(1), F.one_hot(y, z.shape[1]).float()),
-    ),
-    "loss summed over the batch": (
-        "the loss is summed over the batch instead of averaged, so that steps are as many times "
-        "longer as there are images in it",
-        lambda z, y: F.cross_entropy(z, y, reduction="sum"),
-    ),
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax before cross-entropy": lambda z, y: F.cross_entropy(z.softmax(1), y),
+    "softmax without logarithm": lambda z, y: F.nll_loss(z.softmax(1), y),
+    "log-softmax missing": F.nll_loss,
+    "squared error": lambda z, y: F.mse_loss(z.softmax(1), F.one_hot(y, z.shape[1]).float()),
+    "loss summed over the batch": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
 }
-# How the means of batches (and their sizes) may become one number; right is Σ(m · n) / Σn.
-_AVERAGES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "short last batch counted too much": (
-        "the mean of the batches' means is taken, in which an image of the short last batch counts "
-        "more than others: weight each by its number of images",
-        lambda m, n: m.mean(),
-    ),
-    "short last batch counted as a whole one": (
-        "the sum is divided by (number of batches · batch size), but the last batch has fewer "
-        "images: divide by the number of images",
-        lambda m, n: (m * n).sum() / (len(m) * n.max()),
-    ),
-    "sum divided by the number of batches": (
-        "a sum over images is divided by the number of batches: divide by the number of images",
-        lambda m, n: (m * n).sum() / len(m),
-    ),
-    "batch means divided by the number of images": (
-        "the batches' means are summed and divided by the number of images: multiply each by its "
-        "number of images first",
-        lambda m, n: m.sum() / n.sum(),
-    ),
-    "last batch only": ("only the last batch is reported: sum over all", lambda m, n: m[-1]),
-    "sum not divided": ("a sum is reported, not divided by the images", lambda m, n: m.sum()),
+# How the batches' means m may become one number instead of Σ(m · n) / Σn, by their sizes n.
+_AVERAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "short last batch counted too much": lambda m, n: m.mean(),
+    "short last batch counted as a whole one": lambda m, n: (m @ n) / (len(m) * n.max()),
+    "sum divided by the number of batches": lambda m, n: (m @ n) / len(m),
+    "batch means divided by the number of images": lambda m, n: m.sum() / n.sum(),
+    "last batch only": lambda m, n: m[-1],
+    "sum not divided": lambda m, n: m @ n,
+    "batch means not divided": lambda m, n: m.sum(),
 }
-_PERCENT = {"accuracy in percent": ("it is in percent; here it is a fraction from 0 to 1", 100.0)}
 _SENTENCES = {
     "no train()": "the network is not in training mode: call network.train() before the batches",
     "no eval()": "the network is not in evaluation mode in the test: call network.eval() before it",
@@ -88,16 +52,31 @@ _SENTENCES = {
     "step before backward": "optimizer.step() comes before backward(): it uses old gradients",
     "gradients cleared before the step": "gradients are cleared between backward() and step()",
     "no zero_grad": "gradients add up over the batches: call optimizer.zero_grad() before backward",
+    "softmax before cross-entropy": "cross-entropy applies softmax itself: give it the logits",
+    "softmax without logarithm": "nll_loss is given softmax; it needs log_softmax",
+    "log-softmax missing": "nll_loss is given logits; it needs log_softmax",
+    "loss summed over the batch": "the loss is summed over the batch instead of averaged, so that "
+    "steps are as many times longer as there are images in it",
+    "squared error": "the squared error is taken instead of the cross-entropy",
     "unknown gradients": "the gradients of a step are not those of the mean cross-entropy of its "
     "batch, by none of the usual mistakes",
     "gradients recorded in the test": "gradients are recorded in the test, which costs memory and "
     "time: put it under torch.no_grad()",
     "weights changed in the test": "the test changes weights; it only measures",
+    "short last batch counted too much": "the mean of the batches' means is taken, in which an "
+    "image of the short last batch counts more than others: weight each by its number of images",
+    "short last batch counted as a whole one": "the sum is divided by (number of batches · batch "
+    "size), but the last batch has fewer images: divide by the number of images",
+    "sum divided by the number of batches": "a sum over images is divided by the number of "
+    "batches: divide it by the number of images",
+    "batch means divided by the number of images": "the batches' means are summed and divided by "
+    "the number of images: multiply each by its number of images first",
+    "last batch only": "only the last batch is reported: sum over all of them",
+    "sum not divided": "a sum is reported that is not divided by the number of images",
+    "batch means not divided": "the batches' means are summed and not divided",
+    "accuracy in percent": "accuracy is in percent; here it is a fraction from 0 to 1",
     "accuracy is a count": "the number of correct images is returned instead of their fraction",
     "unknown result": "neither the mean loss nor the accuracy is among what is returned",
-}
-_SENTENCES |= {
-    name: said for rows in (_LOSSES, _AVERAGES, _PERCENT) for name, (said, _) in rows.items()
 }
 
 
@@ -123,18 +102,15 @@ class _Watched:
             self.network = nn.Sequential(nn.Flatten(), *layers)
             images = torch.randn(sum(_SIZES), 1, 2, 3)
         self.network.train(not training)  # as it should be when the labels are compared
-        labels = []
-        for part, right in zip(images.split(_SIZES), _RIGHT, strict=True):
-            with torch.no_grad():
-                guess = self.network(part).argmax(1)
-            labels.append((guess + (torch.arange(len(part)) >= right)) % 3)
+        with torch.no_grad():
+            guess = torch.cat([self.network(part) for part in images.split(_SIZES)]).argmax(1)
         self.network.train(training)
-        self.data = TensorDataset(images, torch.cat(labels))
+        self.data = TensorDataset(images, (guess + torch.tensor(_WRONG)) % 3)
         self.parameters = [*self.network.parameters()]
         self.before = _flat(self.parameters)
         self.batches: list[_Batch] = []
         self.steps: list[tuple[_Batch | None, bool, Tensor | None]] = []  # after backward, gradient
-        self.error: Failed | None = None
+        self.error: checking.Failed | None = None
 
     @property
     def moved(self) -> bool:
@@ -148,15 +124,15 @@ class _Watched:
             **{"optimizer": optimizer, "loss": nn.CrossEntropyLoss(), "device": "cpu", "epoch": 1},
             **{"rate": _RATE, "factor": 0.0, "scheduler": LambdaLR(optimizer, lambda _: 1.0)},
         }
-        roles = roles_of(function, values, ("network", "batches", "optimizer", "loss"))
+        roles = checking.roles_of(function, values, ("network", "batches", "optimizer", "loss"))
         hooks = (
             self.network.register_forward_hook(self._forward),
             self.parameters[0].register_post_accumulate_grad_hook(self._backward),
             register_optimizer_step_pre_hook(self._step),
         )
         try:
-            self.result = call(function, values, roles, "loss rate scheduler")
-        except Failed as error:
+            self.result = checking.call(function, values, roles, "loss rate scheduler")
+        except checking.Failed as error:
             self.error = error
         finally:
             for hook in hooks:
@@ -168,7 +144,7 @@ class _Watched:
         flat = inputs[0].detach().flatten(1)
         begin = int((images.flatten(1) - flat[0]).abs().sum(1).argmin())
         labels = labels[begin : begin + len(flat)]
-        losses = {"": F.cross_entropy} | {name: loss for name, (_, loss) in _LOSSES.items()}
+        losses = {"": F.cross_entropy} | _LOSSES
         due = {
             name: _flat(
                 torch.autograd.grad(loss(logits, labels), self.parameters, retain_graph=True)
@@ -195,7 +171,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([each.detach().flatten() for each in tensors])
 
 
-def check_loop(train: Callable | None = None, test: Callable | None = None) -> Checked:
+def check_loop(train: Callable | None = None, test: Callable | None = None) -> checking.Checked:
     """Whether functions that train, or test, for an epoch are right.
 
     Args:
@@ -217,7 +193,7 @@ def check_loop(train: Callable | None = None, test: Callable | None = None) -> C
         (part, {name: f"{_SENTENCES[name]}." for name in names})
         for part, names in _parts(train, test)
     )
-    return checked(f"{' and '.join(filter(None, words))} loop", found)
+    return checking.checked(f"{' and '.join(filter(None, words))} loop", found)
 
 
 def _parts(train: Callable | None, test: Callable | None) -> Iterator[tuple[str, list[str]]]:
@@ -290,7 +266,7 @@ class _Reported:
     """How batches become one number; the defaults are right for a loss."""
 
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    average: Callable[[Tensor, Tensor], Tensor] = lambda m, n: (m * n).sum() / n.sum()
+    average: Callable[[Tensor, Tensor], Tensor] = lambda m, n: (m @ n) / n.sum()
     unit: float = 1.0
 
     def __call__(self, batches: list[_Batch]) -> float:
@@ -299,15 +275,20 @@ class _Reported:
         return self.unit * float(self.average(means, sizes))
 
 
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels).float().mean()
 
 
-_COUNT = {"accuracy is a count": ("", lambda m, n: (m * n).sum())}
-_SUM = {"sum not divided": ("", lambda m, n: (m * n).sum())}
-_WAYS = mistakes_at("average", _AVERAGES)
-_LOSS_WAYS = [*mistakes_at("loss", _LOSSES)[:-1], *_WAYS, *mistakes_at("average", _SUM)]
-_ACCURACY_WAYS = [*_WAYS, *mistakes_at("average", _COUNT), *mistakes_at("unit", _PERCENT)]
+def _ways(**places: dict[str, object]) -> list[checking.Mistake]:
+    return [
+        checking.Mistake(name, _SENTENCES[name], {place: value})
+        for place, values in places.items()
+        for name, value in values.items()
+    ]
+
+
+_OF_A_LOSS = _ways(loss=_LOSSES, average=_AVERAGES)
+_OF_ACCURACY = _ways(average=_AVERAGES, unit={"accuracy in percent": 100.0})
 
 
 def _returned(what: str, watched: _Watched) -> Iterator[tuple[str, list[str]]]:
@@ -339,16 +320,18 @@ def _numbers(value: object) -> Iterator[float]:
 def _results(numbers: list[float], batches: list[_Batch], what: str) -> list[str]:
     """The mistakes that give these numbers."""
     ways = [
-        *explanations(_Reported(), _LOSS_WAYS),
-        *explanations(_Reported(_correct), _ACCURACY_WAYS),
+        *checking.explanations(_Reported(), _OF_A_LOSS),
+        *checking.explanations(_Reported(_accuracy), _OF_ACCURACY),
     ]
-    table = [(way(batches), [each.name for each in some]) for way, some in ways]
-    table.sort(key=lambda row: len(row[1]))  # few mistakes first
+    table = [(way(batches), way.loss, [each.name for each in some]) for way, some in ways]
+    table.sort(key=lambda row: len(row[-1]))  # few mistakes first
     counted = any(abs(number - sum(_SIZES)) < 1e-6 for number in numbers)
     found, known = [], False
     for number in numbers:
-        near = [names for value, names in table if abs(value - number) <= 1e-4 * abs(value)]
+        near = [row for row in table if abs(row[0] - number) <= 1e-4 * abs(row[0])]
         known |= bool(near)
-        excused = counted and near and near[0] in (["accuracy is a count"], ["sum not divided"])
-        found += [] if excused or not near else near[0]
+        _, loss, names = near[0] if near else (0, None, [])
+        if names == ["sum not divided"]:
+            names = [] if counted else ["accuracy is a count"] if loss is _accuracy else names
+        found += names
     return found if known or what == "training" else ["unknown result"]

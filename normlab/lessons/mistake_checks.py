@@ -17,7 +17,7 @@ _KEYS = ("images", "true", "predicted")
 
 @dataclass
 class _Shown:
-    """One image that is shown, and what is true of it; the last is known of test images only."""
+    """One image that is shown, and what is true of it; the last two of test images only."""
 
     number: int
     image: Tensor
@@ -28,67 +28,6 @@ class _Shown:
     before: int | None  # where the same image is shown before
     label: int | None = None
     guess: int | None = None  # of the finished network
-
-    @property
-    def right(self) -> bool:
-        return self.place is not None and self.label == self.guess
-
-    @property
-    def said(self) -> tuple[int, int]:
-        return self.true, self.predicted
-
-    @property
-    def normalised(self) -> bool:
-        low, high = self.image.aminmax() if self.image.numel() else (0, 0)
-        return low < -0.01 or (high > 1.01 and not torch.equal(self.image, self.image.round()))
-
-
-_CORRECT = "test image {place} is classified correctly by the finished network, as class {guess}: "
-_OF = "of test image {place} the true class is {label}, and the finished network predicts {guess}; "
-_OF += "here it is true {true}, predicted {predicted}"
-# Part, mistake, when it is one, and what is said. Of each part the first that holds counts.
-_MISTAKES = (
-    (
-        *("from the test set", "not from the test set", lambda s: s.trained),
-        "image {number} is one of the training images; the test set is what counts",
-    ),
-    (
-        *("from the test set", "unknown image", lambda s: s.place is None),
-        "image {number} is not in the test set: was it augmented?",
-    ),
-    (
-        *("each once", "same image twice", lambda s: s.before is not None),
-        "images {before} and {number} are the same one of the test set",
-    ),
-    (
-        *("misclassified", "not misclassified", lambda s: s.right and s.true == s.predicted),
-        _CORRECT + "take those with predicted != true",
-    ),
-    (
-        *("misclassified", "collected while training", lambda s: s.right),
-        _CORRECT + "this is a mistake that it made while it trained, or in training mode",
-    ),
-    (
-        *("labels", "labels exchanged", lambda s: s.said == (s.guess, s.label) != s.said[::-1]),
-        "the true class and the predicted one are exchanged: " + _OF,
-    ),
-    (
-        *("labels", "wrong true class", lambda s: s.label is not None and s.true != s.label),
-        "the labels are those of other images: " + _OF,
-    ),
-    (
-        *(
-            "labels",
-            "other predictions",
-            lambda s: not s.right and s.guess is not None and s.predicted != s.guess,
-        ),
-        "the predictions are not the finished network's: " + _OF,
-    ),
-    (
-        *("pictures", "picture still normalised", lambda s: s.normalised),
-        "image {number} has numbers below 0 or above 1: undo the normalisation (· std + mean)",
-    ),
-)
 
 
 def check_mistakes(
@@ -122,30 +61,65 @@ def _parts(
         values = {"network": network, "batches": batches, "count": count, "device": "cpu"}
         values["classes"] = getattr(data, "classes", [*range(1000)])
         found = call(found, values, roles_of(found, values, ("network", "batches", "count")))
-    images, true, predicted = _columns(found)
-    due = min(count, int((guess != labels).sum()))
-    text = f"{len(images)} images are shown, where {due} are asked for"
-    parts = {"number": {} if len(images) >= due else {"too few images": text}}
-    parts |= {part: {} for part, *_ in _MISTAKES}
-    for each in _shown(images, true, predicted, data, batches):
+    columns = _columns(found)
+    shown, due = len(columns[0]), min(count, int((guess != labels).sum()))
+    text = f"{shown} images are shown, where {due} are asked for"
+    yield "number", {} if shown >= due else {"too few images": text}
+    names = ("from the test set", "each once", "misclassified", "labels", "pictures")
+    parts: dict[str, dict[str, str]] = {name: {} for name in names}
+    for each in _shown(columns, data, batches):
         if each.place is not None:
             each.label, each.guess = int(labels[each.place]), int(guess[each.place])
-        told = set()
-        for part, name, holds, sentence in _MISTAKES:
-            if part not in told and holds(each):
-                parts[part].setdefault(name, sentence.format(**vars(each)) + ".")
-                told.add(part)
+        for part, name, text in _mistakes(each):
+            parts[part].setdefault(name, f"{text}.")
     yield from parts.items()
 
 
-def _shown(
-    images: Sequence, true: Sequence, predicted: Sequence, data: object, batches: list
-) -> Iterator[_Shown]:
+def _mistakes(each: _Shown) -> Iterator[tuple[str, str, str]]:
+    """The mistakes in one image: the part, the name and the sentence."""
+    image = f"image {each.number}"
+    if each.trained:
+        text = f"{image} is one of the training images; the test set is what counts"
+        yield "from the test set", "not from the test set", text
+    elif each.place is None:
+        text = f"{image} is not in the test set: was it augmented?"
+        yield "from the test set", "unknown image", text
+    if each.before is not None:
+        text = f"images {each.before} and {each.number} are the same one of the test set"
+        yield "each once", "same image twice", text
+    low, high = each.image.aminmax() if each.image.numel() else (0, 0)
+    if low < -0.01 or (high > 1.01 and not torch.equal(each.image, each.image.round())):
+        text = f"{image} goes from {low:.2f} to {high:.2f}: undo the normalisation (· std + mean)"
+        yield "pictures", "picture still normalised", text
+    if each.place is None:
+        return
+    said, due = (each.true, each.predicted), (each.label, each.guess)
+    wrong = each.label != each.guess
+    text = f"test image {each.place} is classified correctly by the finished network"
+    if not wrong and each.true == each.predicted:
+        yield "misclassified", "not misclassified", f"{text}: take those with predicted != true"
+    elif not wrong:
+        text += ": this is a mistake that it made while it trained, or in training mode"
+        yield "misclassified", "collected while training", text
+    text = f"of test image {each.place} (true, predicted) are {due}, not {said}"
+    if said == due[::-1] != due:
+        yield "labels", "labels exchanged", f"true and predicted classes are exchanged: {text}"
+    elif each.true != each.label:
+        yield "labels", "wrong true class", f"the labels are those of other images: {text}"
+    elif each.predicted != each.guess and wrong:
+        yield "labels", "other predictions", f"another network predicts so: {text}"
+
+
+def _shown(columns: list[Sequence], data: object, batches: list) -> Iterator[_Shown]:
     shape = batches[0][0].shape[1:]
     names = [str(name) for name in getattr(data, "classes", ())]
-    tested, trained = _forms(data, batches)
+    tested = _standard(torch.cat([images for images, _ in batches]))
+    trained = tested[:0]
+    if isinstance(data, Dataset):
+        every = data.loader(train=True, shuffle=False)
+        trained = _standard(torch.cat([images for images, _ in every]))
     places: list[int | None] = []
-    for number, (image, *classes) in enumerate(zip(images, true, predicted, strict=True)):
+    for number, (image, *classes) in enumerate(zip(*columns, strict=True)):
         image, classes = _image(image, shape), [_class(each, names) for each in classes]
         place = _place(image, tested)
         among = place is None and _place(image, trained) is not None
@@ -195,30 +169,25 @@ def _class(value: object, names: list[str]) -> int:
 
 
 def _image(value: object, shape: torch.Size) -> Tensor:
-    """An image as numbers in the order (C, H, W), flat."""
+    """An image as numbers (C, H, W)."""
     numbers = as_numbers(value)
     if numbers is None:
         raise Failed(f"{type(value).__name__} is no image: give a tensor or an array")
     last = numbers.dim() == 3 and numbers.shape[-1] == shape[0] and numbers.shape[0] != shape[0]
-    return (numbers.movedim(-1, 0) if last else numbers).flatten().float()
+    numbers = numbers.movedim(-1, 0) if last else numbers
+    return numbers.reshape(shape) if numbers.numel() == shape.numel() else numbers
 
 
-def _forms(data: object, batches: list) -> tuple[list[Tensor], list[Tensor]]:
-    """The test images, and the training images where they are known, in the forms they have."""
-    tested = torch.cat([images for images, _ in batches])
-    if not isinstance(data, Dataset):
-        return [tested.flatten(1).float()], []
-    train = torch.cat([images for images, _ in data.loader(train=True, shuffle=False)])
-    parts = (data.test_images, tested), (data.train_images, train)
-    forms = [[raw.float(), raw / 255, inputs.float()] for raw, inputs in parts]
-    return tuple([form.flatten(1) for form in some] for some in forms)
+def _standard(images: Tensor) -> Tensor:
+    """Images (…, C, H, W) with each channel at mean 0 and length 1, however they are normalised."""
+    flat = images.double().flatten(-2)
+    flat = flat - flat.mean(-1, keepdim=True)
+    return (flat / (flat.norm(dim=-1, keepdim=True) + 1e-9)).flatten(-2)
 
 
-def _place(image: Tensor, forms: list[Tensor]) -> int | None:
-    """The place of an image among those of the forms; None if it is none of them."""
-    for form in forms:
-        if form.shape[1] == image.numel():
-            apart = (form - image).abs().amax(1)
-            if apart.min() < 1e-3 * form.abs().max():
-                return int(apart.argmin())
-    return None
+def _place(image: Tensor, among: Tensor) -> int | None:
+    """The place of an image among others, as `_standard` makes them; None if it is none."""
+    if image.dim() < 3 or not len(among) or image.numel() != among[0].numel():
+        return None
+    apart = (among - _standard(image)).abs().amax(1)
+    return int(apart.argmin()) if apart.min() < 1e-3 else None

@@ -122,21 +122,23 @@ class _NormCheck:
         """The best way of calling, the formula that it follows, and its mistakes."""
         errors, first = [], None
         for sizes in (None, *_OTHERS):
-            ran = {}
+            ran: list[_Seen] = []
             for way in self.code.ways:
-                try:  # another layout of vectors only if the former raised
-                    ran[way.numpy] = ran.get(way.numpy) or self._call(way, sizes)
+                if ran and (self.code.named or ran[-1].way.numpy == way.numpy):
+                    continue  # arrays after tensors if it may be either; no second layout
+                try:
+                    ran.append(self._call(way, sizes))
                 except Failed as error:
                     errors.append(error)
-            tries = sorted(ran.values(), key=lambda e: not _near(e.output, self.right(e.case)))
-            for seen in tries:
+            ran.sort(key=lambda seen: not _near(seen.output, self.right(seen.case)))
+            for seen in ran:
                 if (known := self._explained(seen)) and (sizes is None or any(known[1:])):
                     return seen, *known
                 if known:
                     said = self._difference(first) if first else errors[0]
                     text = f"it is right for x of shape {sizes} only; for another shape: {said}"
                     return seen, known[0], {"constant of the example's shape": text}, {}
-            first = first or next(iter(tries), None)
+            first = first or next(iter(ran), None)
         if first is None:
             raise errors[0]
         text = f"the output is wrong, by none of the usual mistakes: {self._difference(first)}"

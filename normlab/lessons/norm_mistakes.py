@@ -7,6 +7,7 @@ together as well.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -109,14 +110,8 @@ class Formula:
         """x as it is arranged, and its mean and variance."""
         if self.running and case.mean is not None:
             return case.x, case.mean, case.var
-        axes = self.sharing.axes
-        x = self.sharing.arrange(case.x, case.groups)
-        mean = x.mean(axes, keepdim=True)
-        if self.variance_sharing is None:
-            variance = self.moment(x, axes)
-        else:
-            variance = self.moment(case.x, self.variance_sharing.axes).expand_as(case.x)
-            variance = self.sharing.arrange(variance, case.groups)
+        axes, other = self.sharing.axes, self.variance_sharing
+        x, mean, variance = _moments(case.x, case.groups, self.sharing, other, self.moment)
         mean = mean.detach() if "mean" in self.detached else mean
         variance = variance.detach() if "variance" in self.detached else variance
         return x, *(
@@ -124,8 +119,22 @@ class Formula:
         )
 
 
+@lru_cache(1000)  # formulas by the thousand differ in other places
+def _moments(
+    x: Tensor, groups: int, sharing: Sharing, other: Sharing | None, moment: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x as it is arranged, its mean, and its variance, which may be shared otherwise."""
+    arranged = sharing.arrange(x, groups)
+    mean = arranged.mean(sharing.axes, keepdim=True)
+    if other is None:
+        return arranged, mean, moment(arranged, sharing.axes)
+    return arranged, mean, sharing.arrange(moment(x, other.axes).expand_as(x), groups)
+
+
 _RATIO = "the deviation is divided by the root of (variance + epsilon)"
-_SHARES = "(1 − momentum) · old + momentum · batch, where momentum is small, such as 0.1"
+_SHARES = (
+    "running statistics become (1 − momentum) · old + momentum · batch; momentum is small, as 0.1"
+)
 _MOMENTS = {
     "unbiased variance": (
         "the variance is divided by n − 1; a normalization divides it by n",
@@ -144,7 +153,7 @@ _MOMENTS = {
         lambda x, axes: (x - x.mean(axes, True)).abs().mean(axes, True).square(),
     ),
     "mean not squared": (
-        "the variance is the mean of x² less mean², not less the mean",
+        "the mean of x² less the mean is taken for the variance, the mean of x² less the mean²",
         lambda x, axes: x.square().mean(axes, True) - x.mean(axes, True),
     ),
 }
@@ -153,7 +162,10 @@ _DIVISORS = {
     "epsilon missing": (f"epsilon, {EPSILON:g}, is missing, or too small", lambda v: v.sqrt()),
     "epsilon squared": ("epsilon is squared", lambda v: (v + EPSILON**2).sqrt()),
     "variance instead of standard deviation": ("the root is missing", lambda v: v + EPSILON),
-    "multiplied by the standard deviation": ("it is multiplied", lambda v: (v + EPSILON).rsqrt()),
+    "multiplied by the standard deviation": (
+        "it is multiplied, not divided",
+        lambda v: v.add(EPSILON).rsqrt(),
+    ),
     "root taken twice": ("the root is taken twice", lambda v: (v.sqrt() + EPSILON).sqrt()),
     "not divided by the standard deviation": ("nothing is divided", torch.ones_like),
 }
@@ -329,8 +341,8 @@ _BATCHES = {
     ),
 }
 _KEPT = {
-    "running statistics not moved": ("they are not changed by a batch", lambda rate: (1, 0)),
-    "momentum the wrong way round": ("most is of the new batch", lambda rate: (rate, 1 - rate)),
+    "running statistics not moved": ("a batch does not change them", lambda rate: (1, 0)),
+    "momentum the wrong way round": ("most is taken from the batch", lambda rate: (rate, 1 - rate)),
     "running statistics moved twice": (
         "a batch counts twice",
         lambda r: ((1 - r) ** 2, 2 * r - r * r),
@@ -344,6 +356,6 @@ _MOVED = {
 }
 RUNNING = [
     *mistakes_at("batch", _BATCHES),
-    *mistakes_at("shares", _KEPT, rule=f"running statistics are {_SHARES}"),
+    *mistakes_at("shares", _KEPT, rule=_SHARES),
     *mistakes_at("moved", _MOVED),
 ]

@@ -6,17 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.lessons.checking import (
-    Checked,
-    Failed,
-    as_numbers,
-    attempt,
-    call,
-    checked,
-    explanations,
-    mistakes_at,
-    roles_of,
-)
+from normlab.lessons import checking
 from normlab.penalties import l1_penalty, penalised_weights
 from normlab.support.seeding import seeded
 
@@ -89,9 +79,9 @@ _SUMMED = {
     "largest weight": ("the largest |w| is taken", lambda ws: sum(w.abs().max() for w in ws)),
 }
 _MISTAKES = [
-    *mistakes_at("counted", _COUNTED),
-    *mistakes_at("summed", _SUMMED),
-    *mistakes_at("loss", {"data's loss included": ("the data's loss is included", _LOSS)}),
+    *checking.mistakes_at("counted", _COUNTED),
+    *checking.mistakes_at("summed", _SUMMED),
+    *checking.mistakes_at("loss", {"data's loss included": ("the data's loss is included", _LOSS)}),
 ]
 _RULE = "the penalty is the sum of |w| over the weights of convolutions and linear layers"
 
@@ -100,7 +90,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([each.flatten() for each in tensors])
 
 
-def check_penalty(candidate: Callable) -> Checked:
+def check_penalty(candidate: Callable) -> checking.Checked:
     """Whether an L1 penalty is right: the sum of |w| over convolution and linear layers.
 
     Args:
@@ -110,7 +100,7 @@ def check_penalty(candidate: Callable) -> Checked:
 
     The result is as that of `check_norm`.
     """
-    return checked("L1 penalty", _parts(candidate))
+    return checking.checked("L1 penalty", _parts(candidate))
 
 
 def _parts(candidate: Callable) -> Iterator[tuple[str, dict[str, str]]]:
@@ -122,11 +112,11 @@ def _parts(candidate: Callable) -> Iterator[tuple[str, dict[str, str]]]:
             **{"network": network, "parameters": [*network.parameters()], "factor": _FACTOR},
             **{"named": [*network.named_parameters()], "loss": torch.tensor(_LOSS)},
         }
-        roles = roles_of(candidate, values, ("network", "factor"))
-        given.append(call(candidate, values, roles))
-    numbers = [as_numbers(each) for each in given]
+        roles = checking.roles_of(candidate, values, ("network", "factor"))
+        given.append(checking.call(candidate, values, roles))
+    numbers = [checking.as_numbers(each) for each in given]
     if any(value is None or value.numel() != 1 for value in numbers):
-        raise Failed(f"the penalty must be one number, not {given[0]!r:.60}")
+        raise checking.Failed(f"the penalty must be one number, not {given[0]!r:.60}")
     mistakes, due = _value([*map(float, numbers)], networks, "factor" in roles.values())
     yield "value", mistakes
     yield "gradients", _gradients(given[0], due, [*networks[0].parameters()])
@@ -157,7 +147,7 @@ def _value(
 ) -> tuple[dict[str, str], Tensor | None]:
     """The mistakes in a penalty of these values, and what it should be for the first network."""
     right = l1_penalty(networks[0]).item()
-    for penalty, mistakes in explanations(_Penalty(), _MISTAKES, 3):
+    for penalty, mistakes in checking.explanations(_Penalty(), _MISTAKES, 3):
         sums = [penalty(network) for network in networks]
         factors = [(g - penalty.loss) / s.item() for g, s in zip(given, sums, strict=True)]
         if abs(factors[0] - factors[1]) > 1e-4 * abs(factors[0]) or abs(factors[0]) < 1e-12:
@@ -180,7 +170,7 @@ def _gradients(given: object, due: Tensor | None, weights: list[Tensor]) -> dict
     if due is None:
         return {"unknown": "the penalty is wrong, and so are its gradients"}
     options = {"allow_unused": True, "materialize_grads": True}
-    found = _flat(attempt(torch.autograd.grad, given.sum(), weights, **options))
+    found = _flat(checking.attempt(torch.autograd.grad, given.sum(), weights, **options))
     right = _flat(torch.autograd.grad(due, weights, **options))
     if torch.allclose(found, right, rtol=1e-3, atol=1e-5):
         return {}

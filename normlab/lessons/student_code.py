@@ -140,6 +140,7 @@ class StudentCode:
         if numpy := self.names & {"np", "numpy"}:
             tensors += [(False, False)]
         kinds = arrays + tensors if numpy and "torch" not in self.names else tensors + arrays
+        self.named = bool(numpy) or "torch" in self.names or isinstance(made, nn.Module)
         ways = product(kinds, layouts)
         self.ways = [Way(*how, layout, self.words[0]) for how, layout in ways]
 
