@@ -335,9 +335,6 @@ NOT_PRINTED = {
         "11": "its number",
         "16": "channels of a layer",
         "32": "channels of a layer, pixels of a side, groups in Wu & He 2018",
-        "24.1": "Wu & He 2018, table 3",
-        "1.2": "= 25.3 - 24.1",
-        "4.3": "= 28.4 - 24.1",
     },
     "08_batch_norm_on_many_devices": {
         "256": "of a made-up network",
