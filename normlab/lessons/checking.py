@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -211,8 +212,13 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def role_of(name: str, roles: Iterable[str]) -> str | None:
     """The first of these roles that arguments of this name usually have; None if it has none."""
+    return next((role for role in roles if role in _all_roles_of(name)), None)
+
+
+@cache
+def _all_roles_of(name: str) -> set[str]:
     plain = re.sub("[_0-9]", "", name if name == "G" else name.lower())
-    return next((role for role in roles if re.fullmatch(_USUAL[role], plain)), None)
+    return {role for role, usual in _USUAL.items() if re.fullmatch(usual, plain)}
 
 
 def roles_of(
