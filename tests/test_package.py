@@ -430,6 +430,30 @@ def test_the_files_that_the_pages_name_are_there():
                 assert part in map(anchor, headings), f"{name}#{part}"
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_copy_on_github_gets_its_own_name(tmp_path):
+    for part in (".github", "notebooks"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("results"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+
+    def put(name):
+        return subprocess.run(["bash", ".github/own_name.sh", name], cwd=tmp_path, check=False)
+
+    assert put("jane; rm -rf").returncode == 2
+    assert put("jane/norms").returncode == 0
+    pages = [tmp_path / "README.md", *sorted((tmp_path / "notebooks").glob("*.ipynb"))]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "OWNER/normlab" not in text
+        assert "github.com/jane/norms" in text
+    for page in pages[1:]:
+        assert f"github/jane/norms/blob/main/notebooks/{page.name}" in page.read_text("utf-8")
+        json.loads(page.read_text("utf-8"))
+    before = [page.read_bytes() for page in pages]
+    assert put("jane/norms").returncode == 0
+    assert [page.read_bytes() for page in pages] == before
+
+
 def anchor(heading: str) -> str:
     """A heading as GitHub names it in links."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
