@@ -66,7 +66,9 @@ class RunFolder:
         goes_on = self._checkpoint.is_file() and is_beginning(as_begun, identity)
         found = [] if goes_on or not begun else differences(as_begun, identity)
         if found:
-            if found[-1].startswith("recipe.epochs"):
+            if is_beginning(as_begun, identity):
+                found.append("more epochs need its checkpoint, which is missing")
+            elif found[-1].startswith("recipe.epochs"):
                 found.append("for more epochs only a run at a constant rate goes on")
             raise another_run(self.directory, "; ".join(found))
         own = identity["initial_weights"] == config.get("final_weights")
@@ -115,8 +117,10 @@ class RunFolder:
         return self._config.is_file() and "final_weights" in self._read_config()
 
     def history_so_far(self) -> list[dict]:
-        """The epochs that are done, none if there is no run; the file is taken as it is."""
-        return self._read_history() if self._history.is_file() else []
+        """The epochs that `history.csv` tells, for a display: none if it is missing or damaged."""
+        with suppress(ValueError):  # a run that was interrupted has them in its checkpoint too
+            return self._read_history()
+        return []
 
     def pack(self) -> dict[str, bytes]:
         """The files of a finished run by their names, for `receive` elsewhere."""
