@@ -285,6 +285,7 @@ def test_a_run_of_which_a_part_came_home_comes_again(run, folder, files, monkeyp
         with pytest.raises(KeyboardInterrupt):
             RunFolder(home).receive(packed)
     assert not RunFolder(home).is_finished()
+    assert not RunFolder(home).open(run.config["is"])  # nor is it damage
     RunFolder(home).receive(packed)
     assert everything_in(home) == everything_in(folder)
 
