@@ -1,4 +1,4 @@
-"""What the checks of a student's code share: a result that prints itself, and calls that end."""
+"""What the checks of a student's code share: calls that end, mistakes as data, a result."""
 
 import inspect
 import re
@@ -6,25 +6,21 @@ import signal
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
 
 SECONDS = 8  # the longest that a check takes
+Computation = TypeVar("Computation")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One thing that was looked at.
-
-    Args:
-        name: such as "gradients".
-        mistakes: the name of each mistake, with a sentence that explains it; none if it is right.
-    """
-
-    name: str
-    mistakes: dict[str, str] = field(default_factory=dict)
+# --- what is found ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -33,11 +29,12 @@ class Checked:
 
     Args:
         title: what was checked.
-        parts: what was looked at.
+        parts: for everything that was looked at, such as "gradients", the name of each mistake
+            with a sentence that explains it; none if it is right.
     """
 
     title: str
-    parts: tuple[Part, ...]
+    parts: dict[str, dict[str, str]]
 
     def __bool__(self) -> bool:
         return not self.mistakes
@@ -45,24 +42,60 @@ class Checked:
     @property
     def mistakes(self) -> dict[str, str]:
         """The names of all mistakes, with the sentences that explain them."""
-        return {name: text for part in self.parts for name, text in part.mistakes.items()}
+        return {name: text for part in self.parts.values() for name, text in part.items()}
 
     @property
     def fraction(self) -> float:
         """The share of the parts that are right, from 0 to 1."""
-        return sum(not part.mistakes for part in self.parts) / len(self.parts)
+        return sum(not part for part in self.parts.values()) / len(self.parts)
 
     def __str__(self) -> str:
-        right = sum(not part.mistakes for part in self.parts)
+        right = sum(not part for part in self.parts.values())
         lines = [f"{self.title}: {right} of {len(self.parts)} parts are right"]
-        said = set()
-        for part in self.parts:
-            lines.append(f"  {'✗' if part.mistakes else '✓'} {part.name}")
-            lines += [f"      {text}" for name, text in part.mistakes.items() if name not in said]
-            said |= part.mistakes.keys()
+        unsaid = self.mistakes
+        for part, mistakes in self.parts.items():
+            lines.append(f"  {'✗' if mistakes else '✓'} {part}")
+            lines += [f"      {unsaid.pop(name)}" for name in mistakes if name in unsaid]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+# --- mistakes as data ---------------------------------------------------------------------------
+
+
+class Mistake(NamedTuple):
+    """One change to a computation that has several places, each with a right choice."""
+
+    name: str
+    sentence: str
+    change: dict[str, object]  # what stands in which place
+
+
+def mistakes_at(
+    place: str, rows: dict[str, tuple[str, object]], *, rule: str = ""
+) -> list[Mistake]:
+    """A table of mistakes: for each name what is said, and what stands at the place.
+
+    Args:
+        rule: what is right there, said after each.
+    """
+    rule = f"; {rule}" if rule else ""
+    return [Mistake(name, said + rule, {place: value}) for name, (said, value) in rows.items()]
+
+
+def explanations(
+    right: Computation, mistakes: Iterable[Mistake], most: int = 2, fewest: int = 0
+) -> Iterator[tuple[Computation, tuple[Mistake, ...]]]:
+    """The right computation, then those with one mistake, with two …, each in another place."""
+    for number in range(fewest, most + 1):
+        for some in combinations(mistakes, number):
+            change = {place: value for each in some for place, value in each.change.items()}
+            if len(change) == sum(len(each.change) for each in some):
+                yield replace(right, **change), some
+
+
+# --- calls that end -----------------------------------------------------------------------------
 
 
 class Failed(Exception):
@@ -73,39 +106,33 @@ class TooLong(BaseException):
     """Time is over; no `except Exception` of a student's stops it."""
 
 
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """After `SECONDS` the block is ended by `TooLong`; only the main thread can be ended so."""
+def checked(title: str, parts: Iterator[tuple[str, dict[str, str]]]) -> Checked:
+    """Collects parts with their mistakes, until time is over or a student's code raises something.
+
+    Only the main thread can be ended when time is over.
+    """
 
     def end(*_: object) -> None:
         raise TooLong
 
-    main = threading.current_thread() is threading.main_thread()
-    if not (main and hasattr(signal, "setitimer")):
-        yield
-        return
-    former = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)  # again, should a bare `except` have it
+    timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    found = {}
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-
-
-def checked(title: str, parts: Iterator[Part]) -> Checked:
-    """Collects the parts as long as there is time, and until a student's code raises something."""
-    found = []
-    try:
-        with _time_limit():
-            for part in parts:
-                found.append(part)
+        if timed:
+            former = signal.signal(signal.SIGALRM, end)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)  # again, should `except:` have it
+        for part, mistakes in parts:
+            found[part] = mistakes
     except TooLong as error:
         text = f"this took more than {SECONDS} seconds and was ended{_where(error)}"
-        found.append(Part("time", {"too slow": text}))
+        found["time"] = {"too slow": text}
     except Failed as error:
-        found.append(Part("runs without an error", {"error": str(error)}))
-    return Checked(title, tuple(found))
+        found["runs without an error"] = {"error": str(error)}
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, former)
+    return Checked(title, found)
 
 
 def attempt(function: Callable, *arguments: object, **named: object) -> object:
@@ -113,8 +140,6 @@ def attempt(function: Callable, *arguments: object, **named: object) -> object:
     try:
         return function(*arguments, **named)
     except (Exception, SystemExit) as error:
-        if isinstance(error, Failed):
-            raise
         said = f"{type(error).__name__}: {error}".split("\n")[0]
         raise Failed(f"{said[:300]}{_where(error)}") from error
 
@@ -133,65 +158,115 @@ def _where(error: BaseException) -> str:
     return f" (in line {frames[-1].lineno} of {frames[-1].name}{line})"
 
 
-def roles_by(names: Mapping[str, str]) -> Callable[[str], str | None]:
-    """Finds the role of an argument's name by the pattern that a role's usual names have.
+# --- arguments by their names -------------------------------------------------------------------
 
-    The patterns are of small letters, without _ and digits; "G" alone may also be written large.
+# What arguments, attributes and keys are usually called, without _ and digits. A name may have
+# several roles, of which a check knows some.
+_USUAL = {
+    "network": "model|net|network|module|m",
+    "parameters": "params?|parameters|weights|ws?",
+    "named": "namedparam(eter)?s",
+    "batches": "(train(ing)?|test(ing)?|valid|val|data|eval)?(loader|dataloader|dl|iter|set)"
+    "|(train|test|val)?(data|batches)|(data|train|test)(loader|iter)|iterator",
+    "optimizer": "optimi[sz]er|opt|optim|updater|sgd",
+    "loss": "(data)?loss|criterion|loss(fn|func|function)|objective|cost(fn|function)?"
+    "|crossentropy|celoss",
+    "device": "device|dev",
+    "epoch": "(num|n)?epochs?|e",
+    "scheduler": "(lr)?sched(uler)?",
+    "rate": "lr|learningrate|rate",
+    "factor": "l|l?lambda?l?|lambd|lmbda|lmbd|l?factor|strength|alpha|coeff?(icient)?|λ"
+    "|reg(ularization)?|weightdecay|penalty",
+    "count": "count|n|k|num|number|numimages|nimages",
+    "classes": "classes|classnames|labelnames|names",
+    "images": "images?|imgs?|x|data|pictures?|inputs?",
+    "true": "true|truth|labels?|targets?|y|ytrue|actual|true(labels?|class(es)?)|groundtruth|gt",
+    "predicted": "y?pred|preds|predict(ed|ions?)|pred(icted)?(labels?|class(es)?)|guess(es)?"
+    "|outputs?|yhat",
+    "x": "x|xs|z|h|inputs?|images?|batch|data|tensor|features?|inp|activations?",
+    "scale": "weights?|gammas?|scales?|g|w|gain|γ",
+    "shift": "bias|betas?|shifts?|offset|b|β",
+    "groups": "(n|num)?(of)?groups?|G|g",
+    "eps": "eps|epsilon|e|ε",
+    "mean": "(running|moving|run|ema|exp|pop|global|r)(mean|mu|avg|average|m)"
+    "|(mean|mu)(run(ning)?|moving)",
+    "var": "(running|moving|run|ema|exp|pop|global|r)(var|variance|v)"
+    "|(var|variance)(run(ning)?|moving)",
+    "momentum": "momentum|mom|m",
+    "training": "(is)?train(ing)?(mode)?|mode|phase",
+    "evaluation": "(is)?(eval|test|evaluation|testing|inference)",
+    "options": "(bn|ln|gn|in|norm)?(params?|config|options)",
+    "channels": "(num|n|in)?(features|channels|planes)|c|dim|d|nc",
+    "shape": "(normalized|input|norm)?shape",
+    "size": "size|hw",
+    "dims": "(num|n)?dims",
+    "dy": "dy|dout|gradoutput|gradout|gout|upstream|grad|dldy|dldout",
+    "cache": "cache|saved|memory|ctx|stored",
+}
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def role_of(name: str, roles: Iterable[str]) -> str | None:
+    """The first of these roles that arguments of this name usually have; None if it has none."""
+    plain = re.sub("[_0-9]", "", name if name == "G" else name.lower())
+    return next((role for role in roles if re.fullmatch(_USUAL[role], plain)), None)
+
+
+def roles_of(
+    function: Callable, known: Iterable[str], order: tuple[str, ...]
+) -> dict[inspect.Parameter, str | None]:
+    """The role of each argument: by its usual name, else by its place if it has no default.
+
+    Args:
+        function: a function, a class, or a module, of which `forward` counts.
+        known: the roles that there are.
+        order: the roles of arguments with other names, in this order.
+
+    Raises `TypeError` for some functions that are built in.
     """
-
-    def role_of(name: str) -> str | None:
-        plain = re.sub("[_0-9]", "", name if name == "G" else name.lower())
-        return next((role for role, usual in names.items() if re.fullmatch(usual, plain)), None)
-
-    return role_of
-
-
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    every = _signature(function).parameters.values()
+    roles = {each: role_of(each.name, known) for each in every if each.kind not in _VARIADIC}
+    if order[0] not in roles.values():  # then single letters may mean anything
+        roles = {each: role if len(each.name) > 1 else None for each, role in roles.items()}
+    left = iter([role for role in order if role not in roles.values()])
+    needed = [each for each in roles if each.default is each.empty]
+    return roles | {each: roles[each] or next(left, None) for each in needed}
 
 
-def signature_of(function: Callable) -> inspect.Signature:
-    """The arguments of a function, of a class's constructor or of a module's `forward`.
-
-    Raises `TypeError` for some that are built in.
-    """
+def _signature(function: Callable) -> inspect.Signature:
     if not inspect.isclass(function):
         function = getattr(function, "forward", function)
     try:
         return inspect.signature(function)
     except ValueError:
-        raise TypeError(
-            f"{function!r} does not tell its arguments: wrap it in a function"
-        ) from None
+        text = f"{function!r} does not tell its arguments: wrap it in a function"
+        raise TypeError(text) from None
 
 
-def bound(
-    function: Callable,
-    values: Mapping[str, object],
-    role_of: Callable[[str], str | None],
-    order: tuple[str, ...],
-    *,
-    if_needed: tuple[str, ...] = (),
-) -> inspect.BoundArguments:
-    """The values as arguments of a function: by their usual names, the others by their order.
+def call(function: Callable, values: dict[str, object], roles: dict, default: str = "") -> object:
+    """What a function, class or module returns for the values of its arguments' roles.
 
     Args:
-        values: by role.
-        role_of: the role of an argument's name, None if it is no usual one.
-        order: the roles that arguments of other names have, in this order.
-        if_needed: roles left at the default of an argument that has one.
+        roles: as `roles_of` finds them.
+        default: roles left at the default of an argument that has one, as in "rate loss".
 
-    Raises `Failed` for an argument without a value.
+    Raises `Failed` for an argument without a value, and for what the function raises.
     """
-    signature = signature_of(function)
-    parameters = [p for p in signature.parameters.values() if p.kind not in VARIADIC]
-    roles = {p.name: role_of(p.name) for p in parameters}
-    left = [role for role in order if role not in roles.values()]
-    arguments = {}
-    for each in parameters:
+    given = inspect.BoundArguments(_signature(function), {})
+    for each, role in roles.items():
         needed = each.default is each.empty
-        role = roles[each.name] or (left.pop(0) if needed and left else None)
-        if role in values and (needed or role not in if_needed):
-            arguments[each.name] = values[role]
+        if role in values and (needed or role not in default.split()):
+            given.arguments[each.name] = values[role]
         elif needed:
             raise Failed(f"the check knows no value for the argument {each.name!r}: rename it")
-    return inspect.BoundArguments(signature, arguments)
+    function = function if callable(function) else function.forward
+    return attempt(function, *given.args, **given.kwargs)
+
+
+def as_numbers(value: object) -> Tensor | None:
+    """Numbers of a tensor, an array or nested lists as float64; None if it is none of these."""
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else np.array(value, dtype=float)
+        return torch.as_tensor(tensor).double().cpu().clone()
+    except (TypeError, ValueError, RuntimeError):
+        return None

@@ -15,37 +15,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
-from normlab.lessons.checking import Checked, Failed, Part, attempt, bound, checked, roles_by
+from normlab.lessons import checking
 from normlab.support.seeding import seeded
 
-_role_of = roles_by(
-    {
-        "network": "model|net|network|module|m",
-        "batches": "(train|training|test|testing|valid|val|data|eval)?(loader|dataloader|dl|iter)"
-        "|(train|test|val)?(data|batches|set)|(data|train|test)(loader|iter)|iterator",
-        "optimizer": "optimi[sz]er|opt|optim|updater|sgd",
-        "loss": "criterion|loss|loss(fn|func|function)|objective|cost(fn|function)?",
-        "device": "device|dev",
-        "epoch": "(num|n)?epochs?|e",
-        "scheduler": "(lr)?sched(uler)?",
-        "rate": "lr|learningrate|rate",
-        "factor": "l|l?lambdal?|lfactor|lam|weightdecay",
-    }
-)
-_ORDER = ("network", "batches", "optimizer", "loss")
 _SIZES = (4, 4, 2)  # of the batches: the last one is short
-_RIGHT = (1, 2, 1)  # how many images of each are predicted correctly
+_WRONG = (0, 1, 1, 1, 0, 0, 1, 1, 0, 1)  # the images that are predicted wrongly
 _RATE = 1e-3
-_DEFAULTS = ("loss", "rate", "scheduler")  # what a function knows by itself, if it does
 
-# What may be minimised, or reported: the right one first.
+# What may be minimised, or reported, instead of the cross-entropy.
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "": F.cross_entropy,
     "softmax before cross-entropy": lambda z, y: F.cross_entropy(z.softmax(1), y),
     "softmax without logarithm": lambda z, y: F.nll_loss(z.softmax(1), y),
-    "log-softmax missing": lambda z, y: F.nll_loss(z, y),
-    "loss summed over the batch": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+    "log-softmax missing": F.nll_loss,
     "squared error": lambda z, y: F.mse_loss(z.softmax(1), F.one_hot(y, z.shape[1]).float()),
+    "loss summed over the batch": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+}
+# How the batches' means m may become one number instead of Σ(m · n) / Σn, by their sizes n.
+_AVERAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "short last batch counted too much": lambda m, n: m.mean(),
+    "short last batch counted as a whole one": lambda m, n: (m @ n) / (len(m) * n.max()),
+    "sum divided by the number of batches": lambda m, n: (m @ n) / len(m),
+    "batch means divided by the number of images": lambda m, n: m.sum() / n.sum(),
+    "last batch only": lambda m, n: m[-1],
+    "sum not divided": lambda m, n: m @ n,
+    "batch means not divided": lambda m, n: m.sum(),
 }
 _SENTENCES = {
     "no train()": "the network is not in training mode: call network.train() before the batches",
@@ -55,18 +48,16 @@ _SENTENCES = {
     "not every batch": "not every batch is used: does `return` or `break` stand within the loop?",
     "no backward": "gradients are never computed: call loss.backward() for each batch",
     "no step": "the weights never change: call optimizer.step() for each batch",
-    "one step for all batches": "optimizer.step() is not called for each batch: it must stand "
-    "within the loop",
+    "one step for all batches": "optimizer.step() is not called for each batch, within the loop",
     "step before backward": "optimizer.step() comes before backward(): it uses old gradients",
     "gradients cleared before the step": "gradients are cleared between backward() and step()",
     "no zero_grad": "gradients add up over the batches: call optimizer.zero_grad() before backward",
-    "softmax before cross-entropy": "softmax is applied before cross-entropy, which applies it "
-    "itself: give it the logits",
+    "softmax before cross-entropy": "cross-entropy applies softmax itself: give it the logits",
     "softmax without logarithm": "nll_loss is given softmax; it needs log_softmax",
     "log-softmax missing": "nll_loss is given logits; it needs log_softmax",
     "loss summed over the batch": "the loss is summed over the batch instead of averaged, so that "
     "steps are as many times longer as there are images in it",
-    "squared error": "the squared error is minimised instead of the cross-entropy",
+    "squared error": "the squared error is taken instead of the cross-entropy",
     "unknown gradients": "the gradients of a step are not those of the mean cross-entropy of its "
     "batch, by none of the usual mistakes",
     "gradients recorded in the test": "gradients are recorded in the test, which costs memory and "
@@ -82,6 +73,7 @@ _SENTENCES = {
     "the number of images: multiply each by its number of images first",
     "last batch only": "only the last batch is reported: sum over all of them",
     "sum not divided": "a sum is reported that is not divided by the number of images",
+    "batch means not divided": "the batches' means are summed and not divided",
     "accuracy in percent": "accuracy is in percent; here it is a fraction from 0 to 1",
     "accuracy is a count": "the number of correct images is returned instead of their fraction",
     "unknown result": "neither the mean loss nor the accuracy is among what is returned",
@@ -89,7 +81,7 @@ _SENTENCES = {
 
 
 @dataclass
-class _Seen:
+class _Batch:
     """What was seen of one batch, which begins with that image; logits are before the step."""
 
     begin: int
@@ -97,17 +89,8 @@ class _Seen:
     logits: Tensor
     training: bool  # whether all layers were in training mode
     recorded: bool  # whether gradients were
-    backward: int  # how many backward passes there had been before
-    due: dict[str, Tensor]  # the gradient of each of _LOSSES
-
-
-@dataclass
-class _Step:
-    """What was seen of one step: of which batch, with which gradient, after which passes."""
-
-    seen: _Seen | None
-    gradient: Tensor | None
-    backward: int
+    due: dict[str, Tensor]  # the gradient of the right loss, "", and of each of _LOSSES
+    backward: bool = False  # whether gradients were computed after it
 
 
 class _Watched:
@@ -119,47 +102,37 @@ class _Watched:
             self.network = nn.Sequential(nn.Flatten(), *layers)
             images = torch.randn(sum(_SIZES), 1, 2, 3)
         self.network.train(not training)  # as it should be when the labels are compared
-        labels = []
-        for part, right in zip(images.split(_SIZES), _RIGHT, strict=True):
-            with torch.no_grad():
-                guess = self.network(part).argmax(1)
-            labels.append((guess + (torch.arange(len(part)) >= right)) % 3)
+        with torch.no_grad():
+            guess = torch.cat([self.network(part) for part in images.split(_SIZES)]).argmax(1)
         self.network.train(training)
-        self.data = TensorDataset(images, torch.cat(labels))
-        self.loader = DataLoader(self.data, batch_size=_SIZES[0])
+        self.data = TensorDataset(images, (guess + torch.tensor(_WRONG)) % 3)
         self.parameters = [*self.network.parameters()]
-        self.seen: list[_Seen] = []
-        self.steps: list[_Step] = []
-        self.backward = 0
-        self.result: object = None
-        self.error: Failed | None = None
-        self.weights = self._flat(self.parameters)
-
-    @staticmethod
-    def _flat(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([each.detach().flatten() for each in tensors])
+        self.before = _flat(self.parameters)
+        self.batches: list[_Batch] = []
+        self.steps: list[tuple[_Batch | None, bool, Tensor | None]] = []  # after backward, gradient
+        self.error: checking.Failed | None = None
 
     @property
     def moved(self) -> bool:
-        return not torch.equal(self.weights, self._flat(self.parameters))
+        return not torch.equal(self.before, _flat(self.parameters))
 
     def run(self, function: Callable) -> "_Watched":
         """Calls a student's function and takes notes."""
         optimizer = torch.optim.SGD(self.parameters, lr=_RATE)
         values = {
-            **{"network": self.network, "batches": self.loader, "optimizer": optimizer},
-            **{"loss": nn.CrossEntropyLoss(), "device": torch.device("cpu"), "epoch": 1},
+            **{"network": self.network, "batches": DataLoader(self.data, batch_size=_SIZES[0])},
+            **{"optimizer": optimizer, "loss": nn.CrossEntropyLoss(), "device": "cpu", "epoch": 1},
             **{"rate": _RATE, "factor": 0.0, "scheduler": LambdaLR(optimizer, lambda _: 1.0)},
         }
-        arguments = bound(function, values, _role_of, _ORDER, if_needed=_DEFAULTS)
+        roles = checking.roles_of(function, values, ("network", "batches", "optimizer", "loss"))
         hooks = (
             self.network.register_forward_hook(self._forward),
             self.parameters[0].register_post_accumulate_grad_hook(self._backward),
             register_optimizer_step_pre_hook(self._step),
         )
         try:
-            self.result = attempt(function, *arguments.args, **arguments.kwargs)
-        except Failed as error:
+            self.result = checking.call(function, values, roles, "loss rate scheduler")
+        except checking.Failed as error:
             self.error = error
         finally:
             for hook in hooks:
@@ -171,29 +144,34 @@ class _Watched:
         flat = inputs[0].detach().flatten(1)
         begin = int((images.flatten(1) - flat[0]).abs().sum(1).argmin())
         labels = labels[begin : begin + len(flat)]
-        due = {}
-        if logits.requires_grad:
-            for name, loss in _LOSSES.items():
-                found = torch.autograd.grad(
-                    loss(logits, labels), self.parameters, retain_graph=True
-                )
-                due[name] = self._flat(found)
+        losses = {"": F.cross_entropy} | _LOSSES
+        due = {
+            name: _flat(
+                torch.autograd.grad(loss(logits, labels), self.parameters, retain_graph=True)
+            )
+            for name, loss in losses.items()
+            if logits.requires_grad
+        }
         training = all(layer.training for layer in network.modules())
         recorded = torch.is_grad_enabled()
-        self.seen.append(
-            _Seen(begin, labels, logits.detach(), training, recorded, self.backward, due)
-        )
+        self.batches.append(_Batch(begin, labels, logits.detach(), training, recorded, due))
 
     def _backward(self, _: Tensor) -> None:
-        self.backward += 1
+        for batch in self.batches:
+            batch.backward = True
 
-    def _step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _step(self, *_: object) -> None:
         gradients = [p.grad for p in self.parameters]
-        whole = None if None in gradients else self._flat(gradients)
-        self.steps.append(_Step(self.seen[-1] if self.seen else None, whole, self.backward))
+        whole = None if None in gradients else _flat(gradients)
+        last = self.batches[-1] if self.batches else None
+        self.steps.append((last, bool(last and last.backward), whole))
 
 
-def check_loop(train: Callable | None = None, test: Callable | None = None) -> Checked:
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([each.detach().flatten() for each in tensors])
+
+
+def check_loop(train: Callable | None = None, test: Callable | None = None) -> checking.Checked:
     """Whether functions that train, or test, for an epoch are right.
 
     Args:
@@ -211,66 +189,65 @@ def check_loop(train: Callable | None = None, test: Callable | None = None) -> C
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=_RATE).zero_grad()  # imports a lot:
     # that must neither count as the student's time nor be ended in the middle
     words = ("training" * (train is not None), "test" * (test is not None))
-    return checked(f"{' and '.join(filter(None, words))} loop", _parts(train, test))
+    found = (
+        (part, {name: f"{_SENTENCES[name]}." for name in names})
+        for part, names in _parts(train, test)
+    )
+    return checking.checked(f"{' and '.join(filter(None, words))} loop", found)
 
 
-def _parts(train: Callable | None, test: Callable | None) -> Iterator[Part]:
+def _parts(train: Callable | None, test: Callable | None) -> Iterator[tuple[str, list[str]]]:
+    """What is looked at, each with the names of its mistakes."""
+    own_mode = True
     if train is not None:
         watched = _Watched(training=False).run(train)
-        own_mode = all(seen.training for seen in watched.seen if seen.recorded)
+        own_mode = all(batch.training for batch in watched.batches if batch.recorded)
         if test is None:
-            yield _part("training: mode", [] if own_mode else ["no train()"])
+            yield "training: mode", ["no train()"] * (not own_mode)
         steps = _steps(watched)
         if watched.error is not None and steps != ["step before backward"]:
             raise watched.error
-        yield _part("training: steps", steps)
+        yield "training: steps", steps
         yield from _returned("training", watched)
     if test is not None:
         watched = _Watched(training=True).run(test)
         if watched.error is not None:
             raise watched.error
-        if train is not None and not own_mode:
-            back = watched.network.training
-            yield _part("mode after the test", [] if back else ["mode not put back"])
-        mode = any(seen.training for seen in watched.seen)
-        yield _part("test: mode", ["no eval()"] if mode else [])
-        recorded = any(seen.recorded for seen in watched.seen)
-        yield _part("test: no gradients", ["gradients recorded in the test"] if recorded else [])
-        changed = watched.moved or watched.steps
-        yield _part("test: weights", ["weights changed in the test"] if changed else [])
+        if not own_mode:
+            yield "mode after the test", ["mode not put back"] * (not watched.network.training)
+        recorded = any(batch.recorded for batch in watched.batches)
+        training = any(batch.training for batch in watched.batches)
+        yield "test: mode", ["no eval()"] * training
+        yield "test: no gradients", ["gradients recorded in the test"] * recorded
+        changed = watched.moved or bool(watched.steps)
+        yield "test: weights", ["weights changed in the test"] * changed
         yield from _returned("test", watched)
-
-
-def _part(name: str, mistakes: list[str]) -> Part:
-    return Part(name, {each: f"{_SENTENCES[each]}." for each in mistakes})
 
 
 def _steps(watched: _Watched) -> list[str]:
     """The mistakes in the steps of an optimiser."""
-    batches = len({seen.begin for seen in watched.seen})
-    if not watched.backward:
+    if not any(batch.backward for batch in watched.batches):
         return ["no backward"]
     if not watched.steps:
-        return [] if watched.moved else ["no step"]  # weights may be moved by hand
-    if len(watched.steps) < batches:
+        return ["no step"] * (not watched.moved)  # weights may be moved by hand
+    if len(watched.steps) < len({batch.begin for batch in watched.batches}):
         return ["one step for all batches"]
     before = torch.zeros(())
-    for step in watched.steps:
-        if step.seen is None or step.backward == step.seen.backward:
+    for batch, after_backward, gradient in watched.steps:
+        if not after_backward:
             return ["step before backward"]
-        if step.gradient is None or not step.gradient.any():
+        if gradient is None or not gradient.any():
             return ["gradients cleared before the step"]
-        due = step.seen.due
-        found = [name for name, each in due.items() if _along(step.gradient, each)]
-        added = [name for name, each in due.items() if _along(step.gradient, each + before)]
+        found = [name for name, each in batch.due.items() if _along(gradient, each)]
+        added = [name for name, each in batch.due.items() if _along(gradient, each + before)]
         if not found and added:
             return ["no zero_grad", *filter(None, added[:1])]
         if not found:  # another loss may be meant, such as one with smoothed labels
-            near = torch.cosine_similarity(step.gradient, due[""], 0) > 0.5
+            near = torch.cosine_similarity(gradient, batch.due[""], 0) > 0.5
             return [] if near else ["unknown gradients"]
         if found[0]:
             return found[:1]
-        before = step.gradient
+        before = gradient
     return []
 
 
@@ -281,15 +258,48 @@ def _along(given: Tensor, due: Tensor) -> bool:
     return bool(near) and 0 < factor < 1.02
 
 
-def _returned(what: str, watched: _Watched) -> Iterator[Part]:
+# --- what is returned ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reported:
+    """How batches become one number; the defaults are right for a loss."""
+
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    average: Callable[[Tensor, Tensor], Tensor] = lambda m, n: (m @ n) / n.sum()
+    unit: float = 1.0
+
+    def __call__(self, batches: list[_Batch]) -> float:
+        means = torch.stack([self.loss(each.logits, each.labels) for each in batches])
+        sizes = torch.tensor([float(len(each.labels)) for each in batches])
+        return self.unit * float(self.average(means, sizes))
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float().mean()
+
+
+def _ways(**places: dict[str, object]) -> list[checking.Mistake]:
+    return [
+        checking.Mistake(name, _SENTENCES[name], {place: value})
+        for place, values in places.items()
+        for name, value in values.items()
+    ]
+
+
+_OF_A_LOSS = _ways(loss=_LOSSES, average=_AVERAGES)
+_OF_ACCURACY = _ways(average=_AVERAGES, unit={"accuracy in percent": 100.0})
+
+
+def _returned(what: str, watched: _Watched) -> Iterator[tuple[str, list[str]]]:
     """Whether all batches are used, and what is returned of them."""
-    first = {seen.begin: seen for seen in reversed(watched.seen)}
+    first = {batch.begin: batch for batch in reversed(watched.batches)}
     every = len(first) == len(_SIZES) or watched.error is not None
-    yield _part(f"{what}: every batch", [] if every else ["not every batch"])
-    numbers = [*_numbers(watched.result)]
+    yield f"{what}: every batch", ["not every batch"] * (not every)
+    numbers = [] if watched.error else [*_numbers(watched.result)]
     if numbers and every and first:
-        seen = [first[begin] for begin in sorted(first)]
-        yield _part(f"{what}: what is returned", _results(numbers, seen, what))
+        batches = [first[begin] for begin in sorted(first)]
+        yield f"{what}: what is returned", _results(numbers, batches, what)
 
 
 def _numbers(value: object) -> Iterator[float]:
@@ -299,48 +309,29 @@ def _numbers(value: object) -> Iterator[float]:
     elif isinstance(value, Real) and not isinstance(value, bool):
         yield float(value)
     elif is_dataclass(value):
-        yield from _numbers(tuple(getattr(value, each.name) for each in fields(value)))
+        value = tuple(getattr(value, each.name) for each in fields(value))
     elif isinstance(value, dict):
-        yield from _numbers(tuple(value.values()))
-    elif isinstance(value, tuple) or (isinstance(value, list) and len(value) < 3):
+        value = tuple(value.values())
+    if isinstance(value, tuple) or (isinstance(value, list) and len(value) < 3):
         for each in value:
             yield from _numbers(each)
 
 
-def _results(numbers: list[float], seen: list[_Seen], what: str) -> list[str]:
+def _results(numbers: list[float], batches: list[_Batch], what: str) -> list[str]:
     """The mistakes that give these numbers."""
-    sizes = torch.tensor([float(len(each.labels)) for each in seen])
-    right = torch.tensor([float((s.logits.argmax(1) == s.labels).sum()) for s in seen])
-    table = []
-    for name, loss in _LOSSES.items():
-        if name != "loss summed over the batch":
-            means = torch.stack([loss(each.logits, each.labels) for each in seen])
-            table += _averages(means, sizes, [name] if name else [])
-    for value, names in _averages(right / sizes, sizes, []):
-        names = ["accuracy is a count"] if names == ["sum not divided"] else names
-        table += [(value, names), (100 * value, [*names, "accuracy in percent"])]
-    counted = any(abs(each - float(sizes.sum())) < 1e-6 for each in numbers)
+    ways = [
+        *checking.explanations(_Reported(), _OF_A_LOSS),
+        *checking.explanations(_Reported(_accuracy), _OF_ACCURACY),
+    ]
+    table = [(way(batches), way.loss, [each.name for each in some]) for way, some in ways]
+    table.sort(key=lambda row: len(row[-1]))  # few mistakes first
+    counted = any(abs(number - sum(_SIZES)) < 1e-6 for number in numbers)
     found, known = [], False
     for number in numbers:
-        near = [names for value, names in table if abs(value - number) <= 1e-4 * abs(value)]
-        best = min(near, key=len, default=None)
-        known |= best is not None
-        excused = counted and best in (["accuracy is a count"], ["sum not divided"])
-        found += [] if best is None or excused else best
+        near = [row for row in table if abs(row[0] - number) <= 1e-4 * abs(row[0])]
+        known |= bool(near)
+        _, loss, names = near[0] if near else (0, None, [])
+        if names == ["sum not divided"]:
+            names = [] if counted else ["accuracy is a count"] if loss is _accuracy else names
+        found += names
     return found if known or what == "training" else ["unknown result"]
-
-
-def _averages(means: Tensor, sizes: Tensor, names: list[str]) -> list[tuple[float, list[str]]]:
-    """What right and wrong ways to average the batches' means give, with their mistakes."""
-    sums, batches, images = means * sizes, len(means), sizes.sum()
-    ways = (
-        (sums.sum() / images, []),
-        (means.mean(), ["short last batch counted too much"]),
-        (sums.sum() / (batches * sizes.max()), ["short last batch counted as a whole one"]),
-        (sums.sum() / batches, ["sum divided by the number of batches"]),
-        (means.sum() / images, ["batch means divided by the number of images"]),
-        (means[-1], ["last batch only"]),
-        (sums.sum(), ["sum not divided"]),
-        (means.sum(), ["sum not divided"]),
-    )
-    return [(float(value), [*names, *more]) for value, more in ways]

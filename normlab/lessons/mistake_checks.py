@@ -9,30 +9,25 @@ from torch import Tensor, nn
 from normlab.analysis import predict
 from normlab.data import Dataset
 from normlab.history import Run
-from normlab.lessons.checking import Checked, Failed, Part, attempt, bound, checked, roles_by
-from normlab.lessons.student_code import as_numbers
+from normlab.lessons.checking import Checked, Failed, as_numbers, call, checked, role_of, roles_of
 from normlab.support.checks import whole_number
 
-_role_of = roles_by(
-    {
-        "network": "model|net|network|module",
-        "data": "(test|val|data)?(loader|dataloader|dl|data|set|dataset|iter)",
-        "count": "count|n|k|num|number|numimages|nimages",
-        "device": "device|dev",
-        "classes": "classes|classnames|labelnames|names",
-    }
-)
-# What keys, attributes and places of a tuple are usually called.
-_key_of = roles_by(
-    {
-        "images": "images?|imgs?|x|data|pictures?|inputs?",
-        "true": "true|truth|labels?|targets?|y|ytrue|actual|truelabels?|groundtruth|gt"
-        "|trueclass(es)?",
-        "predicted": "pred|preds|predicted|predictions?|predictedlabels?|guess(es)?|outputs?|yhat"
-        "|ypred|predlabels?|predictedclass(es)?",
-    }
-)
 _KEYS = ("images", "true", "predicted")
+
+
+@dataclass
+class _Shown:
+    """One image that is shown, and what is true of it; the last two of test images only."""
+
+    number: int
+    image: Tensor
+    true: int
+    predicted: int
+    place: int | None  # in the test set
+    trained: bool  # whether it is one of the training images
+    before: int | None  # where the same image is shown before
+    label: int | None = None
+    guess: int | None = None  # of the finished network
 
 
 def check_mistakes(
@@ -55,61 +50,87 @@ def check_mistakes(
     return checked("misclassified images", _parts(found, network, data, count))
 
 
-@dataclass
-class _Shown:
-    """One image that is shown, and what is true of it."""
-
-    image: Tensor
-    true: int
-    predicted: int
-    place: int | None  # in the test set
-    trained: bool = False  # whether it is one of the training images
-
-
-def _parts(found: object, network: nn.Module, data: object, count: int) -> Iterator[Part]:
-    if isinstance(data, Dataset):
-        batches, labels = data.loader(train=False, shuffle=False), data.test_labels
-    else:
-        batches = [(images, labels) for images, labels in data]
-        labels = torch.cat([each for _, each in batches])
-    guess = predict(network, data if isinstance(data, Dataset) else batches).argmax(1)
+def _parts(
+    found: object, network: nn.Module, data: object, count: int
+) -> Iterator[tuple[str, dict[str, str]]]:
+    whole = isinstance(data, Dataset)
+    batches = [*(data.loader(train=False, shuffle=False) if whole else data)]
+    labels = torch.cat([each for _, each in batches])
+    guess = predict(network, data if whole else batches).argmax(1)
     if callable(found):
-        values = {"network": network, "data": batches, "count": count, "device": "cpu"}
+        values = {"network": network, "batches": batches, "count": count, "device": "cpu"}
         values["classes"] = getattr(data, "classes", [*range(1000)])
-        arguments = bound(found, values, _role_of, ("network", "data", "count"))
-        found = attempt(found, *arguments.args, **arguments.kwargs)
-    images, true, predicted = _columns(found)
-    shape = tuple(next(iter(batches))[0].shape[1:])
+        found = call(found, values, roles_of(found, values, ("network", "batches", "count")))
+    columns = _columns(found)
+    shown, due = len(columns[0]), min(count, int((guess != labels).sum()))
+    text = f"{shown} images are shown, where {due} are asked for"
+    yield "number", {} if shown >= due else {"too few images": text}
+    names = ("from the test set", "each once", "misclassified", "labels", "pictures")
+    parts: dict[str, dict[str, str]] = {name: {} for name in names}
+    for each in _shown(columns, data, batches):
+        if each.place is not None:
+            each.label, each.guess = int(labels[each.place]), int(guess[each.place])
+        for part, name, text in _mistakes(each):
+            parts[part].setdefault(name, f"{text}.")
+    yield from parts.items()
+
+
+def _mistakes(each: _Shown) -> Iterator[tuple[str, str, str]]:
+    """The mistakes in one image: the part, the name and the sentence."""
+    image = f"image {each.number}"
+    if each.trained:
+        text = f"{image} is one of the training images; the test set is what counts"
+        yield "from the test set", "not from the test set", text
+    elif each.place is None:
+        text = f"{image} is not in the test set: was it augmented?"
+        yield "from the test set", "unknown image", text
+    if each.before is not None:
+        text = f"images {each.before} and {each.number} are the same one of the test set"
+        yield "each once", "same image twice", text
+    low, high = each.image.aminmax() if each.image.numel() else (0, 0)
+    if low < -0.01 or (high > 1.01 and not torch.equal(each.image, each.image.round())):
+        text = f"{image} goes from {low:.2f} to {high:.2f}: undo the normalisation (· std + mean)"
+        yield "pictures", "picture still normalised", text
+    if each.place is None:
+        return
+    said, due = (each.true, each.predicted), (each.label, each.guess)
+    wrong = each.label != each.guess
+    text = f"test image {each.place} is classified correctly by the finished network"
+    if not wrong and each.true == each.predicted:
+        yield "misclassified", "not misclassified", f"{text}: take those with predicted != true"
+    elif not wrong:
+        text += ": this is a mistake that it made while it trained, or in training mode"
+        yield "misclassified", "collected while training", text
+    text = f"of test image {each.place} (true, predicted) are {due}, not {said}"
+    if said == due[::-1] != due:
+        yield "labels", "labels exchanged", f"true and predicted classes are exchanged: {text}"
+    elif each.true != each.label:
+        yield "labels", "wrong true class", f"the labels are those of other images: {text}"
+    elif each.predicted != each.guess and wrong:
+        yield "labels", "other predictions", f"another network predicts so: {text}"
+
+
+def _shown(columns: list[Sequence], data: object, batches: list) -> Iterator[_Shown]:
+    shape = batches[0][0].shape[1:]
     names = [str(name) for name in getattr(data, "classes", ())]
-    tested, trained = _forms(data, batches)
-    shown = [
-        _Shown(image, _class(t, names), _class(p, names), _place(image, tested))
-        for image, t, p in zip((_image(i, shape) for i in images), true, predicted, strict=True)
-    ]
-    for each in shown:
-        each.trained = each.place is None and _place(each.image, trained) is not None
-    wrong = int((guess != labels).sum())
-    yield _part("number", _number(len(shown), min(count, wrong)))
-    yield _part("from the test set", _from_the_test_set(shown))
-    yield _part("each once", _once(shown))
-    seen = [each for each in shown if each.place is not None]
-    yield _part("misclassified", _misclassified(seen, labels, guess))
-    yield _part("labels", _labels(seen, labels, guess))
-    yield _part("pictures", _pictures(shown))
-
-
-def _part(name: str, mistakes: Iterator[tuple[str, str]]) -> Part:
-    kept: dict[str, str] = {}
-    for mistake, text in mistakes:
-        kept.setdefault(mistake, f"{text}.")
-    return Part(name, kept)
+    tested = _standard(torch.cat([images for images, _ in batches]))
+    trained = tested[:0]
+    if isinstance(data, Dataset):
+        every = data.loader(train=True, shuffle=False)
+        trained = _standard(torch.cat([images for images, _ in every]))
+    places: list[int | None] = []
+    for number, (image, *classes) in enumerate(zip(*columns, strict=True)):
+        image, classes = _image(image, shape), [_class(each, names) for each in classes]
+        place = _place(image, tested)
+        among = place is None and _place(image, trained) is not None
+        before = places.index(place) if place is not None and place in places else None
+        places.append(place)
+        yield _Shown(number, image, *classes, place, among, before)
 
 
 def _columns(found: object) -> list[Sequence]:
     """Images, true and predicted classes, from whatever holds them."""
-    if not isinstance(found, Sequence | Mapping):
-        found = {name: getattr(found, name) for name in dir(found) if _key_of(name)}
-    if isinstance(found, Mapping):
+    if not isinstance(found, Sequence):
         columns = _named(found)
     elif all(isinstance(row, Mapping) or _is_triple(row) for row in found):
         rows = [_named(row) if isinstance(row, Mapping) else row for row in found]
@@ -129,8 +150,10 @@ def _is_triple(row: object) -> bool:
     return isinstance(row[1], str) or (numbers is not None and numbers.numel() == 1)
 
 
-def _named(found: Mapping) -> list:
-    keys = {_key_of(str(key)): value for key, value in found.items()}
+def _named(found: object) -> list:
+    if not isinstance(found, Mapping):
+        found = {name: getattr(found, name) for name in dir(found) if role_of(name, _KEYS)}
+    keys = {role_of(str(key), _KEYS): value for key, value in found.items()}
     if not {*_KEYS} <= {*keys}:
         raise Failed(f"there must be images, true and predicted, not {', '.join(map(str, found))}")
     return [keys[key] for key in _KEYS]
@@ -145,94 +168,26 @@ def _class(value: object, names: list[str]) -> int:
     return int(numbers)
 
 
-def _image(value: object, shape: tuple[int, ...]) -> Tensor:
-    """An image as numbers in the order (C, H, W), flat."""
+def _image(value: object, shape: torch.Size) -> Tensor:
+    """An image as numbers (C, H, W)."""
     numbers = as_numbers(value)
     if numbers is None:
         raise Failed(f"{type(value).__name__} is no image: give a tensor or an array")
     last = numbers.dim() == 3 and numbers.shape[-1] == shape[0] and numbers.shape[0] != shape[0]
-    return (numbers.movedim(-1, 0) if last else numbers).flatten().float()
+    numbers = numbers.movedim(-1, 0) if last else numbers
+    return numbers.reshape(shape) if numbers.numel() == shape.numel() else numbers
 
 
-def _forms(data: object, batches: Iterable) -> tuple[list[Tensor], list[Tensor]]:
-    """The test images, and the training images where they are known, in the forms they have."""
-    tested = torch.cat([images for images, _ in batches])
-    if not isinstance(data, Dataset):
-        return [tested.flatten(1).float()], []
-    train = torch.cat([images for images, _ in data.loader(train=True, shuffle=False)])
-    parts = (data.test_images, tested), (data.train_images, train)
-    forms = [[raw.float(), raw / 255, inputs.float()] for raw, inputs in parts]
-    return tuple([form.flatten(1) for form in some] for some in forms)
+def _standard(images: Tensor) -> Tensor:
+    """Images (…, C, H, W) with each channel at mean 0 and length 1, however they are normalised."""
+    flat = images.double().flatten(-2)
+    flat = flat - flat.mean(-1, keepdim=True)
+    return (flat / (flat.norm(dim=-1, keepdim=True) + 1e-9)).flatten(-2)
 
 
-def _place(image: Tensor, forms: list[Tensor]) -> int | None:
-    """The place of an image among those of the forms; None if it is none of them."""
-    for form in forms:
-        if form.shape[1] == image.numel():
-            apart = (form - image).abs().amax(1)
-            if apart.min() < 1e-3 * form.abs().max():
-                return int(apart.argmin())
-    return None
-
-
-# --- what is looked at --------------------------------------------------------------------------
-
-
-def _number(shown: int, due: int) -> Iterator[tuple[str, str]]:
-    if shown < due:
-        yield "too few images", f"{shown} images are shown, where {due} are asked for"
-
-
-def _from_the_test_set(shown: list[_Shown]) -> Iterator[tuple[str, str]]:
-    for number, each in enumerate(shown):
-        if each.trained:
-            text = f"image {number} is one of the training images; the test set is what counts"
-            yield "not from the test set", text
-        elif each.place is None:
-            yield "unknown image", f"image {number} is not in the test set: was it augmented?"
-
-
-def _once(shown: list[_Shown]) -> Iterator[tuple[str, str]]:
-    places = [each.place for each in shown]
-    for number, place in enumerate(places):
-        if place is not None and place in places[:number]:
-            text = f"images {places.index(place)} and {number} are the same one of the test set"
-            yield "same image twice", text
-
-
-def _misclassified(seen: list[_Shown], labels: Tensor, guess: Tensor) -> Iterator[tuple[str, str]]:
-    for each in seen:
-        if guess[each.place] == labels[each.place]:
-            text = f"test image {each.place} is classified correctly by the finished network, as "
-            text += f"class {int(guess[each.place])}"
-            if each.predicted == each.true:
-                yield "not misclassified", f"{text}: take those with predicted != true"
-            else:
-                text += ": this is a mistake that it made while it trained, or in training mode"
-                yield "collected while training", text
-
-
-def _labels(seen: list[_Shown], labels: Tensor, guess: Tensor) -> Iterator[tuple[str, str]]:
-    for each in seen:
-        true, predicted = int(labels[each.place]), int(guess[each.place])
-        said = f"of test image {each.place} the true class is {true}, and the finished network "
-        said += f"predicts {predicted}; here it is true {each.true}, predicted {each.predicted}"
-        if (each.true, each.predicted) == (predicted, true) != (true, predicted):
-            yield "labels exchanged", f"the true class and the predicted one are exchanged: {said}"
-        elif each.true != true:
-            yield "wrong true class", f"the labels are those of other images: {said}"
-        elif each.predicted != predicted and true != predicted:
-            yield "other predictions", f"the predictions are not the finished network's: {said}"
-
-
-def _pictures(shown: list[_Shown]) -> Iterator[tuple[str, str]]:
-    for number, each in enumerate(shown):
-        low, high = each.image.aminmax() if each.image.numel() else (0, 0)
-        if low < -0.01 or (high > 1.01 and not torch.equal(each.image, each.image.round())):
-            yield (
-                "picture still normalised",
-                (
-                    f"image {number} goes from {float(low):.2f} to {float(high):.2f}: undo the "
-                    "normalisation (· std + mean) before it is shown"
-                ),
-            )
+def _place(image: Tensor, among: Tensor) -> int | None:
+    """The place of an image among others, as `_standard` makes them; None if it is none."""
+    if image.dim() < 3 or not len(among) or image.numel() != among[0].numel():
+        return None
+    apart = (among - _standard(image)).abs().amax(1)
+    return int(apart.argmin()) if apart.min() < 1e-3 else None

@@ -7,92 +7,80 @@ together as well.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, product
+from functools import lru_cache
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from normlab.lessons.by_hand import example_batch
+from normlab.lessons.checking import Mistake, explanations, mistakes_at
 from normlab.norms import EPSILON, NORMS
 
-KINDS = tuple(kind for kind in NORMS if kind != "none")
 
-
-@dataclass(frozen=True)
-class Sharing:
-    """Which numbers of x (N, C, H, W) share a mean: `axes` of what `arrange` makes of x and G.
+class Sharing(NamedTuple):
+    """Which numbers of x (N, C, H, W) share a mean.
 
     Args:
         words: as in "over N only".
+        axes: the axes of the mean, after the following.
+        shape: what x is reshaped to, of N, C, H, W, of groups G and of -1.
+        order: of the axes of x before that.
     """
 
     words: str
     axes: tuple[int, ...]
-    arrange: Callable[[Tensor, int], Tensor] = lambda x, groups: x
+    shape: str = "N C H W"
+    order: str = "NCHW"
+
+    def arrange(self, x: Tensor, groups: int) -> Tensor:
+        sizes = dict(zip("NCHW", x.shape, strict=True)) | {"G": groups, "-1": -1}
+        x = x.permute(*map("NCHW".index, self.order))
+        return x if self.shape == "N C H W" else x.reshape([sizes[s] for s in self.shape.split()])
 
 
-def _over(names: str) -> Sharing:
-    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-    return Sharing(f"over {listed}" + " only" * (len(names) == 1), tuple(map("NCHW".index, names)))
+def _over(names: tuple[str, ...]) -> Sharing:
+    *most, last = names
+    words = f"{', '.join(most)} and {last}" if most else f"{last} only"
+    return Sharing(f"over {words}", tuple(map("NCHW".index, names)))
 
 
-def _blocks(x: Tensor, groups: int) -> Tensor:
-    return x.reshape(len(x), groups, -1, *x.shape[2:])
-
-
-def _interleaved(x: Tensor, groups: int) -> Tensor:
-    return x.reshape(len(x), -1, groups, *x.shape[2:])
-
-
-_SUBSETS = {
-    "".join(names): _over(names) for size in (1, 2, 3, 4) for names in combinations("NCHW", size)
-}
-_RIGHT_SHARING = {
-    "bn": _SUBSETS["NHW"],
-    "ln": _SUBSETS["CHW"],
-    "ln-elementwise": _SUBSETS["CHW"],
-    "in": _SUBSETS["HW"],
-    "gn": Sharing("over H, W and the C/G channels of a block", (2, 3, 4), _blocks),
-}
+_SUBSETS = [_over(names) for size in (1, 2, 3, 4) for names in combinations("NCHW", size)]
+_BLOCKS, _STRIDED = "N G -1 H W", "N -1 G H W"
+_OF_BLOCKS = Sharing("over H, W and the C/G channels of a block", (2, 3, 4), _BLOCKS)
 _GROUPINGS = {
-    "groups interleaved": Sharing(
-        "over H, W and every G-th channel instead of C/G neighbours", (1, 3, 4), _interleaved
+    "groups interleaved": (
+        "over H, W and every G-th channel, not C/G neighbours",
+        (1, 3, 4),
+        _STRIDED,
     ),
-    "group size for number": Sharing(
-        "over groups of G channels instead of over G groups",
-        (2, 3, 4),
-        lambda x, groups: _blocks(x, x.shape[1] // groups),
-    ),
-    "groups of interleaved channels": Sharing(
-        "over H, W and the groups instead of the channels of a group", (1, 3, 4), _blocks
-    ),
-    "groups over the batch": Sharing("over N too: groups of all images", (0, 2, 3, 4), _blocks),
-    "groups without positions": Sharing("over the channels of a group only", (2,), _blocks),
+    "group size for number": ("over groups of G channels instead of G groups", (2, 3, 4), _STRIDED),
+    "groups of interleaved channels": ("over H, W and the groups", (1, 3, 4), _BLOCKS),
+    "groups over the batch": ("over N too: groups of all images", (0, 2, 3, 4), _BLOCKS),
+    "groups without positions": ("over the channels of a group only", (2,), _BLOCKS),
 }
-_MIXED = (
-    *(
-        Sharing(f"over axis {axes[0]} after {words}, which mixes the axes of x", axes, arrange)
-        for words, axes, arrange in (
-            ("reshape(C, -1)", (1,), lambda x, g: x.reshape(x.shape[1], -1)),
-            ("reshape(-1, C)", (0,), lambda x, g: x.reshape(-1, x.shape[1])),
-            ("reshape(-1, N)", (0,), lambda x, g: x.reshape(-1, len(x))),
-            ("reshape(G, -1)", (1,), lambda x, g: x.reshape(g, -1)),
-            ("reshape(-1, G)", (0,), lambda x, g: x.reshape(-1, g)),
-            ("reshape(N, -1, G)", (1,), lambda x, g: x.reshape(len(x), -1, g)),
-            ("reshape(N, -1, C)", (1,), lambda x, g: x.reshape(len(x), -1, x.shape[1])),
-            ("reshape(G, N, -1)", (2,), lambda x, g: x.reshape(g, len(x), -1)),
-            ("reshape(C, N, -1)", (2,), lambda x, g: x.reshape(x.shape[1], len(x), -1)),
-        )
-    ),
-    *(
-        Sharing(f"as is right, but {words} is not undone by the last reshape", axes, arrange)
-        for words, axes, arrange in (
-            ("permute(1, 0, 2, 3)", (1,), lambda x, g: x.transpose(0, 1).flatten(1)),
-            ("permute(0, 2, 3, 1)", (0,), lambda x, g: x.movedim(1, 3).flatten(0, 2)),
-            ("permute(0, 2, 3, 1)", (1, 2, 3), lambda x, g: x.movedim(1, 3)),
-        )
-    ),
-)
+_RESHAPED = {"C -1": 1, "-1 C": 0, "-1 N": 0, "G -1": 1, "-1 G": 0, "N -1 G": 1, "N -1 C": 1}
+_RESHAPED |= {"G N -1": 2, "C N -1": 2}  # the axis of the mean after such a reshape
+_PERMUTED = (("CNHW", (1, 2, 3)), ("NHWC", (0, 1, 2)), ("NHWC", (1, 2, 3)))
+_MIXED = [
+    Sharing(f"over axis {axis} after reshape to ({shape}), which mixes axes", (axis,), shape)
+    for shape, axis in _RESHAPED.items()
+] + [
+    Sharing(f"after a permutation to {order} that is not undone", axes, order=order)
+    for order, axes in _PERMUTED
+]
+
+
+class Case(NamedTuple):
+    """What a formula is given: x (N, C, H, W), and vectors of shapes that broadcast along it."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor | None  # the running ones
+    var: Tensor | None
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -101,202 +89,189 @@ class Formula:
 
     sharing: Sharing
     variance_sharing: Sharing | None = None  # where it is not that of the mean
+    running: bool = False  # whether the running statistics are used, where there are any
     keepdim: bool = True  # whether the statistics keep their axes, to be broadcast along them
     center: Callable[[Tensor, Tensor], Tensor] = torch.sub
-    moment: Callable[[Tensor, tuple[int, ...]], Tensor] = lambda x, axes: x.var(
-        axes, correction=0, keepdim=True
-    )
+    moment: Callable[[Tensor, tuple], Tensor] = lambda x, axes: x.var(axes, False, keepdim=True)
     divisor: Callable[[Tensor], Tensor] = lambda v: (v + EPSILON).sqrt()
     affine: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda y, w, b: y * w + b
     detached: tuple[str, ...] = ()
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-        """The output for x (N, C, H, W), with a scale and shift that fit it."""
-        arranged = self.sharing.arrange(x, groups)
-        mean = arranged.mean(self.sharing.axes, keepdim=True)
-        if other := self.variance_sharing:
-            variance = self.moment(x, other.axes).expand_as(x)
-            variance = self.sharing.arrange(variance, groups)
-        else:
-            variance = self.moment(arranged, self.sharing.axes)
+    def __call__(self, case: Case) -> Tensor | None:
+        """The output; None where the formula does not fit the shapes."""
+        try:
+            x, mean, variance = self._statistics(case)
+            y = self.center(x, mean) / self.divisor(variance)
+            return self.affine(y.reshape(case.x.shape), case.scale, case.shift)
+        except RuntimeError:
+            return None
+
+    def _statistics(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+        """x as it is arranged, and its mean and variance."""
+        if self.running and case.mean is not None:
+            return case.x, case.mean, case.var
+        axes, other = self.sharing.axes, self.variance_sharing
+        x, mean, variance = _moments(case.x, case.groups, self.sharing, other, self.moment)
         mean = mean.detach() if "mean" in self.detached else mean
         variance = variance.detach() if "variance" in self.detached else variance
-        if not self.keepdim:
-            mean, variance = mean.squeeze(self.sharing.axes), variance.squeeze(self.sharing.axes)
-        y = self.center(arranged, mean) / self.divisor(variance)
-        return self.affine(y.reshape(x.shape), weight, bias)
-
-    def evaluated(
-        self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
-    ) -> Tensor:
-        """The output of batch normalization in evaluation; the statistics are (C, 1, 1)."""
-        return self.affine(self.center(x, mean) / self.divisor(variance), weight, bias)
+        return x, *(
+            (mean, variance) if self.keepdim else (mean.squeeze(axes), variance.squeeze(axes))
+        )
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """A change to the right formula.
-
-    Args:
-        name: a few words.
-        sentence: what is wrong and what is right.
-        change: what stands in which place of the `Formula`.
-    """
-
-    name: str
-    sentence: str
-    change: dict[str, object]
+@lru_cache(1000)  # formulas by the thousand differ in other places
+def _moments(
+    x: Tensor, groups: int, sharing: Sharing, other: Sharing | None, moment: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x as it is arranged, its mean, and its variance, which may be shared otherwise."""
+    arranged = sharing.arrange(x, groups)
+    mean = arranged.mean(sharing.axes, keepdim=True)
+    if other is None:
+        return arranged, mean, moment(arranged, sharing.axes)
+    return arranged, mean, sharing.arrange(moment(x, other.axes).expand_as(x), groups)
 
 
-_SIZES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9)
 _RATIO = "the deviation is divided by the root of (variance + epsilon)"
-_PLACES = (
-    Mistake(
-        "unbiased variance",
-        "the variance is divided by n − 1; a normalization divides it by n",
-        {"moment": lambda x, axes: x.var(axes, correction=1, keepdim=True)},
-    ),
-    Mistake(
-        "sum instead of variance",
-        "the squared deviations are summed up but not divided by their number n",
-        {"moment": lambda x, axes: (x - x.mean(axes, True)).square().sum(axes, True)},
-    ),
-    Mistake(
-        "variance about zero",
-        "the variance is the mean of x², without the mean subtracted from x before",
-        {"moment": lambda x, axes: x.square().mean(axes, True)},
-    ),
-    Mistake(
-        "mean absolute deviation",
-        "the mean of |x − mean| is taken for the standard deviation, the root of the mean square",
-        {"moment": lambda x, axes: (x - x.mean(axes, True)).abs().mean(axes, True).square()},
-    ),
-    Mistake(
-        "mean not squared",
-        "the mean of x² less the mean is taken for the variance, the mean of x² less the mean²",
-        {"moment": lambda x, axes: x.square().mean(axes, True) - x.mean(axes, True)},
-    ),
-    Mistake(
-        "epsilon outside the root",
-        f"epsilon is added to the standard deviation, outside the root; {_RATIO}",
-        {"divisor": lambda v: v.sqrt() + EPSILON},
-    ),
-    Mistake(
-        "epsilon missing",
-        f"epsilon is missing, or too small to matter; {_RATIO}, epsilon being {EPSILON:g}",
-        {"divisor": lambda v: v.sqrt()},
-    ),
-    Mistake(
-        "epsilon squared",
-        f"epsilon is squared; {_RATIO}",
-        {"divisor": lambda v: (v + EPSILON**2).sqrt()},
-    ),
-    *(
-        Mistake(
-            "epsilon of another size",
-            f"epsilon is {size:g}; {EPSILON:g} is used here",
-            {"divisor": lambda v, size=size: (v + size).sqrt()},
-        )
-        for size in _SIZES
-    ),
-    *(
-        Mistake(
-            "epsilon outside the root",
-            f"epsilon, here {size:g}, is added to the standard deviation, outside the root; "
-            f"{_RATIO}, epsilon being {EPSILON:g}",
-            {"divisor": lambda v, size=size: v.sqrt() + size},
-        )
-        for size in _SIZES
-    ),
-    *(
-        Mistake(
-            "variance instead of standard deviation",
-            f"the deviation is divided by the variance, without a root; {_RATIO}",
-            {"divisor": lambda v, size=size: v + size},
-        )
-        for size in (EPSILON, 0.0)
-    ),
-    Mistake(
-        "multiplied by the standard deviation",
-        "the deviation is multiplied by the standard deviation instead of divided by it",
-        {"divisor": lambda v: 1 / (v + EPSILON).sqrt()},
-    ),
-    Mistake(
-        "root taken twice",
-        f"the root is taken of the standard deviation once more; {_RATIO}",
-        {"divisor": lambda v: (v.sqrt() + EPSILON).sqrt()},
-    ),
-    Mistake(
-        "not divided by the standard deviation",
-        f"the mean is subtracted, but nothing is divided; {_RATIO}",
-        {"divisor": torch.ones_like},
-    ),
-    Mistake(
-        "mean not subtracted",
-        "the mean is not subtracted from x before it is divided by the standard deviation",
-        {"center": lambda x, mean: x},
-    ),
-    Mistake(
-        "mean added",
-        "the mean is added to x instead of subtracted from it",
-        {"center": torch.add},
-    ),
-    Mistake(
-        "scale and shift swapped",
-        "scale and shift are exchanged; the output is scale · normalized + shift",
-        {"affine": lambda y, w, b: y * b + w},
-    ),
-    Mistake(
-        "shift before scale",
-        "the shift is added before the scale multiplies; the output is scale · normalized + shift",
-        {"affine": lambda y, w, b: (y + b) * w},
-    ),
-    Mistake(
-        "scale and shift missing",
-        "scale and shift are not used; the output is scale · normalized + shift",
-        {"affine": lambda y, w, b: y + 0 * (w + b)},
-    ),
-    Mistake(
-        "shift missing",
-        "the shift is not added; the output is scale · normalized + shift",
-        {"affine": lambda y, w, b: y * w + 0 * b},
-    ),
-    Mistake(
-        "scale missing",
-        "the scale is not used; the output is scale · normalized + shift",
-        {"affine": lambda y, w, b: y + b + 0 * w},
-    ),
-    Mistake(
-        "shift subtracted",
-        "the shift is subtracted; the output is scale · normalized + shift",
-        {"affine": lambda y, w, b: y * w - b},
-    ),
-    Mistake(
-        "one plus scale",
-        "the normalized numbers are multiplied by 1 + scale instead of by the scale",
-        {"affine": lambda y, w, b: y * (1 + w) + b},
-    ),
+_SHARES = (
+    "running statistics become (1 − momentum) · old + momentum · batch; momentum is small, as 0.1"
 )
-# Only where C, H and W are equal does torch broadcast along the wrong axis without an error.
-_BROADCAST = (
-    Mistake(
-        "statistics along the wrong axis",
-        "mean and variance are broadcast along the last axis, W: their axes were dropped "
-        "(keepdim=True keeps them)",
-        {"keepdim": False},
+_MOMENTS = {
+    "unbiased variance": (
+        "the variance is divided by n − 1; a normalization divides it by n",
+        lambda x, axes: x.var(axes, True, keepdim=True),
     ),
+    "sum instead of variance": (
+        "the squared deviations are summed up but not divided by their number n",
+        lambda x, axes: (x - x.mean(axes, True)).square().sum(axes, True),
+    ),
+    "variance about zero": (
+        "the variance is the mean of x², without the mean subtracted from x before",
+        lambda x, axes: x.square().mean(axes, True),
+    ),
+    "mean absolute deviation": (
+        "the mean of |x − mean| is taken for the standard deviation, the root of the mean square",
+        lambda x, axes: (x - x.mean(axes, True)).abs().mean(axes, True).square(),
+    ),
+    "mean not squared": (
+        "the mean of x² less the mean is taken for the variance, the mean of x² less the mean²",
+        lambda x, axes: x.square().mean(axes, True) - x.mean(axes, True),
+    ),
+}
+_DIVISORS = {
+    "epsilon outside the root": ("epsilon is added outside the root", lambda v: v.sqrt() + EPSILON),
+    "epsilon missing": (f"epsilon, {EPSILON:g}, is missing, or too small", lambda v: v.sqrt()),
+    "epsilon squared": ("epsilon is squared", lambda v: (v + EPSILON**2).sqrt()),
+    "variance instead of standard deviation": ("the root is missing", lambda v: v + EPSILON),
+    "multiplied by the standard deviation": (
+        "it is multiplied, not divided",
+        lambda v: v.add(EPSILON).rsqrt(),
+    ),
+    "root taken twice": ("the root is taken twice", lambda v: (v.sqrt() + EPSILON).sqrt()),
+    "not divided by the standard deviation": ("nothing is divided", torch.ones_like),
+}
+_CENTERS = {
+    "mean not subtracted": ("the mean is not subtracted from x first", lambda x, mean: x),
+    "mean added": ("the mean is added to x instead of subtracted from it", torch.add),
+}
+_AFFINE = {
+    "scale and shift swapped": ("scale and shift are exchanged", lambda y, w, b: y * b + w),
+    "shift before scale": ("the shift is added before the scale", lambda y, w, b: (y + b) * w),
+    "scale and shift missing": ("scale and shift are unused", lambda y, w, b: y + 0 * (w + b)),
+    "shift missing": ("the shift is not added", lambda y, w, b: y * w + 0 * b),
+    "scale missing": ("the scale is not used", lambda y, w, b: y + b + 0 * w),
+    "shift subtracted": ("the shift is subtracted", lambda y, w, b: y * w - b),
+    "one plus scale": ("1 + scale stands for the scale", lambda y, w, b: y * (1 + w) + b),
+}
+# Only where C, H and W are equal does torch broadcast along the wrong axis without an error.
+_ALONG = "broadcast along the last axis, W, instead of the channels"
+_STATISTICS = f"mean and variance are {_ALONG}: keepdim=True keeps their axes"
+_VECTORS = f"scale and shift are {_ALONG}: give them the shape (1, C, 1, 1)"
+_BROADCAST = [
+    *mistakes_at("keepdim", {"statistics along the wrong axis": (_STATISTICS, False)}),
     Mistake(
         "scale and shift along the wrong axis",
-        "scale and shift are broadcast along the last axis, W, instead of the channels: give them "
-        "the shape (1, C, 1, 1)",
+        _VECTORS,
         {"affine": lambda y, w, b: y * w.flatten() + b.flatten()},
     ),
-)
-DETACHED = (
-    ("mean and variance detached", ("mean", "variance")),
-    ("mean detached", ("mean",)),
-    ("variance detached", ("variance",)),
-)
+]
+_PLACES = [
+    *mistakes_at("moment", _MOMENTS),
+    *mistakes_at("divisor", _DIVISORS, rule=_RATIO),
+    *mistakes_at("center", _CENTERS, rule=_RATIO),
+    *mistakes_at("affine", _AFFINE, rule="the output is scale · normalized + shift"),
+    Mistake(
+        "variance instead of standard deviation",
+        f"the root is missing; {_RATIO}",
+        {"divisor": lambda v: v},
+    ),
+]
+for size in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9):
+    said = f"epsilon is {size:g}, not {EPSILON:g}"
+    rows = {
+        "epsilon of another size": (said, lambda v, size=size: (v + size).sqrt()),
+        "epsilon outside the root": (f"{said}, and outside", lambda v, size=size: v.sqrt() + size),
+    }
+    _PLACES += mistakes_at("divisor", rows, rule=_RATIO)
+_USED = "x is normalized by the {} statistics instead of by the {}"
+USED = {  # the wrong statistics in training, and in evaluation
+    True: Mistake(
+        "running statistics used in training",
+        "in training " + _USED.format("running", "batch's"),
+        {"running": True},
+    ),
+    False: Mistake(
+        "batch statistics used in evaluation",
+        "in evaluation " + _USED.format("batch's", "running ones"),
+        {"running": False},
+    ),
+}
+DETACHED = [
+    Mistake(
+        f"{words} detached",
+        f"the gradient of x misses the terms of {words}, which depend on x: they must not be "
+        "detached or computed without gradients",
+        {"detached": tuple(words.split(" and "))},
+    )
+    for words in ("mean and variance", "mean", "variance")
+]
+
+
+def right_formula(kind: str) -> Formula:
+    """The formula of a kind of `NORMS`."""
+    averaged = NORMS[kind].averaged
+    return Formula(_OF_BLOCKS if "C/G" in averaged else _over(averaged))
+
+
+def norm_mistakes(kind: str, *, cube: bool) -> list[Mistake]:
+    """All single mistakes in one kind; some run without an error only if C, H and W are equal."""
+    right, title = right_formula(kind).sharing, NORMS[kind].title.split(",")[0]
+    others = {right_formula(k).sharing: NORMS[k].title for k in ("bn", "ln", "in")}
+    named = [(f"mean and variance {each.words}", each) for each in _SUBSETS]
+    named += [(name, Sharing(*row)) for name, row in _GROUPINGS.items()] if kind == "gn" else []
+    named += [("axes mixed", each) for each in _MIXED]
+    found = [*_PLACES, *_BROADCAST * cube]
+    for name, each in named:
+        also = f" (that is {others[each]})" if each in others else ""
+        text = f"mean and variance are taken {each.words}{also}; {title} takes them {right.words}"
+        found.append(Mistake(name, text, {"sharing": each}))
+    for each in _SUBSETS:
+        text = f"is taken {each.words}; {title} takes it {right.words}"
+        change = {"variance_sharing": each}
+        found.append(Mistake(f"variance {each.words}", f"the variance {text}", change))
+        if kind != "gn":
+            change = {"sharing": each, "variance_sharing": right}
+            found.append(Mistake(f"mean {each.words}", f"the mean {text}", change))
+    return [each for each in found if not each.name.endswith(right.words)]
+
+
+_OFTEN = ("unbiased variance", "epsilon outside the root")
+
+
+def norm_explanations(right: Formula, single: list[Mistake]) -> Iterator[tuple]:
+    """The right formula, then those with one mistake, with two, with three of the frequent ones."""
+    yield from explanations(right, single, 2)
+    often = [m for m in single if m.name in _OFTEN or {*m.change} & {"sharing", "affine"}]
+    yield from explanations(right, often, 3, 3)
 
 
 _EXAMPLES = (
@@ -306,165 +281,81 @@ _EXAMPLES = (
 )
 
 
-def right_formula(kind: str) -> Formula:
-    """The formula of a kind of `NORMS`."""
-    return Formula(_RIGHT_SHARING[kind])
-
-
-def _sharings(kind: str) -> Iterator[Mistake]:
-    """The mistakes in which numbers share their statistics, and then those of the variance only."""
-    right, title = _RIGHT_SHARING[kind], NORMS[kind].title.split(",")[0]
-    others = {_RIGHT_SHARING[k]: NORMS[k].title.split(",")[0] for k in KINDS if k != "gn"}
-    named = (
-        *((f"mean and variance {each.words}", each) for each in _SUBSETS.values()),
-        *(_GROUPINGS.items() if kind == "gn" else ()),
-        *(("axes mixed", each) for each in _MIXED),
-    )
-    for name, sharing in named:
-        if sharing is not right:
-            also = f" (that is {others[sharing]})" if sharing in others else ""
-            text = f"mean and variance are taken {sharing.words}{also}; {title} takes them "
-            yield Mistake(name, text + right.words, {"sharing": sharing})
-    for sharing in _SUBSETS.values():
-        if sharing is not right:
-            change = {"variance_sharing": sharing}
-            text = f"the variance is taken {sharing.words}; {title} takes it {right.words}"
-            yield Mistake(f"variance {sharing.words}", text, change)
-            if kind != "gn":
-                change = {"sharing": sharing, "variance_sharing": right}
-                text = f"the mean is taken {sharing.words}; {title} takes it {right.words}"
-                yield Mistake(f"mean {sharing.words}", text, change)
-
-
-def explanations(kind: str, *, cube: bool) -> Iterator[tuple[Formula, tuple[Mistake, ...]]]:
-    """The right formula, then those with one mistake, then with two or three at different places.
-
-    Args:
-        cube: whether C, H and W are equal, so that more mistakes run without an error.
-    """
-    single = (*_PLACES, *_sharings(kind), *(_BROADCAST if cube else ()))
-    yield from _changed(right_formula(kind), single)
-
-
-_TOGETHER = (("sharing", "moment", "divisor"), ("moment", "divisor", "affine"))
-
-
-def _triples(single: tuple[Mistake, ...]) -> Iterator[tuple[Mistake, ...]]:
-    """Three mistakes at places that are often wrong together; all triples would be too many."""
-    for places in _TOGETHER:
-        yield from product(*([each for each in single if p in each.change] for p in places))
-
-
-def _changed(right: object, single: tuple[Mistake, ...]) -> Iterator[tuple]:
-    yield right, ()
-    for mistakes in chain(zip(single), combinations(single, 2), _triples(single)):
-        change = {place: value for each in mistakes for place, value in each.change.items()}
-        if len(change) == sum(len(each.change) for each in mistakes):
-            yield replace(right, **change), mistakes
-
-
 def with_numbers(kind: str, mistake: Mistake) -> str:
     """The sentence of a mistake, with what it gives for a small example."""
     right = right_formula(kind)
-    wrong = replace(right, **mistake.change)
-    scale, shift = (2.0, 1.0) if "affine" in mistake.change else (1.0, 0.0)
+    affine = "affine" in mistake.change
     for x, words in _EXAMPLES:
-        vectors = [torch.full((x.shape[1], 1, 1), value) for value in (scale, shift)]
-        try:
-            given, due = (f(x, *vectors, min(2, x.shape[1])).flatten() for f in (wrong, right))
-        except RuntimeError:  # only axes of equal sizes would do
+        case = Case(
+            x,
+            *(torch.full((x.shape[1], 1, 1), 1.0 * v) for v in (1 + affine, affine)),
+            None,
+            None,
+            min(2, x.shape[1]),
+        )
+        given, due = (formula(case) for formula in (replace(right, **mistake.change), right))
+        if given is None or not given.isfinite().all():  # None: only axes of equal sizes would do
             continue
-        if not torch.isfinite(given).all():
-            continue
+        given, due, numbers = given.flatten(), due.flatten(), x.flatten()
         for place in (-1, 0, int((given - due).abs().argmax())):
             if f"{given[place]:.3g}" != f"{due[place]:.3g}":
-                words += ", with scale 2 and shift 1," * (scale == 2)
                 return (
                     f"{mistake.sentence}. It gives {given[place]:.3g} where {due[place]:.3g} is "
-                    f"right for the number {x.flatten()[place]:g} of {words}".rstrip(",")
-                    + "."
+                    f"right for the number {numbers[place]:g} of {words}"
+                    f"{', with scale 2 and shift 1' * affine}."
                 )
     return f"{mistake.sentence}."
 
 
-# --- running statistics ----------------------------------------------------------------------
+# --- running statistics -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Running:
-    """How running statistics move in training; the defaults are right.
+    """How running statistics move in training; the defaults are right."""
 
-    Args:
-        rate: the share of the batch, for the share that is wanted.
-        batch: what mean and variance (the biased one) of a batch of n contribute.
-        moved: which of them move.
-        kept: the share of the old, for the share of the batch.
-    """
+    # the shares of the old and of the batch, for the share that is wanted of the batch
+    shares: Callable[[float], tuple[float, float]] = lambda rate: (1 - rate, rate)
+    # what the variance of a batch of n, divided by n, contributes
+    batch: Callable[[Tensor, int], Tensor] = lambda var, n: var * n / (n - 1)
+    moved: tuple[bool, bool] = (True, True)  # whether mean and variance move
 
-    rate: Callable[[float], float] = lambda rate: rate
-    batch: Callable = lambda mean, var, n: (mean, var * n / (n - 1))
-    moved: tuple[bool, bool] = (True, True)
-    kept: Callable[[float], float] = lambda rate: 1 - rate
-
-    def __call__(self, old: list[Tensor], batch: list[Tensor], n: int, rate: float) -> list[Tensor]:
-        """Running mean and variance after one batch."""
-        rate = self.rate(rate)
-        pairs = zip(old, self.batch(*batch, n), self.moved, strict=True)
-        return [self.kept(rate) * o + rate * b if moved else o for o, b, moved in pairs]
+    def __call__(self, old: list[Tensor], x: Tensor, rate: float) -> list[Tensor]:
+        """Running mean and variance after the batch x (N, C, H, W)."""
+        kept, taken = self.shares(rate)
+        axes = (0, 2, 3)
+        new = [x.mean(axes), self.batch(x.var(axes, False), x[:, 0].numel())]
+        pairs = zip(old, new, self.moved, strict=True)
+        return [kept * o + taken * b if moved else o for o, b, moved in pairs]
 
 
-_RULE = "new = (1 − momentum) · old + momentum · batch, where momentum is small, such as 0.1"
-_RUNNING = (
-    Mistake(
-        "running variance biased",
+_BATCHES = {
+    "running variance biased": (
         "the running variance is fed by the variance divided by n; torch and the paper divide by "
         "n − 1 there, and by n only for normalizing (d2l and CS231n leave it at n)",
-        {"batch": lambda mean, var, n: (mean, var)},
+        lambda var, n: var,
     ),
-    Mistake(
-        "standard deviation in the running variance",
+    "standard deviation in the running variance": (
         "the running variance is fed by the standard deviation, which is the variance's root",
-        {"batch": lambda mean, var, n: (mean, (var + EPSILON).sqrt())},
+        lambda var, n: (var + EPSILON).sqrt(),
     ),
-    Mistake(
-        "running statistics not moved",
-        "running mean and variance are the same after a batch in training: change them in place, "
-        "or keep or return the new ones",
-        {"rate": lambda rate: 0.0},
+}
+_KEPT = {
+    "running statistics not moved": ("a batch does not change them", lambda rate: (1, 0)),
+    "momentum the wrong way round": ("most is taken from the batch", lambda rate: (rate, 1 - rate)),
+    "running statistics moved twice": (
+        "a batch counts twice",
+        lambda r: ((1 - r) ** 2, 2 * r - r * r),
     ),
-    Mistake(
-        "momentum the wrong way round",
-        f"the running statistics take most from the new batch; {_RULE}",
-        {"rate": lambda rate: 1 - rate},
-    ),
-    Mistake(
-        "running statistics moved twice",
-        "the running statistics are moved twice by the same batch",
-        {"rate": lambda rate: 1 - (1 - rate) ** 2},
-    ),
-    Mistake(
-        "running statistics replaced",
-        f"the running statistics are those of the last batch alone; {_RULE}",
-        {"rate": lambda rate: 1.0},
-    ),
-    Mistake(
-        "running statistics summed",
-        f"the batch's statistics are added to the whole of the old ones; {_RULE}",
-        {"kept": lambda rate: 1.0},
-    ),
-    Mistake(
-        "running variance not moved",
-        "the running mean moves, but not the running variance",
-        {"moved": (True, False)},
-    ),
-    Mistake(
-        "running mean not moved",
-        "the running variance moves, but not the running mean",
-        {"moved": (False, True)},
-    ),
-)
-
-
-def running_explanations() -> Iterator[tuple[Running, tuple[Mistake, ...]]]:
-    """As `explanations`, of the running statistics."""
-    yield from _changed(Running(), _RUNNING)
+    "running statistics replaced": ("only the last batch counts", lambda rate: (0, 1)),
+    "running statistics summed": ("all of the old is kept", lambda rate: (1, rate)),
+}
+_MOVED = {
+    "running variance not moved": ("only the running mean moves", (True, False)),
+    "running mean not moved": ("only the running variance moves", (False, True)),
+}
+RUNNING = [
+    *mistakes_at("batch", _BATCHES),
+    *mistakes_at("shares", _KEPT, rule=_SHARES),
+    *mistakes_at("moved", _MOVED),
+]
