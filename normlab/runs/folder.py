@@ -16,7 +16,6 @@ from normlab.history import COLUMNS, Run
 from normlab.recipes import OPEN_ENDED
 from normlab.runs.identity import (
     BEGINNING,
-    as_begun_here,
     differences,
     earlier_computations,
     is_beginning,
@@ -278,7 +277,10 @@ def _as_begun(config: dict, wanted: dict, any_weights: bool) -> dict:
     if wanted["initial_weights"] == config.get("final_weights"):  # the run's own network
         learned = {key: {} for key in wanted if key.startswith("logits") or key == "numbers"}
         return kept | {"initial_weights": wanted["initial_weights"]} | learned
-    return as_begun_here(kept, wanted) if any_weights else kept
+    other = any_weights and kept.get("initial_weights") != wanted["initial_weights"]
+    if other and "class" in wanted["network"]:  # of one's own, which may not have been seeded
+        return kept | {key: wanted[key] for key in BEGINNING}
+    return kept
 
 
 def another_run(directory: Path, differences: str) -> ValueError:

@@ -43,8 +43,7 @@ COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch",
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     """What a run computes, as JSON can hold it.
 
-    Of what the backward pass alone computes it tells which weights and layers have hooks, but not
-    what these do, and nothing of a global `autograd.Function` whose forward pass is the same.
+    Of hooks of gradients it tells where they are, not what they do: no backward pass is tried.
     """
     weights, dtype = list(network.named_parameters()), DTYPES[recipe.dtype]
     state = {  # as it is trained; whole numbers stay such
@@ -191,17 +190,6 @@ def differences(kept: dict, wanted: dict, where: str = "") -> list[str]:
         elif one != other:
             found.append(f"{where}{key} is {one!r} there and {other!r} here")
     return found
-
-
-def as_begun_here(kept: dict, wanted: dict) -> dict:
-    """The kept identity with the initial weights of the wanted one, and so its first logits.
-
-    Only of a network of one's own, which may not have been seeded; others stay as they are.
-    """
-    same = kept.get("initial_weights") == wanted["initial_weights"]
-    if same or "class" not in wanted["network"]:
-        return kept
-    return kept | {key: wanted[key] for key in BEGINNING}
 
 
 def is_beginning(kept: dict, wanted: dict) -> bool:
