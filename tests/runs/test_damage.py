@@ -123,6 +123,8 @@ def lost(content, chance, _):
     return None
 
 
+# Every second damage is to this file: a run that goes on does not read most of the others.
+MATTERS = {"sweeps": "sweep.csv"} | dict.fromkeys(OPEN_ENDED, "checkpoint.safetensors")
 DAMAGES = [flipped, flipped_in_the_head, cut, cut_inside, exchanged, partly_exchanged, lost]
 
 
@@ -141,8 +143,8 @@ def outcome(kind, ask, place, expected, chance):
     folder = place / kind
     files = [file for file in sorted(folder.glob("one/**/*")) if file.is_file()]
     file, damage = chance.choice(files), chance.choice(DAMAGES)
-    if kind == "sweeps" and chance.random() < 0.5:
-        file = folder / "one" / "sweep.csv"
+    if kind in MATTERS and chance.random() < 0.5:
+        file = folder / "one" / MATTERS[kind]
     content = damage(file.read_bytes(), chance, counterpart(file, folder).read_bytes())
     file.unlink() if content is None else file.write_bytes(content)
     what = f"{kind}: {damage.__name__} {file.relative_to(folder)}"
