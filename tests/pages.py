@@ -1,7 +1,7 @@
 """Numbers in text: marked places in Markdown files and notebooks, filled from `results.json`.
 
-    python -m tests.pages README.md notebooks/*.ipynb
-    python -m tests.pages --check README.md notebooks/*.ipynb
+    python -m tests.pages README.md notebooks/results.md notebooks/*.ipynb
+    python -m tests.pages --check README.md notebooks/results.md notebooks/*.ipynb
 
 A place looks like this, and reads as "99.53 ± 0.04 %" where it is shown:
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 0, or 1 where a page is stale or cannot be filled."""
     parser = argparse.ArgumentParser(prog="python -m tests.pages", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("pages", nargs="+", type=Path, help="README.md and notebooks/*.ipynb")
+    parser.add_argument("pages", nargs="+", type=Path, help="Markdown files and notebooks")
     parser.add_argument("--results", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if one is stale")
     options = parser.parse_args(arguments)

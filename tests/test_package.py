@@ -65,7 +65,8 @@ TOP_LEVEL = {
     *("notebooks", "normlab", "tests", "README.md", "setup.cfg", "pyproject.toml", "LICENSE"),
     *(".gitignore", ".gitattributes", ".ci", ".github"),
 }
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md"))]  # and what it leads to
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 # --- layers -----------------------------------------------------------------------------------
@@ -416,9 +417,27 @@ def test_a_program_of_the_readme_runs(program, tmp_path, monkeypatch):
     pyplot.close("all")
 
 
-def test_the_files_that_the_readme_names_are_there():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    here = [link for link in links if "://" not in link]
-    assert here
-    for link in here:
-        assert (ROOT / link).is_file(), link
+def test_the_files_that_the_pages_name_are_there():
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        here = [link.partition("#") for link in links if "://" not in link]
+        assert here
+        for name, _, part in here:
+            other = page.parent / name if name else page
+            assert other.is_file(), name
+            if part and other.suffix == ".md":
+                headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.M)
+                assert part in map(anchor, headings), f"{name}#{part}"
+
+
+def anchor(heading: str) -> str:
+    """A heading as GitHub names it in links."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_readme_is_short_and_begins_with_a_picture_and_a_command():
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert len(re.sub(r"^```.*?^```|<!--.*?-->", "", text, flags=re.M | re.S).split()) <= 1500
+    first = text[: text.index("normlab run")]
+    assert "![" in first
+    assert len(first.split()) < 250

@@ -373,7 +373,8 @@ def test_the_command_tells_stale_pages_and_fills_them(folder, capsys, monkeypatc
 
 def test_no_place_in_a_sentence_begins_a_line():
     """Markdown would end the paragraph there: a line that begins with a comment is HTML."""
-    texts = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    pages = (ROOT / "README.md", ROOT / "notebooks/results.md")
+    texts = {page.name: page.read_text(encoding="utf-8") for page in pages}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         texts[path.name] = "\n\n".join("".join(cell["source"]) for cell in cells)

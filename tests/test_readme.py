@@ -1,4 +1,4 @@
-"""The README's worked example is what the layers compute, and its numbers are measured."""
+"""README, results and handbook: the worked example is right, and the numbers are measured."""
 
 import math
 import re
@@ -20,7 +20,8 @@ import normlab as nl
 from tests.pages import read_results
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md"))]
+README = "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 KEPT = read_results(ROOT / "notebooks" / "results")
 NORMS = {
     "BN": (nl.batch_norm, (0, 2, 3)),
