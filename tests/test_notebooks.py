@@ -331,6 +331,11 @@ NOT_PRINTED = {
         "255": "the largest value of a pixel",
         "360": "= 1797 // 5 + 1",
     },
+    "11_how_many_groups": {
+        "11": "its number",
+        "16": "channels of a layer",
+        "32": "channels of a layer, pixels of a side, groups in Wu & He 2018",
+    },
     "08_batch_norm_on_many_devices": {
         "256": "of a made-up network",
         "30": "of a made-up network",

@@ -3,12 +3,12 @@
 import inspect
 import re
 import signal
-import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -88,11 +88,15 @@ def explanations(
     right: Computation, mistakes: Iterable[Mistake], most: int = 2, fewest: int = 0
 ) -> Iterator[tuple[Computation, tuple[Mistake, ...]]]:
     """The right computation, then those with one mistake, with two …, each in another place."""
+    by_place: dict[tuple[str, ...], list[Mistake]] = {}
+    for each in mistakes:
+        by_place.setdefault((*each.change,), []).append(each)
     for number in range(fewest, most + 1):
-        for some in combinations(mistakes, number):
-            change = {place: value for each in some for place, value in each.change.items()}
-            if len(change) == sum(len(each.change) for each in some):
-                yield replace(right, **change), some
+        for groups in combinations(by_place.values(), number):
+            for some in product(*groups):
+                change = {place: value for each in some for place, value in each.change.items()}
+                if len(change) == sum(len(each.change) for each in some):
+                    yield replace(right, **change), some
 
 
 # --- calls that end -----------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def attempt(function: Callable, *arguments: object, **named: object) -> object:
 
 def _where(error: BaseException) -> str:
     """The last line of the student's own code that an error went through."""
-    libraries = (sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]), "<frozen")
+    libraries = (str(Path(inspect.__file__).parent), str(Path(__file__).parents[1]), "<frozen")
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -208,8 +212,13 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def role_of(name: str, roles: Iterable[str]) -> str | None:
     """The first of these roles that arguments of this name usually have; None if it has none."""
+    return next((role for role in roles if role in _all_roles_of(name)), None)
+
+
+@cache
+def _all_roles_of(name: str) -> set[str]:
     plain = re.sub("[_0-9]", "", name if name == "G" else name.lower())
-    return next((role for role in roles if re.fullmatch(_USUAL[role], plain)), None)
+    return {role for role, usual in _USUAL.items() if re.fullmatch(usual, plain)}
 
 
 def roles_of(
@@ -226,7 +235,7 @@ def roles_of(
     """
     every = _signature(function).parameters.values()
     roles = {each: role_of(each.name, known) for each in every if each.kind not in _VARIADIC}
-    if order[0] not in roles.values():  # then single letters may mean anything
+    if order[0] == "x" and "x" not in roles.values():  # then single letters may mean anything
         roles = {each: role if len(each.name) > 1 else None for each, role in roles.items()}
     left = iter([role for role in order if role not in roles.values()])
     needed = [each for each in roles if each.default is each.empty]

@@ -13,7 +13,8 @@ from normlab.lessons.checking import Checked, Failed, as_numbers, checked, expla
 from normlab.lessons.norm_mistakes import (
     DETACHED,
     RUNNING,
-    USED,
+    USED_IN_EVALUATION,
+    USED_IN_TRAINING,
     Case,
     Formula,
     Running,
@@ -22,7 +23,7 @@ from normlab.lessons.norm_mistakes import (
     right_formula,
     with_numbers,
 )
-from normlab.lessons.student_code import Called, StudentCode, Way
+from normlab.lessons.student_code import VECTORS, Called, StudentCode, Way
 from normlab.norms import EPSILON, NORMS, norm_name
 from normlab.support.checks import one_of, whole_number
 from normlab.support.seeding import generator
@@ -72,7 +73,7 @@ class _Seen:
     vectors: dict[str, Tensor]
     x: Tensor
     called: Called
-    output: Tensor
+    output: Tensor  # as numbers, 0 for NaN
     case: Case
 
 
@@ -155,7 +156,8 @@ class _NormCheck:
         if numbers is None or tuple(numbers.shape) != sizes:
             shape = "no numbers" if numbers is None else tuple(numbers.shape)
             raise Failed(f"the output is {shape}, where x is of shape {sizes}")
-        return _Seen(way, sizes, vectors, x, called, numbers, self._case(x, vectors))
+        output = numbers.nan_to_num(0, 0, 0)
+        return _Seen(way, sizes, vectors, x, called, output, self._case(x, vectors))
 
     def _case(self, x: Tensor, vectors: dict[str, Tensor]) -> Case:
         """x with vectors that are broadcast along its channels, or its elements."""
@@ -167,9 +169,8 @@ class _NormCheck:
             return value.flatten().repeat_interleave(for_each).view(-1, 1, 1)
 
         vectors = {"scale": torch.ones(1), "shift": torch.zeros(1), **vectors}
-        fit = {role: fitting(value) for role, value in vectors.items() if role != "x"}
-        fit = [fit.get(role) for role in ("scale", "shift", "mean", "var")]
-        return Case(x, *fit, self.code.groups)
+        fit = {role: fitting(vectors[role]) for role in VECTORS if role in vectors}
+        return Case(x, groups=self.code.groups, **fit)
 
     def _search(
         self, output: Tensor, case: Case, among: Iterable[tuple[Formula, tuple]]
@@ -185,12 +186,14 @@ class _NormCheck:
     def _explained(self, seen: _Seen) -> tuple[Formula | None, Mistakes, Mistakes] | None:
         """The formula that gives this output, and its mistakes, those of scale and shift apart."""
         single = norm_mistakes(self.kind, cube=len({*seen.sizes[1:]}) == 1)
+        more = explanations if seen.sizes in _OTHERS else norm_explanations
         moved = self._case(seen.x, seen.vectors | _statistics(seen.called))
-        running = [*explanations(self.right, [USED[True]], 1, 1)] * ("mean" in seen.vectors)
+        running = [*explanations(self.right, USED_IN_TRAINING, 1, 1)] * ("mean" in seen.vectors)
         known = (
-            self._search(seen.output, seen.case, [*explanations(self.right, single, 1), *running])
+            self._search(seen.output, seen.case, explanations(self.right, single, 1))
+            or self._search(seen.output, seen.case, running)
             or self._search(seen.output, moved, running)
-            or self._search(seen.output, seen.case, norm_explanations(self.right, single))
+            or self._search(seen.output, seen.case, more(self.right, single))
         )
         if known is None:
             return None
@@ -206,21 +209,15 @@ class _NormCheck:
 
     def _sizes_of_vectors(self) -> Mistakes:
         """Another number of scales than the kind has."""
-        _, *image = self.seen.sizes
-        words = {
-            1: ("one scale for all channels", "a single number for all channels"),
-            self.code.groups: ("scale and shift by group", "one for every group"),
-            math.prod(image): ("scale and shift by element", "one for every element (C, H, W)"),
-            image[0]: ("scale and shift by channel", "one for every channel"),
-        }
-        due = math.prod(image) if self.kind == "ln-elementwise" else image[0]
+        channels, elements = self.seen.sizes[1], math.prod(self.seen.sizes[1:])
+        named = {1: "one scale for all channels", self.code.groups: "scale and shift by group"}
+        named |= {elements: "scale and shift by element", channels: "scale and shift by channel"}
+        due = elements if self.kind == "ln-elementwise" else channels
         mistakes = {}
         for each in {"shift", "scale"} & {*self.seen.vectors}:
-            number = self.seen.vectors[each].numel()
-            if number != due:
-                name, said = words.get(number, ("number of scales", f"{number} numbers"))
-                title = NORMS[self.kind].title.split(",")[0]
-                mistakes[name] = f"the {each} is {said}; {title} has {words[due][1]} here"
+            if (number := self.seen.vectors[each].numel()) != due:
+                text = f"the {each} is {number} numbers for x of shape {self.seen.sizes}, not {due}"
+                mistakes[named.get(number, "number of scales")] = text
         return mistakes
 
     def _gradients(self) -> Mistakes | None:
@@ -340,7 +337,7 @@ class _NormCheck:
         due = [right(self._case(x, vectors | after))] * bool(mistakes) + [right(self.seen.case)]
         if "mean" in vectors and any(_same(given, each) for each in due):
             return mistakes
-        table = [USED[False], *norm_mistakes(self.kind, cube=False)]
+        table = [*USED_IN_EVALUATION, *norm_mistakes(self.kind, cube=False)]
         numbers = as_numbers(given)
         known = numbers is not None and numbers.shape == x.shape
         known = known and self._search(numbers, self.seen.case, explanations(right, table, 2, 1))
@@ -408,7 +405,7 @@ def _near(given: Tensor, due: Tensor | None) -> bool:
     """Whether numbers are the same but for rounding to float32, as the largest goes."""
     if due is None:
         return False
-    given, due = given.nan_to_num(0, 0, 0), due.nan_to_num(0, 0, 0)  # roots of what is below 0
+    due = due.nan_to_num(0, 0, 0)  # the root of what is below 0; `given` is without them
     return bool((given - due).abs().max() <= 5e-4 * due.abs().max() + 1e-6)
 
 
@@ -417,7 +414,7 @@ def _same(given: object, due: Tensor | None) -> bool:
     numbers = as_numbers(given)
     if numbers is None or due is None or numbers.numel() != due.numel():
         return False
-    return _near(numbers.flatten(), due.detach().flatten())
+    return _near(numbers.flatten().nan_to_num(0, 0, 0), due.detach().flatten())
 
 
 def _differs(given: object, due: Tensor | None) -> str:

@@ -78,9 +78,9 @@ class Case(NamedTuple):
     x: Tensor
     scale: Tensor
     shift: Tensor
-    mean: Tensor | None  # the running ones
-    var: Tensor | None
     groups: int
+    mean: Tensor | None = None  # the running ones
+    var: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Formula:
         x, mean, variance = _moments(case.x, case.groups, self.sharing, other, self.moment)
         mean = mean.detach() if "mean" in self.detached else mean
         variance = variance.detach() if "variance" in self.detached else variance
-        return x, *(
-            (mean, variance) if self.keepdim else (mean.squeeze(axes), variance.squeeze(axes))
-        )
+        if not self.keepdim:
+            mean, variance = mean.squeeze(axes), variance.squeeze(axes)
+        return x, mean, variance
 
 
 @lru_cache(1000)  # formulas by the thousand differ in other places
@@ -182,29 +182,28 @@ _AFFINE = {
     "shift subtracted": ("the shift is subtracted", lambda y, w, b: y * w - b),
     "one plus scale": ("1 + scale stands for the scale", lambda y, w, b: y * (1 + w) + b),
 }
-# Only where C, H and W are equal does torch broadcast along the wrong axis without an error.
 _ALONG = "broadcast along the last axis, W, instead of the channels"
 _STATISTICS = f"mean and variance are {_ALONG}: keepdim=True keeps their axes"
 _VECTORS = f"scale and shift are {_ALONG}: give them the shape (1, C, 1, 1)"
+_WIDTH = {
+    "scale and shift along the wrong axis": (
+        _VECTORS,
+        lambda y, w, b: y * w.flatten() + b.flatten(),
+    ),
+}
+# Only where C, H and W are equal does torch broadcast along the wrong axis without an error.
 _BROADCAST = [
     *mistakes_at("keepdim", {"statistics along the wrong axis": (_STATISTICS, False)}),
-    Mistake(
-        "scale and shift along the wrong axis",
-        _VECTORS,
-        {"affine": lambda y, w, b: y * w.flatten() + b.flatten()},
-    ),
+    *mistakes_at("affine", _WIDTH),
 ]
 _PLACES = [
     *mistakes_at("moment", _MOMENTS),
     *mistakes_at("divisor", _DIVISORS, rule=_RATIO),
     *mistakes_at("center", _CENTERS, rule=_RATIO),
     *mistakes_at("affine", _AFFINE, rule="the output is scale · normalized + shift"),
-    Mistake(
-        "variance instead of standard deviation",
-        f"the root is missing; {_RATIO}",
-        {"divisor": lambda v: v},
-    ),
 ]
+_NO_ROOT = {"variance instead of standard deviation": ("the root is missing", lambda v: v)}
+_PLACES += mistakes_at("divisor", _NO_ROOT, rule=_RATIO)
 for size in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9):
     said = f"epsilon is {size:g}, not {EPSILON:g}"
     rows = {
@@ -212,28 +211,21 @@ for size in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9):
         "epsilon outside the root": (f"{said}, and outside", lambda v, size=size: v.sqrt() + size),
     }
     _PLACES += mistakes_at("divisor", rows, rule=_RATIO)
-_USED = "x is normalized by the {} statistics instead of by the {}"
-USED = {  # the wrong statistics in training, and in evaluation
-    True: Mistake(
-        "running statistics used in training",
-        "in training " + _USED.format("running", "batch's"),
-        {"running": True},
-    ),
-    False: Mistake(
-        "batch statistics used in evaluation",
-        "in evaluation " + _USED.format("batch's", "running ones"),
-        {"running": False},
-    ),
-}
-DETACHED = [
-    Mistake(
-        f"{words} detached",
-        f"the gradient of x misses the terms of {words}, which depend on x: they must not be "
-        "detached or computed without gradients",
-        {"detached": tuple(words.split(" and "))},
-    )
-    for words in ("mean and variance", "mean", "variance")
-]
+_RUNNING = "in training x is normalized by the running statistics instead of by the batch's"
+_BATCH = "in evaluation x is normalized by the batch's statistics instead of by the running ones"
+USED_IN_TRAINING = mistakes_at("running", {"running statistics used in training": (_RUNNING, True)})
+USED_IN_EVALUATION = mistakes_at(
+    "running", {"batch statistics used in evaluation": (_BATCH, False)}
+)
+_GRADIENT = "the gradient of x misses the terms of {}, which depend on x: they must not be detached"
+DETACHED = mistakes_at(
+    "detached",
+    {
+        f"{words} detached": (_GRADIENT.format(words), tuple(words.split(" and ")))
+        for words in ("mean and variance", "mean", "variance")
+    },
+    rule="so no .data, .detach() or torch.no_grad()",
+)
 
 
 def right_formula(kind: str) -> Formula:
@@ -286,13 +278,8 @@ def with_numbers(kind: str, mistake: Mistake) -> str:
     right = right_formula(kind)
     affine = "affine" in mistake.change
     for x, words in _EXAMPLES:
-        case = Case(
-            x,
-            *(torch.full((x.shape[1], 1, 1), 1.0 * v) for v in (1 + affine, affine)),
-            None,
-            None,
-            min(2, x.shape[1]),
-        )
+        scale, shift = (torch.full((x.shape[1], 1, 1), 1.0 * v) for v in (1 + affine, affine))
+        case = Case(x, scale, shift, min(2, x.shape[1]))
         given, due = (formula(case) for formula in (replace(right, **mistake.change), right))
         if given is None or not given.isfinite().all():  # None: only axes of equal sizes would do
             continue

@@ -132,7 +132,8 @@ class StudentCode:
                 self.words = [("train", "test"), ("train", "eval"), *self.words]
         elif self.is_class:
             order = ("groups", "channels") if kind == "gn" else ("channels", "groups")
-            self.names, self.roles = _names_in(vars(made).values()), roles_of(made, _ROLES, order)
+            self.roles = roles_of(made, (order[0], *_ROLES), order)
+            self.names = _names_in(vars(made).values())
         else:
             self.names, layouts = _names_in(vars(type(made)).values()), ("C",)
             self.groups = groups or _settings(made).get("groups") or 2

@@ -570,6 +570,14 @@ class MovedInEvaluation(Base):
         return out
 
 
+@wrong("bn", "running statistics moved in evaluation")
+class MovedBeforeEvaluation(Base):
+    def forward(self, x):
+        if not self.training:
+            self.move(x.mean(BN, keepdim=True), x.var(BN, keepdim=True), None)
+        return super().forward(x)
+
+
 @wrong("bn", "running statistics used in training")
 class RunningInTraining(Base):
     def forward(self, x):
