@@ -333,8 +333,9 @@ def commands() -> list[str]:
 
 
 def programs() -> list[str]:
-    """The README's Python blocks, but for those that only a notebook understands."""
-    return [block for block in blocks("python", "py") if not re.search(r"^[%!]", block, re.M)]
+    """The README's Python blocks, but for those of notebooks and of a student's own tests."""
+    apart = r"^[%!]|^import work$"
+    return [block for block in blocks("python", "py") if not re.search(apart, block, re.M)]
 
 
 def needed_data(words: list[str]) -> str | None:
