@@ -156,7 +156,7 @@ class Dataset:
             data = cls(name, *arrays, *texts, **normalization)
             if data._seal(key) != seal:
                 raise ValueError("what was kept is something else")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the data set kept in {path} is damaged: delete it") from error
         return data
 

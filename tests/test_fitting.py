@@ -944,10 +944,13 @@ def test_interrupted_beyond_its_first_end_a_run_goes_on_there(tiny, tiny_network
     assert_same_run(fit(network, tiny, longer, tmp_path), fit(tiny_network(), tiny, longer))
 
 
-@pytest.mark.parametrize("changes", [{}, {"schedule": "constant"}])
-def test_other_finished_runs_say_why_they_do_not_go_on(tiny, tiny_network, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({}, "for more epochs only"), ({"schedule": "constant"}, "more epochs need its checkpoint")],
+)
+def test_other_finished_runs_say_why_they_do_not_go_on(tiny, tiny_network, tmp_path, changes, why):
     recipe = RECIPE.replace(**changes)
     fit(tiny_network(), tiny, recipe, tmp_path)
     (tmp_path / "checkpoint.safetensors").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"epochs is 3 there and 5 here; for more epochs only"):
+    with pytest.raises(ValueError, match=f"epochs is 3 there and 5 here; {why}"):
         fit(tiny_network(), tiny, recipe.replace(epochs=5), tmp_path)

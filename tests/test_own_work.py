@@ -1,5 +1,10 @@
 """Students' own work, in small imitations of their repositories: from a model to a report."""
 
+import importlib
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -190,3 +195,29 @@ def test_the_augmentations_of_albumentations_have_their_like(tiny, augment):
     recipe = nl.Recipe(epochs=1, batch_size=16, augment=(augment, "shift:1"))
     run = nl.fit(with_ghosts(), tiny, recipe, device="cpu", progress=False)
     assert np.isfinite(run.last["test_loss"])
+
+
+def test_the_homework_of_the_teaching_page_marks_right_and_wrong_work(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "notebooks" / "teaching.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    right = (
+        "def batch_norm(x, eps=1e-5):\n"
+        "    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True{})\n"
+        "    return (x - mean) / (var + eps).sqrt()\n"
+        "def penalty(network, factor):\n"
+        "    return factor * sum(w.abs().sum() for w in network.parameters() if w.dim() > 1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for correction, mistakes in ((", correction=0", set()), ("", {"test_batch_norm: True"})):
+        (tmp_path / "work.py").write_text(right.format(correction))
+        sys.modules.pop("work", None)
+        importlib.invalidate_caches()
+        tests: dict = {}
+        exec(compile(program, "test_work.py", "exec"), tests)
+        found = set()
+        for name in ("test_batch_norm", "test_penalty"):
+            try:
+                tests[name]()
+            except AssertionError as error:
+                found.add(f"{name}: {'n − 1' in str(error)}")
+        assert found == mistakes

@@ -341,7 +341,7 @@ def _read(file: Path | None) -> dict[str, dict]:
         whole |= results.isna().all(axis=1)
         if not whole.all():
             raise ValueError(f"row {whole.argmin() + 1} is damaged")
-    except (pandas.errors.ParserWarning, ValueError) as error:
+    except (pandas.errors.ParserWarning, OverflowError, ValueError) as error:
         raise ValueError(
             f"{file} is no table of a sweep: {' '.join(str(error).split())}: mend it or delete it; "
             "rows of runs that are kept come back"

@@ -16,7 +16,6 @@ from normlab.history import COLUMNS, Run
 from normlab.recipes import OPEN_ENDED
 from normlab.runs.identity import (
     BEGINNING,
-    as_begun_here,
     differences,
     earlier_computations,
     is_beginning,
@@ -66,7 +65,9 @@ class RunFolder:
         goes_on = self._checkpoint.is_file() and is_beginning(as_begun, identity)
         found = [] if goes_on or not begun else differences(as_begun, identity)
         if found:
-            if found[-1].startswith("recipe.epochs"):
+            if is_beginning(as_begun, identity):
+                found.append("more epochs need its checkpoint, which is missing")
+            elif found[-1].startswith("recipe.epochs"):
                 found.append("for more epochs only a run at a constant rate goes on")
             raise another_run(self.directory, "; ".join(found))
         own = identity["initial_weights"] == config.get("final_weights")
@@ -115,8 +116,10 @@ class RunFolder:
         return self._config.is_file() and "final_weights" in self._read_config()
 
     def history_so_far(self) -> list[dict]:
-        """The epochs that are done, none if there is no run; the file is taken as it is."""
-        return self._read_history() if self._history.is_file() else []
+        """The epochs that `history.csv` tells, for a display: none if it is missing or damaged."""
+        with suppress(ValueError):  # a run that was interrupted has them in its checkpoint too
+            return self._read_history()
+        return []
 
     def pack(self) -> dict[str, bytes]:
         """The files of a finished run by their names, for `receive` elsewhere."""
@@ -274,7 +277,10 @@ def _as_begun(config: dict, wanted: dict, any_weights: bool) -> dict:
     if wanted["initial_weights"] == config.get("final_weights"):  # the run's own network
         learned = {key: {} for key in wanted if key.startswith("logits") or key == "numbers"}
         return kept | {"initial_weights": wanted["initial_weights"]} | learned
-    return as_begun_here(kept, wanted) if any_weights else kept
+    other = any_weights and kept.get("initial_weights") != wanted["initial_weights"]
+    if other and "class" in wanted["network"]:  # of one's own, which may not have been seeded
+        return kept | {key: wanted[key] for key in BEGINNING}
+    return kept
 
 
 def another_run(directory: Path, differences: str) -> ValueError:

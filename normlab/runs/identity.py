@@ -22,6 +22,7 @@ from normlab.model import Network, build_network
 from normlab.norms import NORMS
 from normlab.recipes import DTYPES, OPEN_ENDED, Recipe
 from normlab.runs.probe import are_apart, probe
+from normlab.support.module_state import with_gradient_hooks
 from normlab.support.summaries import count_parameters
 
 # An identity names all of these. A field that `Recipe` or `build_network` gets later is named only
@@ -32,7 +33,7 @@ RECIPE_FIELDS = (
 )
 NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
 # Identities of earlier versions lack these; the last one is there of networks of one's own only.
-OPTIONAL = ("frozen", "logits", "logits_by_drawn_weights", "numbers")
+OPTIONAL = ("frozen", "gradient_hooks", "logits", "logits_by_drawn_weights", "numbers")
 BEGINNING = ("initial_weights", "logits")  # what depends on the weights at the beginning
 
 # The part of a provenance on which the last bits of the results may depend.
@@ -40,8 +41,11 @@ COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch",
 
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
-    """What a run computes, as JSON can hold it."""
-    weights, dtype = network.named_parameters(), DTYPES[recipe.dtype]
+    """What a run computes, as JSON can hold it.
+
+    Of hooks of gradients it tells where they are, not what they do: no backward pass is tried.
+    """
+    weights, dtype = list(network.named_parameters()), DTYPES[recipe.dtype]
     state = {  # as it is trained; whole numbers stay such
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in network.state_dict().items()
@@ -52,6 +56,7 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
         "parameters": count_parameters(network),
         "initial_weights": weights_digest(state),
         "frozen": [name for name, weight in weights if not weight.requires_grad],
+        "gradient_hooks": with_gradient_hooks((*network.named_modules(), *weights)),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -185,17 +190,6 @@ def differences(kept: dict, wanted: dict, where: str = "") -> list[str]:
         elif one != other:
             found.append(f"{where}{key} is {one!r} there and {other!r} here")
     return found
-
-
-def as_begun_here(kept: dict, wanted: dict) -> dict:
-    """The kept identity with the initial weights of the wanted one, and so its first logits.
-
-    Only of a network of one's own, which may not have been seeded; others stay as they are.
-    """
-    same = kept.get("initial_weights") == wanted["initial_weights"]
-    if same or "class" not in wanted["network"]:
-        return kept
-    return kept | {key: wanted[key] for key in BEGINNING}
 
 
 def is_beginning(kept: dict, wanted: dict) -> bool:

@@ -24,6 +24,7 @@ from normlab.runs.trainer import fit_job
 from normlab.runs.transfer import (
     SECONDS_BETWEEN_LOOKS,
     Ended,
+    NotSendable,
     as_they_end,
     attempt,
     quiet,
@@ -87,7 +88,13 @@ def _in_pool(
     order, so that these are the first of those that are left.
     """
     options = {"initializer": _begin, "initargs": (os.getpid(),)}
-    pool, futures = ProcessPoolExecutor(workers, env={"OMP_NUM_THREADS": "1"}, **options), {}
+    try:
+        pool, futures = ProcessPoolExecutor(workers, env={"OMP_NUM_THREADS": "1"}, **options), {}
+    except OSError as error:  # which names no place
+        reason = f"no process can be started ({error.strerror}): make room for semaphores in"
+        yield from ((job, NotSendable(f"{reason} /dev/shm")) for job in left)
+        left.clear()
+        return []
     try:
         futures |= {pool.submit(task, left[job]): job for job in jobs}
         for job, future in as_they_end(futures, look):

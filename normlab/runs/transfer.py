@@ -27,7 +27,7 @@ from normlab.runs.folder import remove_runs
 from normlab.runs.identity import are_apart
 from normlab.runs.jobs import Job, warn_if_at_chance
 from normlab.support.checks import warn
-from normlab.support.module_state import copied, evaluating
+from normlab.support.module_state import copied, evaluating, with_gradient_hooks
 from normlab.support.seeding import seeded
 from normlab.training import train_epoch
 
@@ -86,9 +86,9 @@ def pack_all(jobs: Sequence[Job], data: Dataset) -> tuple[dict[Job, bytes], dict
 def _pack(job: Job, data: Dataset) -> bytes:
     if type(data) is not Dataset:  # another has only what a file keeps of it
         raise NotSendable(f"its images are in a {type(data).__name__}, not a plain Dataset")
-    for name, weight in job.build().named_parameters():  # pickling leaves them out silently
-        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
-            raise NotSendable(f"a hook of its weight {name!r} cannot be sent to another")
+    # Pickling leaves hooks of weights out silently.
+    for name in with_gradient_hooks(job.build().named_parameters()):
+        raise NotSendable(f"a hook of its weight {name!r} cannot be sent to another")
     content = io.BytesIO()
     try:
         sent = job, _first_steps(job, data)

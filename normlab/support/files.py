@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written beside their place, then moved into it."""
 
+import errno
 import json
 import os
 import secrets
@@ -38,7 +39,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # the file is in its place, and some file systems know no more
             _sync(place.parent)
     except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
+        advice = ": make room there" if error.errno == errno.ENOSPC else ""
+        raise type(error)(f"cannot write {path}: {error.strerror or error}{advice}") from error
     finally:
         # After a success there is nothing left to remove; after a failure, on a read-only folder
         # for instance, the removal may fail as well, and the first error is the one to report.

@@ -1,7 +1,7 @@
 """What a network holds beside its weights: modes, hooks, and tensors that its layers store."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
@@ -129,6 +129,12 @@ def _differ(now: object, before: object) -> bool:
     if isinstance(now, Tensor) or isinstance(before, Tensor):
         return now is not before
     return isinstance(now, int | float) and now != before
+
+
+def with_gradient_hooks(named: Iterable[tuple[str, nn.Module | Tensor]]) -> list[str]:
+    """The names of those layers or weights whose hooks may change gradients."""
+    kinds = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+    return [name for name, owner in named if any(getattr(owner, kind, None) for kind in kinds)]
 
 
 def has_hooks(network: nn.Module) -> bool:

@@ -422,6 +422,7 @@ def test_a_row_of_another_run_does_not_tell_that_one_diverged(swept, tmp_path, c
         lambda row: row + ",1",
         lambda row: row.replace("0.", "1.", 3),
         lambda row: row.replace(",1,", ",one,"),
+        lambda row: row.replace(",1,", f",{10**30},"),
         lambda row: row.rpartition(",")[0] + ",-1",
         lambda row: row.rpartition(",")[0] + ",inf",
     ],

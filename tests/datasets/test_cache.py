@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import normlab as nl
 from normlab.datasets import folders, loading
@@ -119,12 +119,16 @@ def exchange(file):
     theirs.replace(file)
 
 
+def nest(file):
+    save_file(load_file(file), file, metadata={"about": "[" * 100_000})
+
+
 def in_the_way(file):
     file.unlink()
     file.mkdir()
 
 
-@pytest.mark.parametrize("harm", [poison, exchange, in_the_way])
+@pytest.mark.parametrize("harm", [poison, exchange, nest, in_the_way])
 def test_what_is_in_the_cache_by_mistake_is_not_believed(tmp_path, own_cache, harm):
     folder = write_folder(tmp_path / "pets")
     data = nl.load_dataset(folder)

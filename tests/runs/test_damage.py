@@ -2,21 +2,24 @@
 
 import random
 import shutil
+import warnings
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 import normlab as nl
+from normlab.recipes import OPEN_ENDED
 from normlab.runs.folder import RunFolder
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1)
 RATES = {"one": 0.1, "other": 0.2}
 
 
-def fit(tiny, tiny_network, place, which):
+def fit(tiny, tiny_network, place, which, **changes):
     """The run of a name: "one" or "other"."""
     seed = list(RATES).index(which)
-    recipe = RECIPE.replace(seed=seed, lr=RATES[which])
+    recipe = RECIPE.replace(seed=seed, lr=RATES[which], **changes)
     options = {"directory": place / which, "device": "cpu", "progress": False}
     return nl.fit(tiny_network("bn", seed), tiny, recipe, **options)
 
@@ -45,18 +48,45 @@ def at_work(tiny, tiny_network, tiny_assignment, tmp_path_factory):
         table = nl.run_sweep(tiny_assignment, data=tiny, **axes, **options)
         return table.drop(columns="seconds").to_csv()
 
-    for which in RATES:
+    images = tmp_path_factory.mktemp("images")
+
+    def cache(folder, which="one"):
+        """Of what is decoded anew a warning tells, here as an error."""
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            patch.setenv("XDG_CACHE_HOME", str(folder / which))
+            data = nl.load_dataset(images / which)
+        assert data.test_images.unique().tolist() == [list(RATES).index(which), 9]
+        if said:
+            raise ValueError(str(said[0].message))
+        return data.fingerprint
+
+    for number, which in enumerate(RATES):
+        for name in ("train/a", "train/b", "test/a", "test/b"):
+            (images / which / name).mkdir(parents=True)
+            shade = number if name.endswith("a") else 9
+            Image.new("L", (8, 8), shade).save(images / which / name / "0.png")
+        cache(place / "caches", which)
         fit(tiny, tiny_network, place / "finished", which)
+        for schedule in OPEN_ENDED:
+            fit(tiny, tiny_network, place / schedule, which, schedule=schedule)
         sweep(place / "sweeps", which)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RunFolder, "save_epoch", stop_after_the_second)
             with pytest.raises(KeyboardInterrupt):
                 fit(tiny, tiny_network, place / "interrupted", which)
 
-    def first(folder):
-        return facts_of(fit(tiny, tiny_network, folder, "one"))
+    def first(folder, **changes):
+        return facts_of(fit(tiny, tiny_network, folder, "one", **changes))
 
-    return place, {"finished": first, "interrupted": first, "sweeps": sweep}
+    def go_on(folder):
+        """At a rate that knows of no end: as far as it is, or at once for two epochs more."""
+        changes = {"schedule": folder.name}
+        found = [first(folder, **changes)] if folder.name == "plateau" else []
+        return *found, first(folder, epochs=5, **changes)
+
+    kinds = {"finished": first, "interrupted": first, "sweeps": sweep, "caches": cache}
+    return place, kinds | dict.fromkeys(sorted(OPEN_ENDED), go_on)
 
 
 def flipped(content, chance, _):
@@ -93,12 +123,16 @@ def lost(content, chance, _):
     return None
 
 
+# Every second damage is to this file: a run that goes on does not read most of the others.
+MATTERS = {"sweeps": "sweep.csv"} | dict.fromkeys(OPEN_ENDED, "checkpoint.safetensors")
 DAMAGES = [flipped, flipped_in_the_head, cut, cut_inside, exchanged, partly_exchanged, lost]
 
 
 def counterpart(file, folder):
-    """The same file of the other run or sweep."""
+    """The same file of the other run, sweep or cache."""
     path = file.relative_to(folder / "one")
+    if folder.name == "caches":
+        return next(folder.glob("other/**/*.safetensors"))
     if path.parts[0] != "runs":
         return folder / "other" / path
     return next(folder.glob(f"other/runs/{path.parts[1].split('-')[0]}*/*/{path.name}"))
@@ -109,8 +143,8 @@ def outcome(kind, ask, place, expected, chance):
     folder = place / kind
     files = [file for file in sorted(folder.glob("one/**/*")) if file.is_file()]
     file, damage = chance.choice(files), chance.choice(DAMAGES)
-    if kind == "sweeps" and chance.random() < 0.5:
-        file = folder / "one" / "sweep.csv"
+    if kind in MATTERS and chance.random() < 0.5:
+        file = folder / "one" / MATTERS[kind]
     content = damage(file.read_bytes(), chance, counterpart(file, folder).read_bytes())
     file.unlink() if content is None else file.write_bytes(content)
     what = f"{kind}: {damage.__name__} {file.relative_to(folder)}"

@@ -258,6 +258,38 @@ def test_a_run_in_use_is_not_removed_and_none_beside_it(folder):
     assert everything_in(folder) == before
 
 
+def test_a_run_that_comes_home_leaves_one_that_was_finished_meanwhile(
+    tiny, tiny_network, run, folder
+):
+    home, other = folder.with_name("home"), folder.with_name("other")
+    RunFolder(home).receive(RunFolder(folder).pack())
+    assert everything_in(home) == everything_in(folder)
+    fit(tiny_network("gn"), tiny, other)
+    assert RunFolder(other).pack() != RunFolder(folder).pack()  # it took other seconds
+    RunFolder(home).receive(RunFolder(other).pack())
+    assert everything_in(home) == everything_in(folder)
+
+
+@pytest.mark.parametrize("files", range(len(FILES)))
+def test_a_run_of_which_a_part_came_home_comes_again(run, folder, files, monkeypatch):
+    home, written = folder.with_name("home"), []
+
+    def write_so_many(path, content):
+        if len(written) == files:
+            raise KeyboardInterrupt
+        written.append(path.write_bytes(content))
+
+    packed = RunFolder(folder).pack()
+    with monkeypatch.context() as patch:
+        patch.setattr("normlab.runs.folder.write_bytes", write_so_many)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(home).receive(packed)
+    assert not RunFolder(home).is_finished()
+    assert not RunFolder(home).open(run.config["is"])  # nor is it damage
+    RunFolder(home).receive(packed)
+    assert everything_in(home) == everything_in(folder)
+
+
 # --- another run in the same folder ----------------------------------------------------------
 
 
@@ -426,6 +458,25 @@ def test_a_missing_epoch_in_the_history_is_noticed(tiny, tiny_network, run, fold
         fit(tiny_network("gn"), tiny, folder)
 
 
+def test_a_damaged_history_costs_an_interrupted_run_nothing(tiny, tiny_network, folder):
+    interrupted(tiny_network("gn"), tiny, folder)
+    file = folder / "history.csv"
+    whole = file.read_text()
+    assert len(RunFolder(folder).history_so_far()) == 2
+    for damage in (whole[:-50], "", "epoch\nx\n", None):
+        file.unlink() if damage is None else file.write_text(damage)
+        assert RunFolder(folder).history_so_far() == []
+    batches = []
+    network = tiny_network("gn")
+    network.register_forward_pre_hook(
+        lambda module, _: batches.append(1) if module is network and module.training else None
+    )
+    history = fit(network, tiny, folder).history
+    assert len(batches) == 3  # of the third epoch
+    assert file.read_text().startswith(whole)
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("name", sorted(FILES - {"config.json"}))
 def test_a_missing_file_of_a_finished_run_is_named_with_what_to_do(
     tiny, tiny_network, run, folder, name
@@ -485,6 +536,28 @@ def test_a_digest_covers_all_that_the_config_tells(tiny, tiny_network, run, fold
         file.write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"config\.json is damaged: delete"):
             fit(tiny_network("gn"), tiny, folder)
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted", "both"])
+def test_an_earlier_config_that_names_no_weights_needs_a_checkpoint(
+    tiny, tiny_network, folder, state
+):
+    """It has no digest: that the run is finished may have been lost."""
+    if state != "finished":
+        interrupted(tiny_network("gn"), tiny, folder)
+    before = everything_in(folder) if state == "both" else {}
+    if state != "interrupted":
+        fit(tiny_network("gn"), tiny, folder)
+    for name, content in before.items():  # as if it had ended before the last file was written
+        (folder / name).write_bytes(content)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"is": told["is"], "from": told["from"]}))
+    if state == "finished":
+        with pytest.raises(ValueError, match=r"config\.json is damaged: delete"):
+            fit(tiny_network("gn"), tiny, folder)
+        (folder / "weights.safetensors").unlink()  # a run that has not finished its first epoch
+    fit(tiny_network("gn"), tiny, folder)
+    assert set(everything_in(folder)) == FILES
 
 
 def wrong(values, *path):

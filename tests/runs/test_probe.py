@@ -54,6 +54,18 @@ def hooked_in_training(network):
     network.norm.register_forward_hook(lambda layer, _, x: 2 * x if layer.training else x)
 
 
+def hooked_gradient(network):
+    network.conv.weight.register_hook(lambda gradient: 0 * gradient)
+
+
+def hooked_sum_of_gradients(network):
+    network.conv.weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.zero_())
+
+
+def hooked_backward_pass(network):
+    network.norm.register_full_backward_hook(lambda layer, inputs, outputs: (0 * inputs[0],))
+
+
 def frozen_by_gradient(network):
     network.conv.requires_grad_(False)
 
@@ -63,7 +75,8 @@ def frozen_by_mode(network):
 
 
 SEEN_ONCE_TRAINED = [changed_attribute, changed_global, hooked]
-CHANGES = [*SEEN_ONCE_TRAINED, hooked_in_training, frozen_by_gradient]
+IN_BACKWARD = [hooked_gradient, hooked_sum_of_gradients, hooked_backward_pass]
+CHANGES = [*SEEN_ONCE_TRAINED, *IN_BACKWARD, hooked_in_training, frozen_by_gradient]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +91,8 @@ def fit(network, data, directory):
 
 def assert_refused(network, data, directory):
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
-    with pytest.raises(ValueError, match=r"something else \((frozen|logits\.|its network pred)"):
+    said = r"something else \((frozen|gradient_hooks|logits\.|its network pred)"
+    with pytest.raises(ValueError, match=said):
         fit(network, data, directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 
@@ -204,7 +218,7 @@ def test_what_lies_before_weights_that_begin_at_zero_is_seen(tiny):
 
 def test_runs_of_earlier_versions_tell_no_logits(tiny):
     now = identity(Own(), tiny, RECIPE)
-    then = {key: value for key, value in now.items() if key not in ("frozen", "logits")}
+    then = {key: now[key] for key in now.keys() - {"frozen", "gradient_hooks", "logits"}}
     assert differences(then, now) == []
     assert digest_of(then) == digest_of(now)
     network = Own()

@@ -1,5 +1,6 @@
 """Runs side by side in processes give what runs one after another give."""
 
+import errno
 import os
 import random
 import signal
@@ -18,12 +19,13 @@ from conftest import everything_of
 from torch import nn
 
 import normlab as nl
+from normlab.experiment import build_variant
 from normlab.runs import processes as parallel
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.jobs import Job
 from normlab.support.files import read_json, write_json
 from normlab.support.locks import scratch_folder
-from tests.runs.test_folder import FILES
+from tests.runs.test_folder import FILES, interrupted
 
 
 @pytest.fixture
@@ -87,6 +89,38 @@ def test_no_core_is_idle_at_the_end(jobs, cores, workers, tiny, tmp_path, monkey
     sent = {Job(small_network, nl.Recipe(), tmp_path / str(n)): b"" for n in range(jobs)}
     assert list(parallel.in_processes(tiny, sent, progress=False)) == []
     assert seen == [(jobs, workers)]
+
+
+def test_where_no_process_can_be_started_it_is_trained_here(tiny, two_cores, monkeypatch):
+    def refuse(*_, **__):  # as semaphores are on a full /dev/shm
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", refuse)
+    said = (
+        r"^BN, seed 0 and 1 more: trained in this process, not beside it: no process can be "
+        r"started \(No space left on device\): make room for semaphores in /dev/shm$"
+    )
+    with pytest.warns(UserWarning, match=said):
+        results = nl.run_assignment(
+            own_assignment(small_network), data=tiny, device="cpu", progress=False
+        )
+    assert [len(results[label][0].history) for label in results] == [2, 2]
+
+
+@pytest.mark.process
+def test_an_interrupted_run_with_a_damaged_history_goes_on(tiny, two_cores, tmp_path):
+    assignment = own_assignment(small_network)
+    assignment = replace(assignment, recipe=assignment.recipe.replace(epochs=3))
+    folder, variant = tmp_path / "ln" / "seed-0", assignment.variants[1]
+    network = build_variant(assignment, variant, tiny, seed=0)
+    interrupted(network, tiny, folder, assignment.recipe)
+    file, before = folder / "history.csv", RunFolder(folder).history_so_far()
+    file.write_text(file.read_text()[:-50])
+    results = nl.run_assignment(
+        assignment, data=tiny, directory=tmp_path, device="cpu", progress=False
+    )
+    assert len(before) == 2
+    assert results["LN"][0].history[:2] == before  # to the second: they were not trained again
 
 
 @pytest.mark.process
