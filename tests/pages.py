@@ -38,6 +38,9 @@ _MARK = re.compile(
     r"<!-- *normlab:(?P<what>(?:[^\n<-]|(?!<!--|-->).)*)(?P<closed>-->)?|<!-- */ *-->"
 )
 
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md")))  # and what it leads to
+
 FRACTIONS = ("test_accuracy", "best_accuracy", "sd", "reported")
 
 MISSING = "(not trained yet)"  # what stands for results of an assignment that has none

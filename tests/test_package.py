@@ -27,6 +27,7 @@ import normlab as nl
 from normlab.cli import main
 from normlab.datasets import loading
 from normlab.datasets.loading import load_dataset
+from tests.pages import PAGES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "normlab"
@@ -65,7 +66,6 @@ TOP_LEVEL = {
     *("notebooks", "normlab", "tests", "README.md", "setup.cfg", "pyproject.toml", "LICENSE"),
     *(".gitignore", ".gitattributes", ".ci", ".github"),
 }
-PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md"))]  # and what it leads to
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 import nbformat
 import pytest
 
-from tests.pages import fill_pages, main, place_text, read_results
+from tests.pages import PAGES, fill_pages, main, place_text, read_results
 
 ROOT = Path(__file__).parents[1]
 
@@ -373,8 +373,7 @@ def test_the_command_tells_stale_pages_and_fills_them(folder, capsys, monkeypatc
 
 def test_no_place_in_a_sentence_begins_a_line():
     """Markdown would end the paragraph there: a line that begins with a comment is HTML."""
-    pages = (ROOT / "README.md", ROOT / "notebooks/results.md")
-    texts = {page.name: page.read_text(encoding="utf-8") for page in pages}
+    texts = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         texts[path.name] = "\n\n".join("".join(cell["source"]) for cell in cells)

@@ -17,10 +17,9 @@ from numbers_in_texts import (
 )
 
 import normlab as nl
-from tests.pages import read_results
+from tests.pages import PAGES, read_results
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md"))]
 README = "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 KEPT = read_results(ROOT / "notebooks" / "results")
 NORMS = {

@@ -97,9 +97,7 @@ class _CountedMasks(nn.Module):
 
 def _trained(engine: PlainEngine, epoch: int) -> Numbers:
     """What an engine holds after an epoch, and what came out of it."""
-    for _ in engine.launch(epoch):
-        pass
-    train, test = engine.collect(iter)
+    train, test = engine.do_epoch(epoch)
     losses = {"loss": train.loss, "penalty": train.penalty, "test loss": test.loss}
     counts = {"images": train.images, "test images": test.images}
     results = {"losses": losses, "counts of images": counts}

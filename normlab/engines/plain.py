@@ -75,6 +75,12 @@ class PlainEngine:
             )
             return train, test_epoch(self.network, self.tests)
 
+    def do_epoch(self, epoch: int) -> tuple[EpochResult, EpochResult]:
+        """Trains and tests for an epoch, with nobody to take turns with."""
+        for _ in self.launch(epoch):
+            pass
+        return self.collect(iter)
+
     def close(self) -> None:
         """Leaves the network as a student's loop would, after the last epoch or an error."""
 
