@@ -20,10 +20,11 @@ from conftest import everything_of
 from PIL import Image
 
 import normlab as nl
-from normlab.cli import _parser, main
+from normlab.cli import main
 from normlab.datasets.loading import DATASETS
 from normlab.norms import NORMS
 from normlab.runs.folder import RunFolder
+from normlab.support.arguments import make_parser
 
 # However little there is to do, in two processes side by side.
 SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.runs.processes as p; p.WORTHWHILE = 0; "
@@ -442,7 +443,7 @@ def test_a_path_may_begin_at_home(name, tmp_path, monkeypatch, capsys):
         "--out": ["sweep", "mnist-l1", "--dataset", "digits"],
         "--data-root": ["data", "digits"],
     }[name]
-    options = _parser().parse_args([*command, f"{name}=~/there"])
+    options = make_parser().parse_args([*command, f"{name}=~/there"])
     assert vars(options)[name.strip("-").replace("-", "_")] == tmp_path / "there"
     with pytest.raises(SystemExit):
         main([*command, f"{name}=~nobody-of-this-name/there"])

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from normlab.assignments import Variant
-from normlab.experiment import Results, build_variant
+from normlab.experiment import Results
 from normlab.history import Run
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.recipes import DTYPES
 from normlab.runs.identity import weights_digest
+from normlab.runs.jobs import build_variant
 from normlab.support.checks import check_instance
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest

@@ -17,12 +17,12 @@ import torch
 from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.comparisons.report import csv_text, escaped, in_markdown, percent
 from normlab.data import Dataset
-from normlab.datasets.loading import load_assignment_data
-from normlab.experiment import load_images, make_jobs, train
+from normlab.datasets.loading import load_assignment_data, load_images
 from normlab.history import Run
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
-from normlab.runs.jobs import Job, seed_numbers, without_errors
+from normlab.runs.jobs import Job, make_jobs, seed_numbers, without_errors
+from normlab.runs.side_by_side import train
 from normlab.support.checks import as_list, number, one_of, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.files import remove_leftovers, user_path, write_text

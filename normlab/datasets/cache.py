@@ -14,7 +14,8 @@ from normlab.support.checks import warn
 
 # The code as it was when it was imported: what other code has decoded is not for this one.
 _HERE = Path(__file__).parent
-CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), _HERE.parent / "data.py")]
+_KEPT_BY = [_HERE.parent / "data.py", _HERE.parent / "support" / "stored_images.py"]
+CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), *_KEPT_BY)]
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,96 @@
+"""Weights as small as ours, many at a time: on a GPU a call costs more than what it computes.
+
+A filter bank is the weight (out, in, …) of a convolution or linear layer, seen as a matrix (out,
+in · kernel): one row for each filter.
+"""
+
+import functools
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ONE_BY_ONE = ("cpu",)  # where tensors as small as ours are quicker one by one
+LARGEST_BATCH = 2**20  # elements of all filter banks, filled up to the size of the largest
+
+
+def are_taken_together(weights: Sequence[Tensor]) -> bool:
+    """Whether that is quicker on the device where they are."""
+    return weights[0].device.type not in ONE_BY_ONE
+
+
+def in_memory_order(weight: Tensor) -> Tensor:
+    """The weight (out, in, …) as it lies in memory, which is (out, …, in) if channels are last."""
+    as_it_is = weight.is_contiguous() or weight.dim() < 3
+    return weight if as_it_is else weight.movedim(1, -1)
+
+
+def muon_factor(filters: int, inputs: int) -> float:
+    """What Muon multiplies the step of a bank by: more where it has more filters than inputs."""
+    return max(1.0, filters / inputs) ** 0.5
+
+
+class FilterBatch:
+    """Filter banks of several sizes as one batch of matrices, and apart again.
+
+    The matrices are filled up with zeros to the largest height and width. Their columns are in the
+    order in which they lie in memory, so that banks that are laid out channels last need no copy.
+    A look-up moves all elements at once.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], like: Tensor) -> None:
+        self.sizes = [rows * columns for rows, columns in shapes]
+        height, width = map(max, zip(*shapes, strict=True))
+        starts = [end - size for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
+        self.zero, nothing, places = like.new_zeros(1), sum(self.sizes), []
+        for (rows, columns), start in zip(shapes, starts, strict=True):
+            place = torch.arange(start, start + rows * columns, device=like.device)
+            padding = (0, width - columns, 0, height - rows)
+            places.append(F.pad(place.view(rows, columns), padding, value=nothing))
+        self.places = torch.stack(places)  # (B, height, width), in all banks one after another
+        self.back = self.places.flatten().argsort()[:nothing]
+        numbers = [(muon_factor(*shape), -1 / shape[1]) for shape in shapes]
+        made = [[like.new_full((1, 1), number) for number in each] for each in numbers]
+        self.factors, self.shares = map(torch.stack, zip(*made, strict=True))  # (B, 1, 1) each
+
+    def gather(self, banks: Sequence[Tensor]) -> Tensor:
+        """The banks as matrices (B, height, width)."""
+        elements = [in_memory_order(bank).flatten() for bank in banks]
+        return torch.cat([*elements, self.zero])[self.places]
+
+    def apart(self, matrices: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The matrices as banks, each of the shape and layout of its like."""
+        parts = matrices.flatten()[self.back].split(self.sizes)
+        return [_as(bank, part) for bank, part in zip(like, parts, strict=True)]
+
+    def centred(self, matrices: Tensor) -> Tensor:
+        """The matrices, from each row its mean subtracted; what fills them up is no longer 0."""
+        return torch.addcmul(matrices, matrices.sum(-1, keepdim=True), self.shares)
+
+
+def _as(bank: Tensor, elements: Tensor) -> Tensor:
+    """Elements (N,) in the order of another bank's memory, in its shape and layout."""
+    there = in_memory_order(bank)
+    return elements.view_as(there) if there is bank else elements.view_as(there).movedim(-1, 1)
+
+
+def batch_of(banks: Sequence[Tensor]) -> FilterBatch | None:
+    """The batch that the banks make, where that is quicker than one after another."""
+    kinds = {(bank.dtype, bank.device) for bank in banks}
+    if len(kinds) != 1 or not are_taken_together(banks):
+        return None
+    shapes = tuple((len(bank), bank[0].numel()) for bank in banks)
+    height, width = map(max, zip(*shapes, strict=True))
+    if len(banks) * height * width > LARGEST_BATCH:
+        return None
+    return cached_batch(shapes, *kinds.pop())
+
+
+@functools.cache  # for good: a captured graph refers to the places in memory
+def cached_batch(
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> FilterBatch:
+    """The batch for banks of these shapes (out, in · kernel)."""
+    return FilterBatch(shapes, torch.empty(0, dtype=dtype, device=device))
