@@ -1,20 +1,20 @@
 """A data set held as tensors, and batches of it made on the device."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
 
 from normlab.augment import parse_augmentation
-from normlab.support.checks import number, whole_number
+from normlab.support.checks import whole_number
+from normlab.support.dataset_base import DatasetBase, channel_statistics
 from normlab.support.seeding import generator
-from normlab.support.stored_images import StoredImages, channel_statistics
 from normlab.support.tensor_checks import as_images, as_labels, check_labels
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset(StoredImages):
+class Dataset(DatasetBase):
     """Images and labels for training and testing.
 
     Args:
@@ -89,59 +89,6 @@ class Dataset(StoredImages):
             seed=seed,
             dtype=dtype,
         )
-
-    def subset(
-        self, train: int | None = None, test: int | None = None, *, seed: int = 0
-    ) -> "Dataset":
-        """Fewer images, the classes balanced as far as they go; None keeps a part as it is."""
-        if train is None and test is None:
-            return self
-        parts = {}
-        for part, count in (("train", train), ("test", test)):
-            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            if count is not None:
-                if whole_number(count, f"the {part} images of a subset") > len(images):
-                    raise ValueError(f"a subset of {count} {part} images: there are {len(images)}")
-                pick = _balanced(labels, count, generator(seed, "subset", part))
-                images, labels = images[pick], labels[pick]
-            parts |= {f"{part}_images": images, f"{part}_labels": labels}
-        sizes = f"{len(parts['train_images']):,} + {len(parts['test_images']):,} images"
-        return replace(self, **parts, source=f"{self.source}, subset of {sizes}")
-
-    def with_validation(self, fraction: float = 0.1, *, seed: int = 0) -> "Dataset":
-        """Puts a stratified part of the training set in the place of the test set.
-
-        Hyper-parameters chosen on it leave the test set unseen.
-        """
-        number(fraction, "the validation fraction", positive=True, below=1)
-        random = generator(seed, "validation")
-        held_out = torch.zeros(len(self.train_labels), dtype=torch.bool)
-        for label in range(len(self.classes)):
-            members = (self.train_labels == label).nonzero().flatten()
-            count = round(len(members) * fraction)
-            held_out[members[torch.randperm(len(members), generator=random)[:count]]] = True
-        if not held_out.any() or held_out.all():
-            raise ValueError(f"a validation fraction of {fraction} leaves a part without images")
-        return replace(
-            self,
-            train_images=self.train_images[~held_out],
-            train_labels=self.train_labels[~held_out],
-            test_images=self.train_images[held_out],
-            test_labels=self.train_labels[held_out],
-            source=f"{self.source}, validation part of the training set",
-            test_name="validation",
-        )
-
-
-def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Indices of `count` images, as equally from every class as the data allow, in random order."""
-    shuffled = torch.randperm(len(labels), generator=random)
-    rank = torch.empty_like(labels)  # how many of its class come before an image
-    for label in labels.unique():
-        members = shuffled[labels[shuffled] == label]
-        rank[members] = torch.arange(len(members))
-    first = rank[shuffled].argsort(stable=True)[:count]
-    return shuffled[first.sort().values]
 
 
 @dataclass(eq=False)

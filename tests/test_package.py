@@ -38,7 +38,7 @@ ORDER = (
     *("support.module_state", "support.checks", "support.output", "support.files"),
     *("support.locks", "support.colours", "support.figures", "support.curves", "support.seeding"),
     *("support.tensor_checks", "support.devices", "support.progress", "support.signals"),
-    *("support.summaries", "support.grad_cam", "support.stored_images", "support.histories"),
+    *("support.summaries", "support.grad_cam", "support.dataset_base", "support.histories"),
     *("support.filter_banks", "support.arguments"),
     *("norms", "penalties", "augment", "data", "model", "training", "optimizers", "recipes"),
     *("history", "assignments", "plots"),

@@ -14,7 +14,7 @@ from normlab.support.checks import warn
 
 # The code as it was when it was imported: what other code has decoded is not for this one.
 _HERE = Path(__file__).parent
-_KEPT_BY = [_HERE.parent / "data.py", _HERE.parent / "support" / "stored_images.py"]
+_KEPT_BY = [_HERE.parent / "data.py", _HERE.parent / "support" / "dataset_base.py"]
 CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), *_KEPT_BY)]
 
 

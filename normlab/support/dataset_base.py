@@ -1,8 +1,9 @@
-"""What a `Dataset` has beside its images: statistics, a fingerprint, a file, copies on devices."""
+"""What a `Dataset` can do as a whole: be split, kept in a file, copied to a device."""
 
 import hashlib
 import json
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -13,14 +14,55 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as arrays_to_bytes
 from torch import Tensor
 
-from normlab.support.checks import as_list, number
+from normlab.support.checks import as_list, number, whole_number
 from normlab.support.files import write_bytes
+from normlab.support.seeding import generator
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-class StoredImages:
-    """The base of `Dataset`, whose fields it keeps in files and copies to devices."""
+class DatasetBase:
+    """The base of `Dataset`, which has the fields."""
+
+    def subset(self, train: int | None = None, test: int | None = None, *, seed: int = 0) -> Self:
+        """Fewer images, the classes balanced as far as they go; None keeps a part as it is."""
+        if train is None and test is None:
+            return self
+        parts = {}
+        for part, count in (("train", train), ("test", test)):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if count is not None:
+                if whole_number(count, f"the {part} images of a subset") > len(images):
+                    raise ValueError(f"a subset of {count} {part} images: there are {len(images)}")
+                pick = _balanced(labels, count, generator(seed, "subset", part))
+                images, labels = images[pick], labels[pick]
+            parts |= {f"{part}_images": images, f"{part}_labels": labels}
+        sizes = f"{len(parts['train_images']):,} + {len(parts['test_images']):,} images"
+        return replace(self, **parts, source=f"{self.source}, subset of {sizes}")
+
+    def with_validation(self, fraction: float = 0.1, *, seed: int = 0) -> Self:
+        """Puts a stratified part of the training set in the place of the test set.
+
+        Hyper-parameters chosen on it leave the test set unseen.
+        """
+        number(fraction, "the validation fraction", positive=True, below=1)
+        random = generator(seed, "validation")
+        held_out = torch.zeros(len(self.train_labels), dtype=torch.bool)
+        for label in range(len(self.classes)):
+            members = (self.train_labels == label).nonzero().flatten()
+            count = round(len(members) * fraction)
+            held_out[members[torch.randperm(len(members), generator=random)[:count]]] = True
+        if not held_out.any() or held_out.all():
+            raise ValueError(f"a validation fraction of {fraction} leaves a part without images")
+        return replace(
+            self,
+            train_images=self.train_images[~held_out],
+            train_labels=self.train_labels[~held_out],
+            test_images=self.train_images[held_out],
+            test_labels=self.train_labels[held_out],
+            source=f"{self.source}, validation part of the training set",
+            test_name="validation",
+        )
 
     @property
     def normalization(self) -> dict[str, tuple[float, ...] | None]:
@@ -83,6 +125,17 @@ class StoredImages:
         """SHA-256 over all that is kept, and over a key that is not kept beside it."""
         whole = (key, self.name, self.source, self.test_name, self.fingerprint)
         return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def _balanced(labels: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Indices of `count` images, as equally from every class as the data allow, in random order."""
+    shuffled = torch.randperm(len(labels), generator=random)
+    rank = torch.empty_like(labels)  # how many of its class come before an image
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = torch.arange(len(members))
+    first = rank[shuffled].argsort(stable=True)[:count]
+    return shuffled[first.sort().values]
 
 
 class _Measured(tuple):
