@@ -19,7 +19,7 @@ from normlab.datasets.loading import load_assignment_data, load_images
 from normlab.engines.choice import ENGINES
 from normlab.history import Run
 from normlab.runs.jobs import Job, make_jobs, seed_numbers
-from normlab.runs.side_by_side import runs_of_jobs
+from normlab.runs.processes import runs_of_jobs
 from normlab.support.checks import one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.analysis import Mistakes
 from normlab.augment import parse_augmentation
 from normlab.data import Dataset
 from normlab.support.checks import whole_number
-from normlab.support.figures import drawn, fitted, new_axes, shortened
+from normlab.support.figures import drawn, fitted, mosaic, new_axes, shortened
 from normlab.support.seeding import generator
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def plot_samples(
     ax.figure.suptitle(heading, fontsize=10)
     # One picture of all images: hundreds of axes take half a minute.
     gap = max(1, images.shape[-1] // 14)
-    ax.imshow(_mosaic(images, per_class, gap), interpolation="nearest", aspect="equal")
+    ax.imshow(mosaic(images.numpy(), per_class, gap), interpolation="nearest", aspect="equal")
     height = images.shape[-2]
     ax.set_yticks([(height + gap) * row + height / 2 - 0.5 for row in range(len(names))])
     ax.set_yticklabels(names, fontsize=9)
@@ -55,15 +53,6 @@ def plot_samples(
     ax.spines[:].set_visible(False)
     ax.set_anchor("E")  # what is left of the room is the names'
     return ax.figure
-
-
-def _mosaic(images: Tensor, columns: int, gap: int) -> np.ndarray:
-    """Images (N, C, H, W) of bytes row by row, on a transparent ground: (height, width, 4)."""
-    colours = images.expand(-1, 3, -1, -1)  # grey thrice is grey
-    opaque = torch.cat([colours, torch.full_like(colours[:, :1], 255)], 1)
-    apart = F.pad(opaque, (0, gap, 0, gap)).unflatten(0, (-1, columns))
-    mosaic = apart.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (R, H, columns, W, 4)
-    return mosaic[:-gap, :-gap].numpy()
 
 
 def _sample(data: Dataset, per_class: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from normlab.penalties import WEIGHT_LAYERS
-from normlab.support.filter_banks import batch_of, muon_factor
+from normlab.support.filter_banks import by_matrix, centre
 from normlab.support.tensor_checks import own_weight
 
 PLAIN_FACTOR = 5.0  # times the rate, for the parameters that Muon does not orthogonalise
@@ -46,20 +46,11 @@ def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
     Source: Yong et al., "Gradient Centralization", 2020.
     """
 
-    @torch.no_grad()
-    def centralize(tensors: list[Tensor]) -> None:
-        if batch := batch_of(tensors):
-            centred = batch.centred(batch.gather(tensors))
-            torch._foreach_copy_(tensors, batch.apart(centred, tensors))
-            return
-        for each in tensors:
-            each.sub_(each.mean(dim=tuple(range(1, each.dim())), keepdim=True))
-
     def before_step(*_: object) -> None:
-        centralize([weight.grad for weight in weights if weight.grad is not None])
+        centre([weight.grad for weight in weights if weight.grad is not None])
 
     optimizer.register_step_pre_hook(before_step)
-    optimizer.register_step_post_hook(lambda *_: centralize(weights))
+    optimizer.register_step_post_hook(lambda *_: centre(weights))
 
 
 class Muon(Optimizer):
@@ -107,7 +98,9 @@ class Muon(Optimizer):
     def _move_filters(self, weights: list[Tensor], gradients: list[Tensor], group: dict) -> None:
         buffers, momentum, rate = self._buffers(weights), group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = _orthogonal_steps(torch._foreach_lerp(gradients, buffers, momentum))
+        updates = by_matrix(orthogonalized, torch._foreach_lerp(gradients, buffers, momentum))
+        # Larger where there are more filters than inputs.
+        torch._foreach_mul_(updates, [max(1.0, len(w) / w[0].numel()) ** 0.5 for w in weights])
         torch._foreach_mul_(updates, rate)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         torch._foreach_sub_(weights, updates)
@@ -125,15 +118,6 @@ class Muon(Optimizer):
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return [self.state[weight]["momentum_buffer"] for weight in weights]
-
-
-def _orthogonal_steps(steps: list[Tensor]) -> list[Tensor]:
-    """Steps of filter banks, orthogonalised; larger where there are more filters than inputs."""
-    if batch := batch_of(steps):
-        return batch.apart(orthogonalized(batch.gather(steps)) * batch.factors, steps)
-    matrices = [step.flatten(1) for step in steps]
-    moved = [muon_factor(*matrix.shape) * orthogonalized(matrix) for matrix in matrices]
-    return [each.view_as(step) for each, step in zip(moved, steps, strict=True)]
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from normlab.comparisons.fairness import Finding, limits
 from normlab.experiment import Results
 from normlab.history import runs_of
 from normlab.images import plot_mistakes
-from normlab.norms import described_norm, is_norm
 from normlab.plots import Runs, plot_curves, plot_loss_and_accuracy
 from normlab.support.figures import save_if_drawn
 from normlab.support.files import user_path, write_json, write_text
+from normlab.support.summaries import described_norm, is_norm
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -22,7 +22,7 @@ from normlab.history import Run
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
 from normlab.runs.jobs import Job, make_jobs, seed_numbers, without_errors
-from normlab.runs.side_by_side import train
+from normlab.runs.processes import train
 from normlab.support.checks import as_list, number, one_of, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.files import remove_leftovers, user_path, write_text

@@ -1,4 +1,4 @@
-"""Jobs side by side on a CPU, in processes of one thread each.
+"""Many jobs: on a CPU side by side, in processes of one thread each, where that is quicker.
 
 For networks as small as these two processes of one thread each get through more images than one
 process of two threads. A process tells of itself through its run's folder alone: the parent reads
@@ -10,17 +10,19 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import joblib
+import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 from tqdm import tqdm
 
 from normlab.data import Dataset
-from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import Job
-from normlab.runs.trainer import fit_job
+from normlab.history import Run
+from normlab.runs.folder import RunFolder, remove_runs
+from normlab.runs.jobs import Job, Outcomes, find_runs, kept_runs, without_errors
+from normlab.runs.trainer import fit_each, fit_job
 from normlab.runs.transfer import (
     SECONDS_BETWEEN_LOOKS,
     Ended,
@@ -28,8 +30,10 @@ from normlab.runs.transfer import (
     as_they_end,
     attempt,
     quiet,
+    train_apart,
     unpack,
 )
+from normlab.support.files import user_path
 from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
@@ -37,6 +41,62 @@ from normlab.support.summaries import multiply_adds
 # Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with
 # less to do they do not repay it (measured: tests/benchmarks/RESULTS.md).
 WORTHWHILE = 3e11
+
+
+def runs_of_jobs(
+    jobs: Sequence[Job],
+    data: Dataset,
+    *,
+    place: Path,
+    fresh: bool,
+    kept: str | Path | None,
+    keep_going: bool,
+    device: torch.device,
+    progress: bool,
+    engine: str,
+) -> dict[Path, Run]:
+    """The runs of identified jobs, by their directories, which lie in `place`.
+
+    Args:
+        fresh, kept, device, progress, engine: as for `run_assignment`.
+        keep_going: whether an error is raised after the other jobs, or at once.
+    """
+    runs: dict[Path, Run] = {}
+    if fresh:
+        remove_runs(*(job.directory for job in jobs))
+    elif kept is not None:
+        runs = kept_runs(jobs, place, user_path(kept), data, device)
+    own = find_runs([job for job in jobs if job.directory not in runs], data, device)
+    runs |= {job.directory: run for job, run in own.items()}
+    left = [job for job in jobs if job.directory not in runs]
+    if progress and runs:
+        print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
+    outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
+    with closing(without_errors(outcomes, len(left), keep_going=keep_going)) as trained:
+        return runs | {job.directory: run for job, run in trained}
+
+
+def train(
+    left: Sequence[Job],
+    jobs: Sequence[Job],
+    data: Dataset,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    engine: str = "auto",
+    workers: Callable[[dict[Job, bytes]], Ended] | None = None,
+) -> Outcomes:
+    """Does the jobs that are left, side by side if all jobs together are worth it.
+
+    Args:
+        workers: do the jobs, whatever they are worth, instead of processes of this machine.
+    """
+    if workers is None and device.type == "cpu" and engine != "plain":
+        apart = functools.partial(in_processes, data, progress=progress)
+        workers = apart if are_worthwhile(jobs, data) else None
+    if workers is not None:
+        left = yield from train_apart(left, data, workers)
+    yield from fit_each(left, data, device=device, progress=progress, engine=engine)
 
 
 def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:

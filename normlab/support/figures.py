@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
+import numpy as np
+
 from normlab.support.checks import one_of, warn
 from normlab.support.files import atomic_write, user_path
 
@@ -115,6 +117,16 @@ def literal(text: str) -> str:
     The bytes of a file's name that are no text, which no font has, become `?`.
     """
     return re.sub(r"(?<!\\)\$", r"\\$", str(text).encode(errors="replace").decode())
+
+
+def mosaic(images: np.ndarray, columns: int, gap: int) -> np.ndarray:
+    """Images (N, C, H, W) of bytes row by row, on a transparent ground: (height, width, 4)."""
+    count, _, height, width = images.shape
+    colours = np.broadcast_to(images, (count, 3, height, width))  # grey thrice is grey
+    opaque = np.concatenate([colours, np.full_like(colours[:, :1], 255)], 1)
+    apart = np.pad(opaque, ((0, 0), (0, 0), (0, gap), (0, gap)))
+    rows = apart.reshape(-1, columns, *apart.shape[1:]).transpose(0, 3, 1, 4, 2)  # (R, H, …, W, 4)
+    return rows.reshape(len(rows) * (height + gap), -1, 4)[:-gap, :-gap]
 
 
 def save_if_drawn(draw: Callable[[], Figure], path: Path) -> bool:

@@ -5,7 +5,7 @@ in · kernel): one row for each filter.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -27,9 +27,22 @@ def in_memory_order(weight: Tensor) -> Tensor:
     return weight if as_it_is else weight.movedim(1, -1)
 
 
-def muon_factor(filters: int, inputs: int) -> float:
-    """What Muon multiplies the step of a bank by: more where it has more filters than inputs."""
-    return max(1.0, filters / inputs) ** 0.5
+@torch.no_grad()
+def centre(banks: list[Tensor]) -> None:
+    """Subtracts from each filter of the banks its mean."""
+    if batch := batch_of(banks):
+        centred = batch.centred(batch.gather(banks))
+        torch._foreach_copy_(banks, batch.apart(centred, banks))
+        return
+    for bank in banks:
+        bank.sub_(bank.mean(dim=tuple(range(1, bank.dim())), keepdim=True))
+
+
+def by_matrix(change: Callable[[Tensor], Tensor], banks: list[Tensor]) -> list[Tensor]:
+    """Banks whose matrices `change` has changed: one, or a batch of them filled up with zeros."""
+    if batch := batch_of(banks):
+        return batch.apart(change(batch.gather(banks)), banks)
+    return [change(bank.flatten(1)).view_as(bank) for bank in banks]
 
 
 class FilterBatch:
@@ -51,9 +64,8 @@ class FilterBatch:
             places.append(F.pad(place.view(rows, columns), padding, value=nothing))
         self.places = torch.stack(places)  # (B, height, width), in all banks one after another
         self.back = self.places.flatten().argsort()[:nothing]
-        numbers = [(muon_factor(*shape), -1 / shape[1]) for shape in shapes]
-        made = [[like.new_full((1, 1), number) for number in each] for each in numbers]
-        self.factors, self.shares = map(torch.stack, zip(*made, strict=True))  # (B, 1, 1) each
+        shares = [like.new_full((1, 1), -1 / columns) for _, columns in shapes]
+        self.shares = torch.stack(shares)  # (B, 1, 1)
 
     def gather(self, banks: Sequence[Tensor]) -> Tensor:
         """The banks as matrices (B, height, width)."""
