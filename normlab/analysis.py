@@ -88,19 +88,20 @@ def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
     return predicted, probability
 
 
-def _predictions(predictor: Predictor, images: GivenImages) -> tuple[Tensor, Tensor, int]:
-    """Class and probability of each image, computed or kept in a run; how many classes."""
+def _guesses(predictor: Predictor, images: GivenImages) -> tuple[Tensor, Tensor, Sequence[str]]:
+    """Class and probability of each image, computed or kept in a run; the classes' names."""
     if isinstance(predictor, Run):
         kept = predictor.identity.get("data", {}).get("fingerprint")
         if isinstance(images.batches, Dataset) and kept == images.batches.fingerprint:
-            return predictor.predicted, predictor.probability, len(images.classes)
+            return predictor.predicted, predictor.probability, images.classes
         predictor = predictor.network
     logits = predict(predictor, images.batches)
     width = logits.shape[1]
     check_labels(images.labels, "labels", len(logits), width)
-    if images.classes and len(images.classes) != width:
-        raise ValueError(f"{len(images.classes)} class names do not fit {width} logits an image")
-    return *class_and_probability(logits), width
+    classes = images.classes or tuple(map(str, range(width)))
+    if len(classes) != width:
+        raise ValueError(f"{len(classes)} class names do not fit {width} logits an image")
+    return *class_and_probability(logits), classes
 
 
 def find_mistakes(network: Predictor, data: Given, count: int = 10, **options: object) -> Mistakes:
@@ -143,10 +144,10 @@ def find_common_mistakes(
     if not predictors:
         raise ValueError("there is no network to look for mistakes of")
     images = given_images(data, classes, mean, std, show)
-    guesses = [_predictions(predictor, images) for predictor in predictors]
+    guesses = [_guesses(predictor, images) for predictor in predictors]
     missed = torch.stack([predicted != images.labels for predicted, *_ in guesses]).all(0)
     wrong = missed.nonzero().flatten()
-    predicted, probability, width = guesses[0]
+    predicted, probability, names = guesses[0]
     if order == "confident":
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
     chosen, heat = wrong[:count], None
@@ -159,7 +160,7 @@ def find_common_mistakes(
         predicted=predicted[chosen],
         probability=probability[chosen],
         index=chosen,
-        classes=images.classes or tuple(map(str, range(width))),
+        classes=names,
         total=len(wrong),
         tested=len(images.labels),
         source=images.source,
@@ -180,13 +181,14 @@ def confusion_matrix(
     `data` is a `Dataset`, which `mean` and `std` normalise in another way than its own, or any
     batches of (images, labels), which are taken as they are.
     """
-    return _confusion(network, given_images(data, None, mean, std))
+    return _confusion(network, given_images(data, None, mean, std))[0]
 
 
-def _confusion(network: Predictor, images: GivenImages) -> Tensor:
-    predicted, _, classes = _predictions(network, images)
-    pairs = images.labels * classes + predicted
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+def _confusion(network: Predictor, images: GivenImages) -> tuple[Tensor, tuple[str, ...]]:
+    """The counts, and the classes' names."""
+    predicted, _, names = _guesses(network, images)
+    pairs = images.labels * len(names) + predicted
+    return torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), -1), names
 
 
 def class_accuracy(
@@ -201,7 +203,5 @@ def class_accuracy(
 
     `data`, `mean` and `std` are as for `confusion_matrix`.
     """
-    images = given_images(data, classes, mean, std)
-    counts = _confusion(network, images)
-    shares = (counts.diagonal() / counts.sum(1)).tolist()
-    return dict(zip(images.classes or map(str, range(len(shares))), shares, strict=True))
+    counts, names = _confusion(network, given_images(data, classes, mean, std))
+    return dict(zip(names, (counts.diagonal() / counts.sum(1)).tolist(), strict=True))

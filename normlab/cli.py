@@ -61,14 +61,8 @@ def _run(options: argparse.Namespace) -> None:
         assignment = as_submitted(assignment)
     # Without an assignment it must work anywhere at once, whatever data lies around.
     load = _loader(options, assignment, assignment.dataset if options.assignment else "digits")
-
-    def load_and_tell() -> object:
-        data = load()
-        print(f"{assignment.title}, {data.source}", flush=True)
-        return data
-
     place, taken = options.out / "runs", _taken(options, "engine")
-    results = run_assignment(assignment, data=load_and_tell, directory=place, **taken)
+    results = run_assignment(assignment, data=load, directory=place, **taken)
     print(f"\n{markdown_table(results)}", flush=True)
     page, data = write_report(results, options.out), results.data
     print(f"\nFigures, tables and {page.name} are in {options.out}")
@@ -118,11 +112,14 @@ def _loader(
     return partial(_load, options, assignment, place, root and root.resolve(), side=side)
 
 
-def _load(options: argparse.Namespace, *which: object, **how: object) -> object:
+def _load(options: argparse.Namespace, assignment: object, *which: object, side: int) -> object:
     from normlab.datasets.loading import load_assignment_data
 
     options.status = 1
-    return load_assignment_data(*which, **how)
+    data = load_assignment_data(assignment, *which, side=side)
+    if options.command == "run":
+        print(f"{assignment.title}, {data.source}", flush=True)
+    return data
 
 
 # --- list, summary, data ----------------------------------------------------------------------

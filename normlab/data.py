@@ -69,15 +69,13 @@ class Dataset(DatasetBase):
         batch_size: int = 128,
         *,
         shuffle: bool | None = None,
-        augment: Sequence[str] = (),
-        seed: int = 0,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        **options: object,
     ) -> "BatchLoader":
         """Batches (images, labels): float (B, C, H, W), normalised, and int64 (B,).
 
         The training part is shuffled anew in every pass, the test part is in order; `shuffle`
-        decides otherwise. `augment` names augmentations, as in `Recipe`.
+        decides otherwise. `options` are augment (names as in `Recipe`), seed and dtype.
         """
         return BatchLoader(
             *self.on_device("train" if train else "test", torch.device(device)),
@@ -85,9 +83,7 @@ class Dataset(DatasetBase):
             std=self.std,
             batch_size=batch_size,
             shuffle=train if shuffle is None else shuffle,
-            augment=augment,
-            seed=seed,
-            dtype=dtype,
+            **options,
         )
 
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from normlab.assignments import Assignment, find_assignment
 from normlab.data import Dataset
-from normlab.datasets.loading import load_assignment_data, load_images
+from normlab.datasets.loading import load_images
 from normlab.engines.choice import ENGINES
 from normlab.history import Run
-from normlab.runs.jobs import Job, make_jobs, seed_numbers
-from normlab.runs.processes import runs_of_jobs
+from normlab.runs.folder import remove_runs
+from normlab.runs.jobs import find_runs, kept_runs, make_jobs, results_of, say_limits, seed_numbers
+from normlab.runs.processes import train
 from normlab.support.checks import one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
+from normlab.support.late_types import DataFrame
 from normlab.support.locks import scratch_folder
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(repr=False)
@@ -116,28 +113,28 @@ def run_assignment(
     """
     assignment, numbers, device = find_assignment(name), seed_numbers(seeds), pick_device(device)
     one_of(engine, ENGINES, "engine")
-    data = load_images(partial(load_assignment_data, assignment) if data is None else data)
+    data = load_images(data, assignment)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
         jobs = make_jobs(assignment, data, numbers, epochs, place)
         jobs = [job.identified(data, device) for job in jobs]
         if progress:
-            _say_limits(assignment, jobs)
-        how = {"device": device, "progress": progress, "engine": engine}
-        which = {"fresh": fresh, "kept": kept, "place": place, "keep_going": directory is not None}
-        runs = runs_of_jobs(jobs, data, **which, **how)
+            say_limits(assignment, jobs)
+        if fresh:
+            remove_runs(*(job.directory for job in jobs))
+            kept = None
+        runs = {} if kept is None else kept_runs(jobs, place, user_path(kept), data, device)
+        own = find_runs([job for job in jobs if job.directory not in runs], data, device)
+        runs |= {job.directory: run for job, run in own.items()}
+        left = [job for job in jobs if job.directory not in runs]
+        if progress and runs:
+            print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
+        outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
+        with closing(results_of(outcomes, len(left), keep_going=bool(directory))) as trained:
+            runs |= {job.directory: run for job, run in trained}
     results: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
     for job in jobs:
         run = runs[job.directory]
         run.directory = run.directory if directory else None
         results[job.variant.label].append(run)
     return Results(assignment, data, results)
-
-
-def _say_limits(assignment: Assignment, jobs: Iterable[Job]) -> None:
-    """Says which variants have more parameters or epochs than the assignment allows."""
-    for job in {job.variant.label: job for job in jobs}.values():
-        counts = {"parameters": job.identity["parameters"], "epochs": job.recipe.epochs}
-        for what, limit in assignment.exceeded(**counts).items():
-            label, count = job.variant.label, counts[what]
-            print(f"{label} has {count:,} {what}, more than the {limit:,} that are allowed")

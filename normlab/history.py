@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.support.histories import epochs_in, holds_epochs
+from normlab.support.late_types import DataFrame, Tensor, nn
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-    from torch import Tensor, nn
-
     from normlab.recipes import Recipe
     from normlab.training import EpochResult
 

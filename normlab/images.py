@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,8 @@ from normlab.augment import parse_augmentation
 from normlab.data import Dataset
 from normlab.support.checks import whole_number
 from normlab.support.figures import drawn, fitted, mosaic, new_axes, shortened
+from normlab.support.late_types import Axes, Figure
 from normlab.support.seeding import generator
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @drawn
@@ -38,16 +34,16 @@ def plot_samples(
     names = [shortened(name) for name in data.classes]
     width = max(0.55 * per_class + 0.6 + 0.08 * max(map(len, names)), 2.5)
     how = f", augmented by {', '.join(augment)}" if augment else ""
-    heading = title if title is not None else f"{data.source}, training images{how}"
-    heading = fitted(heading, width)
+    usual = f"{data.source}, training images{how}"
+    heading = fitted(usual if title is None else title, width)
     ax = new_axes(width, 0.55 * len(names) + 0.2 * heading.count("\n") + 0.4)
     ax.figure.suptitle(heading, fontsize=10)
     # One picture of all images: hundreds of axes take half a minute.
     gap = max(1, images.shape[-1] // 14)
     ax.imshow(mosaic(images.numpy(), per_class, gap), interpolation="nearest", aspect="equal")
     height = images.shape[-2]
-    ax.set_yticks([(height + gap) * row + height / 2 - 0.5 for row in range(len(names))])
-    ax.set_yticklabels(names, fontsize=9)
+    middles = [(height + gap) * row + height / 2 - 0.5 for row in range(len(names))]
+    ax.set_yticks(middles, names, fontsize=9)
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

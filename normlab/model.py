@@ -10,24 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normlab.norms import make_norm, norm_name
 from normlab.support.checks import image_shape, number, one_of, whole_number
-from normlab.support.layers import LayerBuilder, NormMaker, draw_weights
+from normlab.support.layers import LayerBuilder, NormMaker, Residual, draw_weights
 from normlab.support.seeding import seeded
-
-
-class Residual(nn.Module):
-    """body(x) + shortcut(x): He et al., "Deep Residual Learning", 2016."""
-
-    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-        self.shortcut = shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) + self.shortcut(x)
 
 
 def _mnist_l1(part: LayerBuilder) -> list[nn.Module]:

@@ -46,10 +46,9 @@ def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
     Source: Yong et al., "Gradient Centralization", 2020.
     """
 
-    def before_step(*_: object) -> None:
-        centre([weight.grad for weight in weights if weight.grad is not None])
-
-    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_pre_hook(
+        lambda *_: centre([weight.grad for weight in weights if weight.grad is not None])
+    )
     optimizer.register_step_post_hook(lambda *_: centre(weights))
 
 

@@ -7,36 +7,21 @@ figure. None calls `show`: a notebook shows its figures by itself, a script save
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normlab.history import QUANTITIES, History, Run, runs_of
 from normlab.support.checks import check_instance, one_of
 from normlab.support.colours import curve_styles
-from normlab.support.curves import legend_key, set_scales, write_ends
-from normlab.support.figures import (
-    drawn,
-    fitted,
-    label_axes,
-    legend_height,
-    new_axes,
-    place_legend,
-    shortened,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from torch import Tensor
+from normlab.support.curves import legend_key, set_scales, two_columns, write_ends
+from normlab.support.figures import drawn, fitted, label_axes, new_axes, place_legend, shortened
+from normlab.support.late_types import Axes, Figure, Line2D, Tensor
 
 Runs = Mapping[str, Run | History | Sequence[Run] | Sequence[History]]
 """What to compare: a run, or several that differ in their seed, for each label; `Results` too.
 
 A `History`, or what `History.of` takes, is as good as a run."""
-Panel = tuple[dict[str, list[Run]], str, str]
-"""The runs of each label, a quantity, and a title."""
+Panel = tuple[dict[str, list[Run]], str, str]  # the runs of each label, a quantity, a title
 
 NAMES = {
     "train_loss": ("Training loss", "cross-entropy (nats per image)"),
@@ -62,7 +47,7 @@ def plot_curves(
     """
     groups = _grouped(runs, quantity)
     title = title if title is not None else _title(quantity, groups)
-    ax = ax if ax is not None else new_axes(6.4, 4.2 + legend_height(len(groups)))
+    ax = ax if ax is not None else new_axes(6.4, 4.2, names=len(groups))
     _draw([ax], [(groups, quantity, title)])
     if key := legend_key(ax, groups):
         # A place that is free by what such curves do: matplotlib's search for one is slow.
@@ -126,21 +111,10 @@ def _title(quantity: str, *groups: dict[str, list[Run]]) -> str:
 
 def _draw_side_by_side(panels: Sequence[Panel], **shared: object) -> Figure:
     """Panels with the same labels in two columns, and below them one legend."""
-    from matplotlib import pyplot
-
-    columns, rows = min(len(panels), 2), -(-len(panels) // 2)
-    names = -(-len(panels[0][0]) // (2 * columns))  # rows of the legend
-    size = (4.8 * columns, 3.4 * rows + 0.6 + 0.2 * names)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, **shared
-    )
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    for ax in axes.flat:
-        ax.tick_params(labelbottom=True)  # also where no panel stands below
-    _draw(axes.flat[: len(panels)], panels)
-    if key := legend_key(axes[0, 0], panels[0][0]):
-        place = {"loc": "outside lower center", "ncols": 2 * columns}
+    figure, axes = two_columns(len(panels), len(panels[0][0]), **shared)
+    _draw(axes, panels)
+    if key := legend_key(axes[0], panels[0][0]):
+        place = {"loc": "outside lower center", "ncols": 2 * min(len(panels), 2)}
         figure.legend(**key, **place, frameon=False)
     return figure
 
@@ -205,13 +179,9 @@ def plot_confusion(
     heading = title if title is not None else "Test images by true and predicted class"
     ax.set(title=fitted(heading, side, size=12), xlabel="predicted class", ylabel="true class")
     ax.grid(False)
-    _write_counts(ax, counts)
-    return ax.figure
-
-
-def _write_counts(ax: Axes, counts: np.ndarray) -> None:
     look = {"color": "black", "fontsize": 8, "ha": "center", "va": "center"}
     for row, column in np.argwhere(counts):
         weight = "bold" if row == column else "normal"
         text = ax.text(column, row, f"{counts[row, column]}", fontweight=weight, **look)
         text.set_in_layout(False)  # the axes hold it anyway; to measure thousands takes long
+    return ax.figure

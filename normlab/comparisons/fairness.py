@@ -118,11 +118,9 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
 def limits(results: Results) -> Iterator[Finding]:
     """What is beyond the assignment's limits."""
     kinds = {"parameters": lambda run: run.parameters, "epochs": lambda run: len(run.history)}
-    for what, count in kinds.items():
-        counts = {label: max(map(count, runs)) for label, runs in results.runs.items()}
-        limit = results.assignment.exceeded(**{what: max(counts.values())}).get(what)
-        if limit:
-            over = {label: number for label, number in counts.items() if number > limit}
+    for what, limit in results.assignment.limits.items():
+        counts = {label: max(map(kinds[what], runs)) for label, runs in results.runs.items()}
+        if over := {label: count for label, count in counts.items() if count > limit}:
             yield Finding(what, over, limit=limit)
 
 

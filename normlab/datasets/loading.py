@@ -134,8 +134,9 @@ def load_assignment_data(
     return load_dataset(name, root, input_shape=shape)
 
 
-def load_images(data: Dataset | Callable[[], Dataset]) -> Dataset:
-    """The images: those given, or what the function returns."""
+def load_images(data: Dataset | Callable[[], Dataset] | None, assignment: Assignment) -> Dataset:
+    """The images: those given, or what the function returns; without either, the assignment's."""
+    data = load_assignment_data(assignment) if data is None else data
     data = data() if callable(data) else data
     check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
     return data

@@ -180,6 +180,16 @@ def build_variant(
     )
 
 
+def say_limits(assignment: Assignment, jobs: Iterable[Job]) -> None:
+    """Says which variants have more parameters or epochs than the assignment allows."""
+    for job in {job.variant.label: job for job in jobs}.values():
+        counts = {"parameters": job.identity["parameters"], "epochs": job.recipe.epochs}
+        for what, limit in assignment.limits.items():
+            if counts[what] > limit:
+                said = f"{job.variant.label} has {counts[what]:,} {what}"
+                print(f"{said}, more than the {limit:,} that are allowed")
+
+
 # --- those that are done ---------------------------------------------------------------------
 
 
@@ -210,7 +220,7 @@ def kept_runs(
 # --- what becomes of jobs ---------------------------------------------------------------------
 
 
-def without_errors(
+def results_of(
     outcomes: Outcomes, count: int, *, keep_going: bool = True, results: type | tuple = Run
 ) -> Outcomes:
     """Hands on those of `count` outcomes that are results; raises the first of the others.

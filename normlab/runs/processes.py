@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import joblib
@@ -19,9 +19,8 @@ from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoo
 from tqdm import tqdm
 
 from normlab.data import Dataset
-from normlab.history import Run
-from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.jobs import Job, Outcomes, find_runs, kept_runs, without_errors
+from normlab.runs.folder import RunFolder
+from normlab.runs.jobs import Job, Outcomes
 from normlab.runs.trainer import fit_each, fit_job
 from normlab.runs.transfer import (
     SECONDS_BETWEEN_LOOKS,
@@ -33,7 +32,6 @@ from normlab.runs.transfer import (
     train_apart,
     unpack,
 )
-from normlab.support.files import user_path
 from normlab.support.locks import scratch_folder
 from normlab.support.progress import Progress
 from normlab.support.summaries import multiply_adds
@@ -41,39 +39,6 @@ from normlab.support.summaries import multiply_adds
 # Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with
 # less to do they do not repay it (measured: tests/benchmarks/RESULTS.md).
 WORTHWHILE = 3e11
-
-
-def runs_of_jobs(
-    jobs: Sequence[Job],
-    data: Dataset,
-    *,
-    place: Path,
-    fresh: bool,
-    kept: str | Path | None,
-    keep_going: bool,
-    device: torch.device,
-    progress: bool,
-    engine: str,
-) -> dict[Path, Run]:
-    """The runs of identified jobs, by their directories, which lie in `place`.
-
-    Args:
-        fresh, kept, device, progress, engine: as for `run_assignment`.
-        keep_going: whether an error is raised after the other jobs, or at once.
-    """
-    runs: dict[Path, Run] = {}
-    if fresh:
-        remove_runs(*(job.directory for job in jobs))
-    elif kept is not None:
-        runs = kept_runs(jobs, place, user_path(kept), data, device)
-    own = find_runs([job for job in jobs if job.directory not in runs], data, device)
-    runs |= {job.directory: run for job, run in own.items()}
-    left = [job for job in jobs if job.directory not in runs]
-    if progress and runs:
-        print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
-    outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
-    with closing(without_errors(outcomes, len(left), keep_going=keep_going)) as trained:
-        return runs | {job.directory: run for job, run in trained}
 
 
 def train(

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normlab.support.colours import legible
 from normlab.support.figures import shortened
+from normlab.support.late_types import Axes, Figure, Line2D
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
+
+def two_columns(panels: int, names: int, **shared: object) -> tuple[Figure, np.ndarray]:
+    """A figure with the axes of so many panels, and room for a legend of so many names below."""
+    from matplotlib import pyplot
+
+    columns, rows = min(panels, 2), -(-panels // 2)
+    size = (4.8 * columns, 3.4 * rows + 0.6 + 0.2 * -(-names // (2 * columns)))
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, **shared
+    )
+    for ax in axes.flat[panels:]:
+        ax.remove()
+    for ax in axes.flat:
+        ax.tick_params(labelbottom=True)  # also where no panel stands below
+    return figure, axes.flat[:panels]
 
 
 def set_scales(ax: Axes, quantity: str) -> None:

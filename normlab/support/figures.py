@@ -12,16 +12,13 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import ParamSpec
 
 import numpy as np
 
 from normlab.support.checks import one_of, warn
 from normlab.support.files import atomic_write, user_path
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from normlab.support.late_types import Axes, Figure
 
 Arguments = ParamSpec("Arguments")
 
@@ -65,10 +62,11 @@ def drawn(plot: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return draw
 
 
-def new_axes(width: float, height: float) -> Axes:
-    """The axes of a figure of their own; sizes in inches."""
+def new_axes(width: float, height: float, *, names: int = 0) -> Axes:
+    """The axes of a figure of their own; inches, and room for a legend of so many names below."""
     from matplotlib import pyplot
 
+    height += 0.2 * -(-names // 2) + 0.3 if names > MOST_INSIDE else 0
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
@@ -92,11 +90,6 @@ def place_legend(ax: Axes, inside: str, labels: Sequence[str], **key: object) ->
         below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
         place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "ncols": 2}
     ax.legend(labels=labels, **key, **place, frameon=False)
-
-
-def legend_height(names: int) -> float:
-    """How many inches a legend below the axes takes, where so many names need one."""
-    return 0.2 * -(-names // 2) + 0.3 if names > MOST_INSIDE else 0
 
 
 def fitted(text: str, inches: float, *, size: float = 10) -> str:

@@ -53,18 +53,21 @@ class FilterBatch:
     A look-up moves all elements at once.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], like: Tensor) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.sizes = [rows * columns for rows, columns in shapes]
         height, width = map(max, zip(*shapes, strict=True))
         starts = [end - size for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
-        self.zero, nothing, places = like.new_zeros(1), sum(self.sizes), []
+        self.zero = torch.zeros(1, dtype=dtype, device=device)
+        nothing, places = sum(self.sizes), []
         for (rows, columns), start in zip(shapes, starts, strict=True):
-            place = torch.arange(start, start + rows * columns, device=like.device)
+            place = torch.arange(start, start + rows * columns, device=device)
             padding = (0, width - columns, 0, height - rows)
             places.append(F.pad(place.view(rows, columns), padding, value=nothing))
         self.places = torch.stack(places)  # (B, height, width), in all banks one after another
         self.back = self.places.flatten().argsort()[:nothing]
-        shares = [like.new_full((1, 1), -1 / columns) for _, columns in shapes]
+        shares = [self.zero.new_full((1, 1), -1 / columns) for _, columns in shapes]
         self.shares = torch.stack(shares)  # (B, 1, 1)
 
     def gather(self, banks: Sequence[Tensor]) -> Tensor:
@@ -100,9 +103,5 @@ def batch_of(banks: Sequence[Tensor]) -> FilterBatch | None:
     return cached_batch(shapes, *kinds.pop())
 
 
-@functools.cache  # for good: a captured graph refers to the places in memory
-def cached_batch(
-    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
-) -> FilterBatch:
-    """The batch for banks of these shapes (out, in · kernel)."""
-    return FilterBatch(shapes, torch.empty(0, dtype=dtype, device=device))
+# For good: a captured graph refers to the places in memory.
+cached_batch = functools.cache(FilterBatch)

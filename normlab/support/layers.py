@@ -4,12 +4,24 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from normlab.support.seeding import seeded
 
 NormMaker = Callable[[int, tuple[int, int]], nn.Module]
 """Makes the normalization for (channels, (H, W))."""
+
+
+class Residual(nn.Module):
+    """body(x) + shortcut(x): He et al., "Deep Residual Learning", 2016."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
 
 
 @dataclass

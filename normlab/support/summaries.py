@@ -45,17 +45,15 @@ def is_norm(layer: nn.Module) -> bool:
 
 def described_norm(layer: nn.Module) -> str:
     """What a layer that normalises is and averages over: "GroupNorm of 2 groups over C/G, H, W"."""
-    name, sides = type(layer).__name__, getattr(layer, "normalized_shape", ())
+    name, groups = type(layer).__name__, getattr(layer, "num_groups", 0)
     if isinstance(layer, nn.BatchNorm2d):
         return f"{name} over N, H, W"
     if isinstance(layer, nn.InstanceNorm2d):
         return f"{name} over H, W"
     if isinstance(layer, nn.GroupNorm):
-        one = layer.num_groups == 1
-        return (
-            f"{name} of {'1 group over C' if one else f'{layer.num_groups} groups over C/G'}, H, W"
-        )
-    return f"{name} over C, H, W" if len(sides) == 3 else name
+        return f"{name} of {'1 group over C' if groups == 1 else f'{groups} groups over C/G'}, H, W"
+    whole = len(getattr(layer, "normalized_shape", ())) == 3
+    return f"{name} over C, H, W" if whole else name
 
 
 def summary(
