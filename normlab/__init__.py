@@ -28,7 +28,7 @@ The files of this folder, in the order in which one reads them:
 
 Behind six doors lies the machinery, which can be left alone:
 
-    support       checks of arguments, files, seeds, devices, figures, progress
+    support       checks, files, seeds, devices, figures, and what the files above are built on
     datasets      where images come from: bundled, downloaded, folders of pictures
     engines       ways through an epoch that take the step of `training` faster; `doctor`
     runs          runs on disk, resumed, side by side in processes, on a cluster

@@ -45,7 +45,6 @@ def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
     the gradients before each step, and from the weights after it, which matters in the first only.
     Source: Yong et al., "Gradient Centralization", 2020.
     """
-
     optimizer.register_step_pre_hook(
         lambda *_: centre([weight.grad for weight in weights if weight.grad is not None])
     )
