@@ -57,9 +57,8 @@ def predict(
     """
     if isinstance(data, Dataset):
         check_network(network, data.input_shape, len(data.classes))
-        example = next(network.parameters(), torch.zeros(()))
-        place = {"device": example.device, "dtype": example.dtype}
-        data = data.loader(train, batch_size, shuffle=False, **place)
+        like = next(network.parameters(), torch.zeros(()))
+        data = data.loader(train, batch_size, shuffle=False, device=like.device, dtype=like.dtype)
     elif train:
         raise ValueError("train=True is for a Dataset, which has two parts: give the one loader")
     warn_of_batch_statistics(network)

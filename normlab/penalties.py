@@ -28,8 +28,7 @@ def l1_penalty(
     Raises `ValueError` if the network has no such weight.
     """
     one_of(over, L1_OVER, "l1_over")
-    every = over == "all"
-    weights = trained_parameters(network) if every else penalised_weights(network, layers)
+    weights = trained_parameters(network) if over == "all" else penalised_weights(network, layers)
     if are_taken_together(weights):
         return torch.cat([in_memory_order(weight).flatten() for weight in weights]).abs().sum()
     return torch.stack([weight.abs().sum() for weight in weights]).sum()
