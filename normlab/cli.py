@@ -23,7 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     If a signal ended it, it returns 128 and the signal's number.
     """
     with lasting_output(), ended_by_signals():
-        options = make_parser().parse_args(arguments)
+        parser = make_parser()
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
         try:
             WORKS[options.command](options)
         except KeyboardInterrupt as interrupt:
@@ -157,8 +161,13 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
+    from normlab.datasets.cache import measured_cache
     from normlab.datasets.loading import check_dataset_name, load_dataset
 
+    if options.name is None or options.clear_cache:
+        print(measured_cache(clear=options.clear_cache))
+    if options.name is None:
+        return
     check_dataset_name(options.name)
     options.status = 1
     data = load_dataset(options.name, options.data_root)
