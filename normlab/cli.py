@@ -51,9 +51,6 @@ def _what_is_kept(options: argparse.Namespace) -> str:
     return f"what was finished is kept in {options.out}: {again} goes on from there"
 
 
-# --- run and sweep ----------------------------------------------------------------------------
-
-
 def _run(options: argparse.Namespace) -> None:
     from normlab.assignments import find_assignment
     from normlab.comparisons.report import markdown_table, write_report
@@ -124,9 +121,6 @@ def _load(options: argparse.Namespace, assignment: object, *which: object, side:
     if options.command == "run":
         print(f"{assignment.title}, {data.source}", flush=True)
     return data
-
-
-# --- list, summary, data ----------------------------------------------------------------------
 
 
 def _list(options: argparse.Namespace) -> None:
