@@ -253,7 +253,12 @@ CONVENTIONS = {
 }
 FIGURE = "read off the figure"
 NOT_PRINTED = {
-    "00_normalization_by_hand": {"0.00001": "= 10**-5", "0.99": "= 1 - 0.01"},
+    "00_normalization_by_hand": {
+        "1.177": "= (6 - 3) / 6.5**0.5",
+        "0.289": "= (6 - 5) / 12**0.5",
+        "1.706": "= (6 - 2) / 5.5**0.5",
+        **dict.fromkeys(("5.5", "6.5", "12"), "variances that are printed above"),
+    },
     "01_mnist_l1": {
         "15": "= 16 - 1",
         "3.5": "= sum(range(8)) / 8",
@@ -324,6 +329,14 @@ NOT_PRINTED = {
         "40.3": "counted by exercise 3",
         "255": "the largest value of a pixel",
         "360": "= 1797 // 5 + 1",
+    },
+    "12_what_follows": {
+        "0.00001": "= 10**-5",
+        "0.95": "= 0.9 * 0.5 + 0.1 * 5",
+        "0.99": "= 1 - 0.01",
+        "900": "= 10**2 * 9",
+        "44": "= ceil(log(0.01) / log(0.9))",
+        "459": "= ceil(log(0.01) / log(0.99))",
     },
     "11_how_many_groups": {
         "11": "its number",
