@@ -28,7 +28,7 @@ The files of this folder, in the order in which one reads them:
 
 Behind six doors lies the machinery, which can be left alone:
 
-    support       checks of arguments, files, seeds, devices, figures, progress
+    support       checks, files, seeds, devices, figures, and what the files above are built on
     datasets      where images come from: bundled, downloaded, folders of pictures
     engines       ways through an epoch that take the step of `training` faster; `doctor`
     runs          runs on disk, resumed, side by side in processes, on a cluster
@@ -44,66 +44,49 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "analysis": (
-        "Mistakes",
-        "class_accuracy",
-        "confusion_matrix",
-        "find_common_mistakes",
-        "find_mistakes",
-        "grad_cam",
-        "predict",
-    ),
-    "assignments": ("ASSIGNMENTS", "Assignment", "Variant"),
-    "augment": ("AUGMENTATIONS",),
-    "comparisons.comparison": ("Difference", "compare", "main_effects", "mcnemar", "plot_compare"),
-    "data": ("Dataset",),
-    "lessons.diagrams": ("plot_norm_axes", "plot_shared"),
-    "lessons.by_hand": (
-        "batch_norm",
-        "example_batch",
-        "group_norm",
-        "instance_norm",
-        "layer_norm",
-    ),
-    "engines.doctor": ("doctor",),
-    "experiment": ("Results", "run_assignment"),
-    "lessons.explorer": ("explore_norm",),
-    "comparisons.fairness": ("Finding", "check_fair"),
-    "fitting": ("fit",),
-    "images": ("plot_mistakes", "plot_samples"),
-    "comparisons.intervals": ("Interval", "interval"),
-    "lessons.invariance": ("Rescaled", "rescale_weights"),
-    "model": ("NETWORKS", "Network", "build_network"),
-    "lessons.checking": ("Checked",),
-    "lessons.norm_checks": ("check_norm",),
-    "lessons.training_checks": ("check_loop", "check_penalty"),
-    "lessons.mistake_checks": ("check_mistakes",),
-    "norms": ("NORMS", "make_norm"),
-    "penalties": ("l1_penalty",),
-    "plots": (
-        "plot_confusion",
-        "plot_curves",
-        "plot_loss_and_accuracy",
-        "plot_panels",
-    ),
-    "lessons.range_test": ("RateTest", "find_rate", "plot_rates"),
-    "recipes": ("Recipe",),
-    "comparisons.report": ("write_report",),
-    "history": ("History", "Run"),
-    "lessons.sharing": ("shared_statistics",),
-    "datasets.loading": ("load_dataset",),
-    "lessons.sparsity": ("penalty_share", "small_weights"),
-    "lessons.spreadsheet": ("to_spreadsheet",),
-    "support.summaries": ("summary",),
-    "support.figures": ("save_figure",),
-    "comparisons.sweep_plots": ("plot_sweep",),
-    "comparisons.submissions": ("as_submitted",),
-    "comparisons.sweeps": ("run_sweep",),
-    "lessons.watch_plots": ("plot_activations", "plot_watch"),
-    "training": ("EpochResult", "test_epoch", "train_epoch", "train_step"),
-    "lessons.watching": ("Watch", "watch"),
+    "norms": "NORMS make_norm",
+    "model": "NETWORKS Network build_network",
+    "training": "EpochResult test_epoch train_epoch train_step",
+    "penalties": "l1_penalty",
+    "data": "Dataset",
+    "augment": "AUGMENTATIONS",
+    "recipes": "Recipe",
+    "history": "History Run",
+    "analysis": "Mistakes class_accuracy confusion_matrix find_common_mistakes find_mistakes "
+    "predict",
+    "plots": "plot_confusion plot_curves plot_loss_and_accuracy plot_panels",
+    "images": "plot_mistakes plot_samples",
+    "assignments": "ASSIGNMENTS Assignment Variant",
+    "fitting": "fit",
+    "experiment": "Results run_assignment",
+    "comparisons.comparison": "Difference compare main_effects mcnemar plot_compare",
+    "comparisons.fairness": "Finding check_fair",
+    "comparisons.intervals": "Interval interval",
+    "comparisons.report": "write_report",
+    "comparisons.submissions": "as_submitted",
+    "comparisons.sweep_plots": "plot_sweep",
+    "comparisons.sweeps": "run_sweep",
+    "datasets.loading": "load_dataset",
+    "engines.doctor": "doctor",
+    "lessons.by_hand": "batch_norm example_batch group_norm instance_norm layer_norm",
+    "lessons.checking": "Checked",
+    "lessons.diagrams": "plot_norm_axes plot_shared",
+    "lessons.explorer": "explore_norm",
+    "lessons.invariance": "Rescaled rescale_weights",
+    "lessons.mistake_checks": "check_mistakes",
+    "lessons.norm_checks": "check_norm",
+    "lessons.range_test": "RateTest find_rate plot_rates",
+    "lessons.sharing": "shared_statistics",
+    "lessons.sparsity": "penalty_share small_weights",
+    "lessons.spreadsheet": "to_spreadsheet",
+    "lessons.training_checks": "check_loop check_penalty",
+    "lessons.watch_plots": "plot_activations plot_watch",
+    "lessons.watching": "Watch watch",
+    "support.figures": "save_figure",
+    "support.grad_cam": "grad_cam",
+    "support.summaries": "summary",
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = ["__version__", *sorted(_HOME)]
 

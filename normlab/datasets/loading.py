@@ -1,7 +1,7 @@
 """Data sets by name: the bundled digits, those of torchvision, a folder of images."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from normlab.datasets.cache import cached
 from normlab.datasets.downloads import SOURCES, find_or_download
 from normlab.datasets.folders import load_folder, resized
 from normlab.model import NETWORKS
-from normlab.support.checks import image_shape, nearest
+from normlab.support.checks import check_instance, image_shape, nearest
 
 DATASETS = ("digits", *SOURCES)
 
@@ -132,3 +132,11 @@ def load_assignment_data(
     elif name != "digits":
         shape = None
     return load_dataset(name, root, input_shape=shape)
+
+
+def load_images(data: Dataset | Callable[[], Dataset] | None, assignment: Assignment) -> Dataset:
+    """The images: those given, or what the function returns; without either, the assignment's."""
+    data = load_assignment_data(assignment) if data is None else data
+    data = data() if callable(data) else data
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    return data
