@@ -90,6 +90,7 @@ _HOMES = {
     "lessons.range_test": ("RateTest", "find_rate", "plot_rates"),
     "recipes": ("Recipe",),
     "comparisons.report": ("write_report",),
+    "comparisons.review": ("review_runs",),
     "history": ("History", "Run"),
     "lessons.sharing": ("shared_statistics",),
     "datasets.loading": ("load_dataset",),

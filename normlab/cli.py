@@ -204,6 +204,15 @@ def _doctor(options: argparse.Namespace) -> None:
     doctor(device)
 
 
+def _review(options: argparse.Namespace) -> None:
+    from normlab.comparisons.report import escaped, in_markdown
+    from normlab.comparisons.review import review_runs
+
+    table = review_runs(options.folders)
+    rows = ([escaped(cell) for cell in row] for row in table.values.tolist())
+    print(in_markdown([*table], rows, rule="---"))
+
+
 # --- what each command takes ------------------------------------------------------------------
 
 FLAG = {"action": "store_true"}
@@ -245,11 +254,15 @@ DATA = {
     "--data-root": {"type": _path, "help": "the folder that holds or receives it"},
 }
 DOCTOR = {"--device": TRAINING["--device"]}
+REVIEW = {
+    "folders": {"nargs": "+", "type": _path, "metavar": "FOLDER", "help": "with runs at any depth"}
+}
 COMMANDS = {  # of each: its arguments, what does the work, and its help
     "run": (RUN, _run, "train all variants of an assignment and draw the comparison"),
     "sweep": (SWEEP, _sweep, "train all combinations of norms, batches and rates"),
     "list": ({}, _list, "show assignments, networks, data sets and norms"),
     "summary": (SUMMARY, _summary, "print a network's layers and parameters"),
     "data": (DATA, _data, "fetch or check a data set"),
+    "review": (REVIEW, _review, "tell what was trained in folders, if it is whole, and how fairly"),
     "doctor": (DOCTOR, _doctor, "tell what is here, whether it works, and how fast"),
 }

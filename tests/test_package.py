@@ -48,7 +48,7 @@ ORDER = (
     *("runs.transfer", "runs.processes", "runs.cluster"),
     *("fitting", "experiment"),
     *("comparisons.intervals", "comparisons.comparison", "comparisons.fairness"),
-    *("comparisons.report", "comparisons.sweep_plots"),
+    *("comparisons.report", "comparisons.review", "comparisons.sweep_plots"),
     *("comparisons.submissions", "comparisons.sweeps"),
     *("lessons.by_hand", "lessons.sharing", "lessons.diagrams", "lessons.explorer"),
     *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
@@ -103,9 +103,9 @@ def test_the_library_stays_thin():
     lines = {file: len(file.read_text().splitlines()) for file in every_file()}
     shelf = [file for file in lines if file.parent == SOURCE]
     assert len(shelf) <= 18
-    assert sum(map(lines.get, shelf)) <= 3_440
+    assert sum(map(lines.get, shelf)) <= 3_454
     assert max(map(lines.get, shelf)) <= 320
-    assert sum(lines.values()) <= 13_160
+    assert sum(lines.values()) <= 13_301
 
 
 @pytest.mark.parametrize("module", ORDER)
