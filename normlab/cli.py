@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "Compare batch, layer and group normalization on small convolutional networks."
     parser = argparse.ArgumentParser(prog="normlab", description=about)
     parser.add_argument("--version", action="version", version=f"normlab {normlab.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(work=lambda _: parser.print_help(), traceback=False)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name, (arguments, work, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=f"To {about}.")
         command.set_defaults(work=work, status=2)  # 1 from where an error is no wrong use
@@ -181,8 +182,16 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
+    from normlab.datasets.cache import cache_folder, cache_size, clear_cache
     from normlab.datasets.loading import check_dataset_name, load_dataset
 
+    if options.name is None or options.clear_cache:
+        size = f"{cache_size() / 1e6:,.0f} MB in {cache_folder()}"
+        if options.clear_cache:
+            clear_cache()
+        print(f"{size}: removed" if options.clear_cache else f"{size}; --clear-cache removes it")
+    if options.name is None:
+        return
     check_dataset_name(options.name)
     options.status = 1
     data = load_dataset(options.name, options.data_root)
@@ -217,9 +226,13 @@ def _review(options: argparse.Namespace) -> None:
 
 FLAG = {"action": "store_true"}
 TRACEBACK = {"--traceback": {**FLAG, "help": "show where an error arose"}}
-ASSIGNMENT = {"metavar": "ASSIGNMENT", "help": "see `normlab list`"}
+# Written out, so that help does not wait for torch; tests/test_cli.py compares.
+NAMES = "mnist-l1, mnist-eva6, cifar10-norms, cifar10-add or cifar10-skip"
+DATASETS = "digits, mnist, fashion-mnist, cifar10, svhn or a folder of images"
+NORMS = "bn, ln, gn, ln-elementwise, in or none"
+ASSIGNMENT = {"metavar": "ASSIGNMENT", "help": NAMES}
 TRAINING = {
-    "--dataset": {"help": "another data set, or a folder of images"},
+    "--dataset": {"help": DATASETS},
     "--data-root": {"type": _path, "help": "the folder that holds the data"},
     "--image-size": {"type": int, "help": "resize all images to this side"},
     "--epochs": {"type": int, "help": "passes over the training images (20)"},
@@ -229,14 +242,18 @@ TRAINING = {
     "--fresh": {**FLAG, "help": "train anew what the output folder holds of it"},
 }
 RUN = {
-    "assignment": {**ASSIGNMENT, "nargs": "?", "help": "without it: mnist-l1 on bundled digits"},
+    "assignment": {
+        **ASSIGNMENT,
+        "nargs": "?",
+        "help": f"{NAMES}; else mnist-l1 on digits",
+    },
     "--as-submitted": {**FLAG, "help": "train in the manner of the submission"},
     **TRAINING,
     "--engine": {"default": "auto", "help": "auto, plain for the loop as taught, or untried"},
 }
 SWEEP = {
     "assignment": ASSIGNMENT,
-    "--norms": {"nargs": "+", "help": "bn, ln, gn, … (the assignment's variants)"},
+    "--norms": {"nargs": "+", "help": f"{NORMS} (the assignment's variants)"},
     "--batch-sizes": {"nargs": "+", "type": int, "help": "images a step (the recipe's)"},
     "--lr": {"nargs": "+", "type": float, "dest": "lrs", "help": "learning rates (the recipe's)"},
     "--scaling": {"default": "none", "help": "of the rate with the batch: none, sqrt or linear"},
@@ -244,14 +261,15 @@ SWEEP = {
     "--dask": {"metavar": "ADDRESS", "help": "train on the workers of this cluster"},
 }
 SUMMARY = {
-    "network": {"metavar": "NETWORK", "help": "see `normlab list`"},
-    "--norm": {"default": "bn", "help": "a norm that `normlab list` names (bn)"},
+    "network": {"metavar": "NETWORK", "help": NAMES},
+    "--norm": {"default": "bn", "help": f"{NORMS} (bn)"},
     "--groups": {"type": int, "help": "groups of gn (the assignment's)"},
     "--no-skip": {**FLAG, "help": "without skip connections"},
 }
 DATA = {
-    "name": {"metavar": "NAME", "help": "a data set, or a folder of images"},
+    "name": {"metavar": "NAME", "nargs": "?", "help": f"{DATASETS}; without it the cache"},
     "--data-root": {"type": _path, "help": "the folder that holds or receives it"},
+    "--clear-cache": {**FLAG, "help": "remove all downloads and decoded images"},
 }
 DOCTOR = {"--device": TRAINING["--device"]}
 REVIEW = {
@@ -262,7 +280,7 @@ COMMANDS = {  # of each: its arguments, what does the work, and its help
     "sweep": (SWEEP, _sweep, "train all combinations of norms, batches and rates"),
     "list": ({}, _list, "show assignments, networks, data sets and norms"),
     "summary": (SUMMARY, _summary, "print a network's layers and parameters"),
-    "data": (DATA, _data, "fetch or check a data set"),
+    "data": (DATA, _data, "fetch or check a data set, or say what the cache holds"),
     "review": (REVIEW, _review, "tell what was trained in folders, if it is whole, and how fairly"),
     "doctor": (DOCTOR, _doctor, "tell what is here, whether it works, and how fast"),
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -29,6 +30,17 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local", "normlab")
     return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "normlab"
+
+
+def cache_size() -> int:
+    """The bytes of all downloads and decoded data sets in the cache folder."""
+    return sum(file.stat().st_size for file in cache_folder().rglob("*") if file.is_file())
+
+
+def clear_cache() -> None:
+    """Removes the cache folder; the next load downloads or decodes anew."""
+    if cache_folder().exists():
+        shutil.rmtree(cache_folder())
 
 
 def cached(

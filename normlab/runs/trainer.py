@@ -28,7 +28,7 @@ from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
 from normlab.support.locks import locked
 from normlab.support.module_state import TRAINED, modes_kept, was_trained
-from normlab.support.progress import Progress
+from normlab.support.progress import Progress, Show
 from normlab.support.seeding import seeded
 from normlab.training import test_epoch
 
@@ -51,7 +51,7 @@ def fit_each(
     data: Dataset,
     *,
     device: str | torch.device | None = None,
-    progress: bool = True,
+    progress: Show = True,
     engine: str = "auto",
     at_once: int | None = None,
     processes: int = 1,
@@ -59,7 +59,8 @@ def fit_each(
     """Does jobs in this process; yields each with its run, or with the error that ended it.
 
     On a GPU the epochs of several overlap: of `at_once`, or of fewer where memory is short.
-    `processes` says how many do so side by side, for the record.
+    `processes` says how many do so side by side, for the record. `progress` is as
+    `show` of `Progress`.
     """
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
@@ -81,7 +82,7 @@ def _fit_together(
     data: Dataset,
     device: torch.device,
     engine: str,
-    progress: bool,
+    progress: Show,
     processes: int,
 ) -> dict[Job, Run | Exception | None]:
     """The runs of jobs that are done at once, or errors; None for want of memory beside others."""
@@ -128,7 +129,7 @@ class _Training:
     """A job that is being done, epoch by epoch."""
 
     def __init__(
-        self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
+        self, job: Job, data: Dataset, device: torch.device, engine: str, progress: Show
     ) -> None:
         self.job, self.recipe, self.network = job, job.recipe, job.build()
         self.identity = job.identity
@@ -183,7 +184,7 @@ class _Training:
             self._close_engine()
             self._open_engine("plain")  # with new batches: the first engine has changed its own
             self._resume()
-        if self.progress and not self.history and was_trained(self.network):
+        if self.progress is True and not self.history and was_trained(self.network):
             print(f"{self.job.label}: the network was trained before, and starts from its weights")
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
