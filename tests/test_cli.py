@@ -20,11 +20,12 @@ from conftest import everything_of
 from PIL import Image
 
 import normlab as nl
-from normlab import cli
-from normlab.cli import _parser, main
+from normlab.cli import main
 from normlab.datasets.loading import DATASETS
 from normlab.norms import NORMS
 from normlab.runs.folder import RunFolder
+from normlab.support import arguments
+from normlab.support.arguments import make_parser
 
 # However little there is to do, in two processes side by side.
 SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.runs.processes as p; p.WORTHWHILE = 0; "
@@ -452,7 +453,7 @@ def test_a_path_may_begin_at_home(name, tmp_path, monkeypatch, capsys):
         "--out": ["sweep", "mnist-l1", "--dataset", "digits"],
         "--data-root": ["data", "digits"],
     }[name]
-    options = _parser().parse_args([*command, f"{name}=~/there"])
+    options = make_parser().parse_args([*command, f"{name}=~/there"])
     assert vars(options)[name.strip("-").replace("-", "_")] == tmp_path / "there"
     with pytest.raises(SystemExit):
         main([*command, f"{name}=~nobody-of-this-name/there"])
@@ -674,16 +675,16 @@ def test_whatever_ends_it_side_by_side_leaves_no_process_and_no_litter(how, tmp_
 def test_alone_it_lists_its_commands(capsys):
     assert main([]) == 0
     listed = capsys.readouterr().out
-    assert all(f"\n    {command} " in listed for command in cli.COMMANDS)
+    assert all(f"\n    {command} " in listed for command in arguments.COMMANDS)
 
 
 def test_help_names_all_there_is_to_choose_from():
     def names(text):
         return text.replace(" or ", ", ").split(", ")
 
-    assert names(cli.NAMES) == list(nl.ASSIGNMENTS) == list(nl.NETWORKS)
-    assert names(cli.DATASETS)[:-1] == list(DATASETS)
-    assert names(cli.NORMS) == list(NORMS)
+    assert names(arguments.NAMES) == list(nl.ASSIGNMENTS) == list(nl.NETWORKS)
+    assert names(arguments.DATASETS)[:-1] == list(DATASETS)
+    assert names(arguments.NORMS) == list(NORMS)
 
 
 @pytest.mark.process

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from normlab.assignments import Variant
-from normlab.experiment import Results, build_variant
+from normlab.experiment import Results
 from normlab.history import Run
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.recipes import DTYPES
 from normlab.runs.identity import weights_digest
+from normlab.runs.jobs import build_variant
 from normlab.support.checks import check_instance
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest
@@ -125,11 +126,9 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
 def limits(results: Results) -> Iterator[Finding]:
     """What is beyond the assignment's limits."""
     kinds = {"parameters": lambda run: run.parameters, "epochs": lambda run: len(run.history)}
-    for what, count in kinds.items():
-        counts = {label: max(map(count, runs)) for label, runs in results.runs.items()}
-        limit = results.assignment.exceeded(**{what: max(counts.values())}).get(what)
-        if limit:
-            over = {label: number for label, number in counts.items() if number > limit}
+    for what, limit in results.assignment.limits.items():
+        counts = {label: max(map(kinds[what], runs)) for label, runs in results.runs.items()}
+        if over := {label: count for label, count in counts.items() if count > limit}:
             yield Finding(what, over, limit=limit)
 
 

@@ -1,19 +1,15 @@
 """`review_runs`: what was trained in folders of runs, such as a class hands in."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from normlab.assignments import Variant
 from normlab.comparisons.fairness import differing, facts_of, facts_of_seeds
+from normlab.comparisons.report import escaped, in_markdown
 from normlab.runs.folder import FILES, RunFolder
 from normlab.support.files import user_path
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from normlab.support.late_types import DataFrame
 
 COLUMNS = ("folder", "network", "data", "epochs", "seeds", "accuracy", "whole", "fair")
 
@@ -41,6 +37,12 @@ def review_runs(folders: str | Path | Iterable[str | Path]) -> DataFrame:
     places = map(user_path, [folders] if alone else folders)
     rows = [dict.fromkeys(COLUMNS, "") | row for place in places for row in _rows(place)]
     return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+
+def print_review(folders: Iterable[Path]) -> None:
+    """Prints the table of `review_runs`, as Markdown."""
+    rows = (map(escaped, row) for row in review_runs(folders).to_numpy())
+    print(in_markdown(COLUMNS, map(list, rows), rule="---"))
 
 
 def _rows(folder: Path) -> Iterator[dict]:

@@ -15,7 +15,8 @@ from normlab.support.checks import warn
 
 # The code as it was when it was imported: what other code has decoded is not for this one.
 _HERE = Path(__file__).parent
-CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), _HERE.parent / "data.py")]
+_KEPT_BY = [_HERE.parent / "data.py", _HERE.parent / "support" / "dataset_base.py"]
+CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), *_KEPT_BY)]
 
 
 def cache_folder() -> Path:
@@ -37,10 +38,12 @@ def cache_size() -> int:
     return sum(file.stat().st_size for file in cache_folder().rglob("*") if file.is_file())
 
 
-def clear_cache() -> None:
-    """Removes the cache folder; the next load downloads or decodes anew."""
-    if cache_folder().exists():
+def measured_cache(*, clear: bool) -> str:
+    """How much the cache folder holds; with `clear` it is gone, and loads download anew."""
+    found = f"{cache_size() / 1e6:,.0f} MB in {cache_folder()}"
+    if clear and cache_folder().exists():
         shutil.rmtree(cache_folder())
+    return f"{found}: removed" if clear else f"{found}; --clear-cache removes it"
 
 
 def cached(

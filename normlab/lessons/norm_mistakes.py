@@ -129,17 +129,16 @@ def _sharings(kind: str) -> Iterator[Choice]:
     """What mean and variance are taken over: what is right, then every other set of numbers."""
     right, title = _right_sharing(kind), NORMS[kind].title.split(",")[0]
     yield Choice("", (right, right))
-    others = {_right_sharing(k): f" (that is {NORMS[k].title})" for k in ("bn", "ln", "in")}
-    named = [(f"mean and variance {each.words}", each) for each in _SUBSETS if each != right]
-    named += [*_GROUPINGS.items()] * (kind == "gn") + [("axes mixed", each) for each in _MIXED]
+    others = {_right_sharing(k): f"that is {NORMS[k].title}; " for k in ("bn", "ln", "in")}
+    rule = f"{title} takes them {right.words}"
+    some = [each for each in _SUBSETS if each != right]
+    for each in some:
+        yield Choice(f"mean and variance {each.words}", (each, each), others.get(each, "") + rule)
+        yield Choice(f"variance {each.words}", (right, each), rule)
+        yield Choice(f"mean {each.words}", (each, right), rule)
+    named = [*_GROUPINGS.items()] * (kind == "gn") + [("axes mixed", each) for each in _MIXED]
     for name, each in named:
-        text = f"{each.words}{others.get(each, '')}; {title} takes them {right.words}"
-        yield Choice(name, (each, each), f"mean and variance are taken {text}")
-    for each in _SUBSETS:
-        for what, pair in (("variance", (right, each)), ("mean", (each, right))):
-            text = f"the {what} is taken {each.words}; {title} takes it {right.words}"
-            if each != right:
-                yield Choice(f"{what} {each.words}", pair, text)
+        yield Choice(name, (each, each), f"mean and variance are taken {each.words}; {rule}")
 
 
 # --- all places ---------------------------------------------------------------------------------

@@ -374,8 +374,8 @@ def _value(
         factors = [(g - at["added"]) / s.item() for g, s in zip(given, sums, strict=True)]
         if abs(factors[0] - factors[1]) > 1e-4 * abs(factors[0]) or abs(factors[0]) < 1e-12:
             continue
-        example = f"It gives {sums[0].item():.3g} where {right:.3g} is right for a small network."
-        found = {each.name: f"{each.sentence}. {example}" for each in wrong.values()}
+        example = f"It gives {sums[0].item() + at['added']:.3g} where {right:.3g} is right"
+        found = {each.name: f"{each.sentence}. {example}." for each in wrong.values()}
         if takes_factor and abs(factors[0] - _FACTOR) > 1e-3:
             text = f"the penalty is {factors[0]:.3g} times the sum where the factor is {_FACTOR}"
             found["factor"] = text

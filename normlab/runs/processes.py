@@ -1,4 +1,4 @@
-"""Jobs side by side on a CPU, in processes of one thread each.
+"""Many jobs: on a CPU side by side, in processes of one thread each, where that is quicker.
 
 For networks as small as these two processes of one thread each get through more images than one
 process of two threads. A process tells of itself through its run's folder: the parent reads the
@@ -17,13 +17,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import joblib
+import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 from tqdm import tqdm
 
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import Job
-from normlab.runs.trainer import fit_job
+from normlab.runs.jobs import Job, Outcomes
+from normlab.runs.trainer import fit_each, fit_job
 from normlab.runs.transfer import (
     SECONDS_BETWEEN_LOOKS,
     Ended,
@@ -31,6 +32,7 @@ from normlab.runs.transfer import (
     as_they_end,
     attempt,
     quiet,
+    train_apart,
     unpack,
 )
 from normlab.support.locks import scratch_folder
@@ -42,6 +44,29 @@ from normlab.support.summaries import multiply_adds
 WORTHWHILE = 3e11
 
 PARTS = 100  # of an epoch that the display tells apart
+
+
+def train(
+    left: Sequence[Job],
+    jobs: Sequence[Job],
+    data: Dataset,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    engine: str = "auto",
+    workers: Callable[[dict[Job, bytes]], Ended] | None = None,
+) -> Outcomes:
+    """Does the jobs that are left, side by side if all jobs together are worth it.
+
+    Args:
+        workers: do the jobs, whatever they are worth, instead of processes of this machine.
+    """
+    if workers is None and device.type == "cpu" and engine != "plain":
+        apart = functools.partial(in_processes, data, progress=progress)
+        workers = apart if are_worthwhile(jobs, data) else None
+    if workers is not None:
+        left = yield from train_apart(left, data, workers)
+    yield from fit_each(left, data, device=device, progress=progress, engine=engine)
 
 
 def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:

@@ -13,16 +13,10 @@ from normlab.analysis import class_and_probability, predict
 from normlab.data import Dataset
 from normlab.engines.choice import ENGINES, disagreement_of, make_engine
 from normlab.engines.plain import PlainEngine, training_batches
-from normlab.history import Run
+from normlab.history import History, Run
 from normlab.runs.folder import RunFolder, another_run
 from normlab.runs.identity import provenance, weights_digest
-from normlab.runs.jobs import (
-    CHANCE_EPOCHS,
-    Job,
-    Outcomes,
-    find_runs,
-    warn_if_at_chance,
-)
+from normlab.runs.jobs import CHANCE_EPOCHS, Job, Outcomes, find_runs, warn_if_at_chance
 from normlab.runs.probe import LOGITS_APART
 from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
@@ -136,7 +130,7 @@ class _Training:
         self.data, self.device, self.choice, self.progress = data, device, engine, progress
         self.folder = None if job.directory is None else RunFolder(job.directory)
         self.engine: PlainEngine | None = None
-        self.history: list[dict] = []
+        self.history = History()
         self.at_once = 1  # how many trainings share the machine
 
     def turns(self) -> Generator[None, None, Run]:
@@ -210,7 +204,7 @@ class _Training:
             any_weights = self.job.may_begin_otherwise()
             self.identity = self.folder.identity_of(self.job.identity, any_weights=any_weights)
             about = (self.network, self.engine.optimizer, self.identity)
-            self.history = self.folder.load_epoch(*about)
+            self.history[:] = self.folder.load_epoch(*about)
             if self.identity is not self.job.identity:
                 self._check_kept_weights()
         return self.engine.prepare()
@@ -240,18 +234,9 @@ class _Training:
                     "normalization if there is none"
                     f"{', in another directory' if self.folder else ''}"
                 )
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": train.loss,
-            "train_accuracy": train.accuracy,
-            "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
-            "penalty": train.penalty,
-            "lr": self.engine.last_rate(epoch),
-            "seconds": train.seconds + test.seconds + self.preparation,
-        }
+        row = self.history.add(train, test, lr=self.engine.last_rate(epoch))
+        row["seconds"] += self.preparation
         self.preparation = 0.0
-        self.history.append(row)
         if self.folder is not None:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
         shown.finish_epoch(row)
