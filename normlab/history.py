@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.support.histories import epochs_in, holds_epochs
+from normlab.support.histories import holds_epochs, row_of, rows_of
 from normlab.support.late_types import DataFrame, Tensor, nn
 
 if TYPE_CHECKING:
@@ -43,11 +43,7 @@ class History(list):
         self, train: EpochResult, test: EpochResult | None = None, *, lr: float = math.nan
     ) -> dict:
         """Appends the row of an epoch, from the results of training and testing, and returns it."""
-        row = {"train_loss": train.loss, "train_accuracy": train.accuracy}
-        if test is not None:
-            row |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
-        seconds = train.seconds + (0.0 if test is None else test.seconds)
-        return self._append(row | {"penalty": train.penalty, "lr": lr, "seconds": seconds})
+        return self._append(row_of(train, test, lr=lr))
 
     def _append(self, values: Mapping[str, float]) -> dict:
         self.append({"epoch": len(self) + 1} | dict.fromkeys(QUANTITIES, math.nan) | values)
@@ -65,12 +61,8 @@ class History(list):
         Raises `ValueError` for names that are none of `QUANTITIES` and lists of several lengths.
         """
         history = cls()
-        for epoch in epochs_in(kept, QUANTITIES):
-            history._append(epoch) if isinstance(epoch, dict) else history.add(*epoch)
-        for name in ("train_accuracy", "test_accuracy"):
-            if any(row[name] > 1 for row in history):
-                for row in history:
-                    row[name] /= 100
+        for row in rows_of(kept, QUANTITIES):
+            history._append(row)
         return history
 
 

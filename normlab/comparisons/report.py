@@ -321,10 +321,7 @@ def _norm_table(results: Results) -> str:
         layers = [layer for layer in runs[0].network.modules() if is_norm(layer)]
         kinds = Counter(map(described_norm, layers))
         learned = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        told = (
-            "; ".join(f"{count} × {kind}" for kind, count in kinds.items())
-            or "none known by its class"
-        )
+        told = "; ".join(f"{n} × {kind}" for kind, n in kinds.items()) or "none known by its class"
         rows.append((escaped(label), escaped(told), f"{learned:,}"))
     return in_markdown(("", "layers that normalise", "their parameters"), rows, rule="---")
 

@@ -33,11 +33,7 @@ TRAINING = {
     "--fresh": {**FLAG, "help": "train anew what the output folder holds of it"},
 }
 RUN = {
-    "assignment": {
-        **ASSIGNMENT,
-        "nargs": "?",
-        "help": f"{NAMES}; else mnist-l1 on digits",
-    },
+    "assignment": {**ASSIGNMENT, "nargs": "?", "help": f"{NAMES}; else mnist-l1 on digits"},
     "--as-submitted": {**FLAG, "help": "train in the manner of the submission"},
     **TRAINING,
     "--engine": {"default": "auto", "help": "auto, plain for the loop as taught, or untried"},

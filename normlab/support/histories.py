@@ -1,5 +1,6 @@
 """The ways in which loops of one's own keep what every epoch gave."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -13,15 +14,29 @@ _SHORT = {  # words of the names that students give their lists
 }
 
 
-def epochs_in(kept: Mapping | Iterable, quantities: Sequence[str]) -> Iterator[tuple | dict]:
-    """For each epoch its results (train, test), or its numbers by the names of `quantities`."""
-    for row in _rows(kept) if isinstance(kept, Mapping) else kept:
-        if isinstance(row, Mapping) and "train" in row:
-            yield row["train"], row.get("test")
-        elif isinstance(row, Mapping):
-            yield _named(row, quantities)
-        else:
-            yield row if isinstance(row, tuple) else (row,)
+def row_of(train: object, test: object = None, *, lr: float = math.nan) -> dict[str, float]:
+    """An epoch's numbers, of the `EpochResult`s of training and testing."""
+    row = {"train_loss": train.loss, "train_accuracy": train.accuracy}
+    if test is not None:
+        row |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
+    seconds = train.seconds + (0.0 if test is None else test.seconds)
+    return row | {"penalty": train.penalty, "lr": lr, "seconds": seconds}
+
+
+def rows_of(kept: Mapping | Iterable, quantities: Sequence[str]) -> list[dict[str, float]]:
+    """Each epoch's numbers by the names of `quantities`; percents become fractions."""
+    epochs = _rows(kept) if isinstance(kept, Mapping) else kept
+    rows = [_row(epoch, quantities) for epoch in epochs]
+    accuracies = ("train_accuracy", "test_accuracy")
+    percents = [name for name in accuracies if any(row.get(name, 0) > 1 for row in rows)]
+    return [{k: v / 100 if k in percents else v for k, v in row.items()} for row in rows]
+
+
+def _row(epoch: object, quantities: Sequence[str]) -> dict[str, float]:
+    if isinstance(epoch, Mapping):
+        pair = "train" in epoch
+        return row_of(epoch["train"], epoch.get("test")) if pair else _named(epoch, quantities)
+    return row_of(*epoch) if isinstance(epoch, tuple) else row_of(epoch)
 
 
 def _rows(lists: Mapping[str, Sequence]) -> Iterator[dict]:
