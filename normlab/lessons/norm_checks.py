@@ -306,7 +306,8 @@ class _NormCheck:
         due = [normalized(each, **right) for each in (case, self._case(seen, **after))]
         if "mean" in vectors and any(_near(seen.numbers, each) for each in due):
             return mistakes
-        places = formulas.norm_places("bn") | formulas.EVALUATED
+        first = formulas.EVALUATED  # if they are not kept, other sets give the batch's as well
+        places = first | formulas.norm_places("bn") | first
         known = self._search(seen, case, explanations(places, 2, 1, right))
         return mistakes | (self._told(known[1]) if known else said("evaluation"))
 

@@ -70,6 +70,7 @@ def normalized(
     case: Case,
     *,
     sharing: tuple[Sharing, Sharing],  # for the mean, and for the variance
+    variance_sharing: Sharing | None,  # instead of the second
     moment: Statistic,
     divisor: Callable[[Tensor], Tensor],
     center: Callable[[Tensor, Tensor], Tensor],
@@ -84,7 +85,7 @@ def normalized(
         mean, variance = case.mean, case.var
         if not running or mean is None:
             mean = _apply(sharing[0], _mean, case.x, case.groups, keepdim)
-            variance = _apply(sharing[1], moment, case.x, case.groups, keepdim)
+            variance = _apply(variance_sharing or sharing[1], moment, case.x, case.groups, keepdim)
         mean = mean.detach() if "mean" in detached else mean
         variance = variance.detach() if "variance" in detached else variance
         y = center(case.x, mean) / divisor(variance)
@@ -125,20 +126,22 @@ def _right_sharing(kind: str) -> Sharing:
     return _OF_BLOCKS if "C/G" in averaged else _over(averaged)
 
 
-def _sharings(kind: str) -> Iterator[Choice]:
+def _sharings(kind: str) -> Places:
     """What mean and variance are taken over: what is right, then every other set of numbers."""
     right, title = _right_sharing(kind), NORMS[kind].title.split(",")[0]
-    yield Choice("", (right, right))
     others = {_right_sharing(k): f"that is {NORMS[k].title}; " for k in ("bn", "ln", "in")}
     rule = f"{title} takes them {right.words}"
-    some = [each for each in _SUBSETS if each != right]
-    for each in some:
-        yield Choice(f"mean and variance {each.words}", (each, each), others.get(each, "") + rule)
-        yield Choice(f"variance {each.words}", (right, each), rule)
-        yield Choice(f"mean {each.words}", (each, right), rule)
+    both, variance = [Choice("", (right, right))], [Choice("", None)]
+    for each in (each for each in _SUBSETS if each != right):
+        text = others.get(each, "") + rule
+        both.append(Choice(f"mean and variance {each.words}", (each, each), text))
+        both.append(Choice(f"mean {each.words}", (each, right), rule))
+        variance.append(Choice(f"variance {each.words}", each, rule))
     named = [*_GROUPINGS.items()] * (kind == "gn") + [("axes mixed", each) for each in _MIXED]
     for name, each in named:
-        yield Choice(name, (each, each), f"mean and variance are taken {each.words}; {rule}")
+        text = f"mean and variance are taken {each.words}; {rule}"
+        both.append(Choice(name, (each, each), text))
+    return {"sharing": both, "variance_sharing": variance}
 
 
 # --- all places ---------------------------------------------------------------------------------
@@ -187,8 +190,8 @@ for size in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9):
         "epsilon of another size": lambda v, size=size: (v + size).sqrt(),
         "epsilon outside the root": lambda v, size=size: v.sqrt() + size,
     }
-    said = f"epsilon is {size:g}, and {EPSILON:g} within the root is right"
-    _PLACES["divisor"] += [Choice(*row, said) for row in rows.items()]
+    text = f"epsilon is {size:g}, and {EPSILON:g} within the root is right"
+    _PLACES["divisor"] += [Choice(*row, text) for row in rows.items()]
 # Only where C, H and W are equal does torch broadcast along the wrong axis without an error.
 _ALONG_W = places(
     keepdim={"statistics along the wrong axis": False},
@@ -208,7 +211,7 @@ def norm_places(kind: str, *, cube: bool = False) -> Places:
     """All places of a kind of `NORMS`; some mistakes need a cube, with C, H and W equal."""
     along = _ALONG_W if cube else {}
     every = {place: some + along.get(place, []) for place, some in _PLACES.items()}
-    return {"sharing": [*_sharings(kind)], **every}
+    return _sharings(kind) | every
 
 
 def right_formula(kind: str) -> Formula:
