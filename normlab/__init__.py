@@ -63,6 +63,7 @@ _HOMES = {
     "comparisons.fairness": "Finding check_fair",
     "comparisons.intervals": "Interval interval",
     "comparisons.report": "write_report",
+    "comparisons.review": "review_runs",
     "comparisons.submissions": "as_submitted",
     "comparisons.sweep_plots": "plot_sweep",
     "comparisons.sweeps": "run_sweep",

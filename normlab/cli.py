@@ -156,7 +156,7 @@ def _summary(options: argparse.Namespace) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from normlab.datasets.cache import measured_cache
-    from normlab.datasets.loading import check_dataset_name, load_dataset
+    from normlab.datasets.loading import check_dataset_name, described, load_dataset
 
     if options.name is None or options.clear_cache:
         print(measured_cache(clear=options.clear_cache))
@@ -164,14 +164,7 @@ def _data(options: argparse.Namespace) -> None:
         return
     check_dataset_name(options.name)
     options.status = 1
-    data = load_dataset(options.name, options.data_root)
-    shape = "×".join(map(str, data.input_shape))
-    print(
-        f"{data.source}: {len(data.train_images):,} training and {len(data.test_images):,} test "
-        f"images of {shape}, {len(data.classes)} classes ({', '.join(data.classes)})\n"
-        f"mean {', '.join(f'{m:.4f}' for m in data.mean)}; "
-        f"standard deviation {', '.join(f'{s:.4f}' for s in data.std)}"
-    )
+    print(described(load_dataset(options.name, options.data_root)))
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -183,7 +176,13 @@ def _doctor(options: argparse.Namespace) -> None:
     doctor(device)
 
 
+def _review(options: argparse.Namespace) -> None:
+    from normlab.comparisons.review import print_review
+
+    print_review(options.folders)
+
+
 WORKS = {
     **{"run": _run, "sweep": _sweep, "list": _list},
-    **{"summary": _summary, "data": _data, "doctor": _doctor},
+    **{"summary": _summary, "data": _data, "doctor": _doctor, "review": _review},
 }

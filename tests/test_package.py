@@ -52,7 +52,7 @@ ORDER = (
     *("runs.transfer", "runs.processes", "runs.cluster"),
     *("fitting", "experiment"),
     *("comparisons.intervals", "comparisons.comparison", "comparisons.fairness"),
-    *("comparisons.report", "comparisons.sweep_plots"),
+    *("comparisons.report", "comparisons.review", "comparisons.sweep_plots"),
     *("comparisons.submissions", "comparisons.sweeps"),
     *("lessons.by_hand", "lessons.sharing", "lessons.diagrams", "lessons.explorer"),
     *("lessons.spreadsheet", "lessons.invariance", "lessons.sparsity", "lessons.watching"),
@@ -109,7 +109,7 @@ def test_the_library_stays_thin():
     assert len(shelf) <= 18
     assert sum(map(lines.get, shelf)) <= 2_594
     assert max(map(lines.get, shelf)) <= 206
-    assert sum(lines.values()) <= 13_085
+    assert sum(lines.values()) <= 13_234
 
 
 @pytest.mark.parametrize("module", ORDER)

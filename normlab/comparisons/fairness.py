@@ -50,39 +50,47 @@ def check_fair(results: Results) -> list[Finding]:
     check_instance(results, Results, "results", "nl.run_assignment(…) gives them")
     variants = [v for v in results.assignment.variants if v.label in results.runs]
     facts = {variant.label: _facts(results, variant) for variant in variants}
+    return [*differing(facts, variants), *limits(results)]
+
+
+def differing(facts: dict[str, dict], variants: list[Variant]) -> list[Finding]:
+    """Where the facts of variants, by their labels, are not the same."""
     found = []
     for what in dict.fromkeys(name for some in facts.values() for name in some):
         values = {label: some.get(what) for label, some in facts.items()}
         if any(value != values[variants[0].label] for value in values.values()):
             found.append(Finding(what, values, declared=_is_declared(what, values, variants)))
-    return [*found, *limits(results)]
+    return found
 
 
 def _facts(results: Results, variant: Variant) -> dict[str, object]:
-    """What could make a difference, by name; what differs between its seeds as a list."""
     runs = results.runs[variant.label]
-    each = [_facts_of_run(results, variant, run) for run in runs]
-    facts: dict[str, object] = {}
-    for name in each[0]:
+    filters = ({"initial filters": _initial_filters(results, variant, run)} for run in runs)
+    told = [facts_of(run.identity, len(run.history)) for run in runs]
+    return facts_of_seeds([some | more for some, more in zip(told, filters, strict=True)])
+
+
+def facts_of_seeds(each: list[dict]) -> dict[str, object]:
+    """What could make a difference, by name; what differs between the seeds as a list."""
+    facts: dict[str, object] = {"seeds": sorted(some["seed"] for some in each)}
+    for name in (name for name in each[0] if name != "seed"):
         values = [some.get(name) for some in each]
         facts[name] = values[0] if all(value == values[0] for value in values) else values
-    return facts | {"seeds": sorted(run.recipe.seed for run in runs)}
+    return facts
 
 
-def _facts_of_run(results: Results, variant: Variant, run: Run) -> dict[str, object]:
-    about, epochs = run.identity, len(run.history)
+def facts_of(about: dict, epochs: int) -> dict[str, object]:
+    """What the identity of a run tells, beside its norm, that could make a difference."""
     network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
     if "program" in network:  # of a class of one's own, whose name is told
         network["class"] += f" ({network.pop('program')[:8]})"
-    recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
     return {
         "parameters": about["parameters"],
         **network,
-        **recipe,
+        **about["recipe"],
         "epochs": epochs,
         "images seen": epochs * about["data"]["train_images"],
         "images": about["data"]["fingerprint"][:8],
-        "initial filters": _initial_filters(results, variant, run),
     }
 
 
@@ -109,7 +117,7 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
     if what == "parameters":  # skips have parameters: only without them must all have as many
         kinds = {variant.skip: set() for variant in variants}
         for variant in variants:
-            kinds[variant.skip].add(values[variant.label])
+            kinds[variant.skip].add(str(values[variant.label]))
         return all(len(counts) == 1 for counts in kinds.values())
     name = "epochs" if what == "images seen" else what
     return len({str(values[v.label]) for v in variants if name not in v.changes}) <= 1

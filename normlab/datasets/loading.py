@@ -62,6 +62,17 @@ def load_dataset(
     return data if mean is None and std is None else replace(data, mean=mean, std=std)
 
 
+def described(data: Dataset) -> str:
+    """What it holds, and what its images are normalised by, in two lines."""
+    shape = "×".join(map(str, data.input_shape))
+    return (
+        f"{data.source}: {len(data.train_images):,} training and {len(data.test_images):,} test "
+        f"images of {shape}, {len(data.classes)} classes ({', '.join(data.classes)})\n"
+        f"mean {', '.join(f'{m:.4f}' for m in data.mean)}; "
+        f"standard deviation {', '.join(f'{s:.4f}' for s in data.std)}"
+    )
+
+
 def check_dataset_name(name: str | os.PathLike) -> None:
     """Raises an error unless `name` is a data set's or a folder's."""
     if name in DATASETS or Path(name).expanduser().is_dir():

@@ -59,6 +59,9 @@ DATA = {
     "--clear-cache": {**FLAG, "help": "remove all downloads and decoded images"},
 }
 DOCTOR = {"--device": TRAINING["--device"]}
+REVIEW = {
+    "folders": {"nargs": "+", "type": _path, "metavar": "FOLDER", "help": "with runs at any depth"}
+}
 COMMANDS = {  # of each: its arguments, and its help
     "run": (RUN, "train all variants of an assignment and draw the comparison"),
     "sweep": (SWEEP, "train all combinations of norms, batches and rates"),
@@ -66,6 +69,7 @@ COMMANDS = {  # of each: its arguments, and its help
     "summary": (SUMMARY, "print a network's layers and parameters"),
     "data": (DATA, "fetch or check a data set, or say what the cache holds"),
     "doctor": (DOCTOR, "tell what is here, whether it works, and how fast"),
+    "review": (REVIEW, "tell what was trained in folders, if it is whole, and how fairly"),
 }
 
 
