@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -216,7 +217,7 @@ class _NormCheck:
             found = checking.attempt(torch.autograd.grad, *wanted, **options)
             given = dict(zip(seen.leaves, found, strict=True))
         due = self._due_gradients(seen, self.formula, upstream)
-        wrong = {role: _differs(each, due[role]) for role, each in given.items()}
+        wrong = {role: _differs(given[role], due[role]) for role in due}
         mistakes = {
             f"gradient of {role}": f"the gradient of {role} is wrong: {text}"
             for role, text in wrong.items()
@@ -240,7 +241,8 @@ class _NormCheck:
         roles = checking.roles_of(self.backward, values, ("dy", "cache", *learned))
         found = checking.call(self.backward, values, roles)
         found = found if isinstance(found, tuple | list) else (found,)
-        return dict(zip([role for role in learned if role in values], found, strict=False))
+        # One that is not returned is None, which is wrong.
+        return dict(zip_longest([role for role in learned if role in values], found))
 
     def _due_gradients(self, seen: Called, formula: Formula, upstream: Tensor) -> dict[str, Tensor]:
         """The gradients of x, scale and shift by a formula."""
@@ -388,6 +390,8 @@ def _near(given: Tensor, due: Tensor | None) -> bool:
 
 def _differs(given: object, due: Tensor) -> str:
     """Where what a student's code gives, in any layout, differs most; nothing if it does not."""
+    if given is None:
+        return "it is missing"
     numbers = as_numbers(given)
     if numbers is None or numbers.numel() != due.numel():
         return f"{None if numbers is None else tuple(numbers.shape)} is no shape that fits"

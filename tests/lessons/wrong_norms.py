@@ -405,7 +405,14 @@ def backward_short(dout, cache):
     return dout * gamma.reshape(1, -1, 1, 1) / std, (dout * xhat).sum(BN), dout.sum(BN)
 
 
+def backward_alone(dout, cache):
+    xhat, gamma, std = cache
+    d = dout * gamma.reshape(1, -1, 1, 1)
+    return (d - d.mean(BN, keepdims=True) - xhat * (d * xhat).mean(BN, keepdims=True)) / std
+
+
 @wrong("bn", "gradient of scale", backward=backward_mean)
+@wrong("bn", "gradient of scale", "gradient of shift", backward=backward_alone)
 @wrong("bn", "mean and variance detached", backward=backward_short)
 def bn_forward(x, gamma, beta):
     std = np.sqrt(x.var(BN, keepdims=True) + 1e-5)
