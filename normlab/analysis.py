@@ -1,16 +1,16 @@
 """What a trained network predicts, and where it is wrong."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.data import Dataset
+from normlab.datasets.given import Given, GivenImages, given_images
 from normlab.history import Run
-from normlab.support.checks import as_list, one_of, whole_number
+from normlab.support.checks import one_of, whole_number
+from normlab.support.grad_cam import grad_cam
 from normlab.support.module_state import evaluating
 from normlab.support.tensor_checks import (
     check_labels,
@@ -22,8 +22,6 @@ from normlab.support.tensor_checks import (
 
 Predictor = nn.Module | Run
 """A network, or a run, which remembers what its network predicted for the test images."""
-Tested = Dataset | Iterable[tuple[Tensor, Tensor]]
-"""What to test on: a data set, or the (images, labels) of any `DataLoader`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Mistakes:
 
 @torch.no_grad()
 def predict(
-    network: nn.Module, data: Tested, *, train: bool = False, batch_size: int = 512
+    network: nn.Module, data: Given, *, train: bool = False, batch_size: int = 512
 ) -> Tensor:
     """Logits (N, classes) on the CPU for the test images (or, with `train`, the training images).
 
@@ -59,9 +57,8 @@ def predict(
     """
     if isinstance(data, Dataset):
         check_network(network, data.input_shape, len(data.classes))
-        example = next(network.parameters(), torch.zeros(()))
-        place = {"device": example.device, "dtype": example.dtype}
-        data = data.loader(train, batch_size, shuffle=False, **place)
+        like = next(network.parameters(), torch.zeros(()))
+        data = data.loader(train, batch_size, shuffle=False, device=like.device, dtype=like.dtype)
     elif train:
         raise ValueError("train=True is for a Dataset, which has two parts: give the one loader")
     warn_of_batch_statistics(network)
@@ -90,98 +87,23 @@ def class_and_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
     return predicted, probability
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The images that predictors are tested on, wherever they come from."""
-
-    batches: Tested  # what `predict` takes
-    labels: Tensor
-    pictures: Callable[[Tensor], Tensor]  # of the indices (K,): uint8 (K, C, H, W)
-    inputs: Callable[[Tensor], Tensor]  # of the indices: as a network gets them
-    classes: tuple[str, ...]  # none if only the labels are known
-    source: str
-    part: str = "test"
-
-    def predictions(self, predictor: Predictor) -> tuple[Tensor, Tensor, int]:
-        """Class and probability, kept in a run of these images or computed; how many classes."""
-        if isinstance(predictor, Run):
-            kept = predictor.identity.get("data", {}).get("fingerprint")
-            if isinstance(self.batches, Dataset) and kept == self.batches.fingerprint:
-                return predictor.predicted, predictor.probability, len(self.classes)
-            predictor = predictor.network
-        logits = predict(predictor, self.batches)
-        width = logits.shape[1]
-        check_labels(self.labels, "labels", len(logits), width)
-        if self.classes and len(self.classes) != width:
-            raise ValueError(f"{len(self.classes)} class names do not fit {width} logits an image")
-        return *class_and_probability(logits), width
+def _guesses(predictor: Predictor, images: GivenImages) -> tuple[Tensor, Tensor, Sequence[str]]:
+    """Class and probability of each image, computed or kept in a run; the classes' names."""
+    if isinstance(predictor, Run):
+        kept = predictor.identity.get("data", {}).get("fingerprint")
+        if isinstance(images.batches, Dataset) and kept == images.batches.fingerprint:
+            return predictor.predicted, predictor.probability, images.classes
+        predictor = predictor.network
+    logits = predict(predictor, images.batches)
+    width = logits.shape[1]
+    check_labels(images.labels, "labels", len(logits), width)
+    classes = images.classes or tuple(map(str, range(width)))
+    if len(classes) != width:
+        raise ValueError(f"{len(classes)} class names do not fit {width} logits an image")
+    return *class_and_probability(logits), classes
 
 
-def _images_of(
-    data: Tested,
-    classes: Sequence[str] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    show: Callable[[Tensor], Tensor] | None = None,
-) -> _Images:
-    """The test images of a data set, or all of a `DataLoader`, which are held in memory."""
-    if isinstance(data, Dataset):
-        changes = {"classes": classes, "mean": mean, "std": std}
-        if changes := {name: value for name, value in changes.items() if value is not None}:
-            data = replace(data, **changes)
-        about = (data.classes, data.source, data.test_name)
-        pictures, batch = data.test_images.__getitem__, data.loader(train=False).batch
-        return _Images(data, data.test_labels, pictures, lambda index: batch(index, [])[0], *about)
-    batches = [images_and_labels(batch) for batch in data]
-    if not batches:
-        raise ValueError("there were no batches to loop over")
-    images, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
-    named = classes if classes is not None else getattr(_dataset_of(data), "classes", ())
-    source = type(_dataset_of(data)).__name__
-    show = show or partial(_unnormalised, mean=mean, std=std)
-    return _Images(
-        list(zip(images.split(512), labels.split(512), strict=True)),
-        labels,
-        lambda index: _as_bytes(show(images[index])),
-        images.__getitem__,
-        tuple(map(str, named)),
-        "images" if source in ("list", "TensorDataset", "Subset") else source,
-    )
-
-
-def _dataset_of(loader: object) -> object:
-    """The data set that a `DataLoader` draws from, also where it takes a part of it."""
-    found = getattr(loader, "dataset", loader)
-    while isinstance(found, torch.utils.data.Subset):
-        found = found.dataset
-    return found
-
-
-def _unnormalised(
-    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Tensor:
-    """Images (K, C, H, W) in [0, 1] as they were before torchvision's `Normalize(mean, std)`."""
-    for values, change in ((std, torch.Tensor.mul), (mean, torch.Tensor.add)):
-        if values is not None:
-            images = change(images, torch.tensor(as_list(values)).view(1, -1, 1, 1))
-    return images
-
-
-def _as_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8; such are returned as they are. Others are refused."""
-    images = torch.as_tensor(images)
-    if images.dtype == torch.uint8:
-        return images
-    low, high = (float(end) for end in images.aminmax()) if images.numel() else (0.0, 1.0)
-    if not (low > -0.01 and high < 1.01):
-        raise ValueError(
-            f"the images go from {low:.2f} to {high:.2f}, so they are normalised: give mean= and "
-            "std= of that, or show=, a function that makes them numbers from 0 to 1"
-        )
-    return (images.clamp(0, 1) * 255).round().byte()
-
-
-def find_mistakes(network: Predictor, data: Tested, count: int = 10, **options: object) -> Mistakes:
+def find_mistakes(network: Predictor, data: Given, count: int = 10, **options: object) -> Mistakes:
     """Up to `count` test images that the network, or the run's network, gets wrong.
 
     Takes the options of `find_common_mistakes`.
@@ -191,7 +113,7 @@ def find_mistakes(network: Predictor, data: Tested, count: int = 10, **options: 
 
 def find_common_mistakes(
     networks: Mapping[str, Predictor] | Iterable[Predictor],
-    data: Tested,
+    data: Given,
     count: int = 10,
     *,
     order: str = "confident",
@@ -220,11 +142,11 @@ def find_common_mistakes(
     predictors = list(networks.values() if isinstance(networks, Mapping) else networks)
     if not predictors:
         raise ValueError("there is no network to look for mistakes of")
-    images = _images_of(data, classes, mean, std, show)
-    guesses = [images.predictions(predictor) for predictor in predictors]
+    images = given_images(data, classes, mean, std, show)
+    guesses = [_guesses(predictor, images) for predictor in predictors]
     missed = torch.stack([predicted != images.labels for predicted, *_ in guesses]).all(0)
     wrong = missed.nonzero().flatten()
-    predicted, probability, width = guesses[0]
+    predicted, probability, names = guesses[0]
     if order == "confident":
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
     chosen, heat = wrong[:count], None
@@ -237,7 +159,7 @@ def find_common_mistakes(
         predicted=predicted[chosen],
         probability=probability[chosen],
         index=chosen,
-        classes=images.classes or tuple(map(str, range(width))),
+        classes=names,
         total=len(wrong),
         tested=len(images.labels),
         source=images.source,
@@ -246,42 +168,9 @@ def find_common_mistakes(
     )
 
 
-def grad_cam(network: nn.Module, images: Tensor, classes: Tensor, *, layer: str) -> Tensor:
-    """Where a layer's outputs speak for a class: (K, H, W) in [0, 1], the most at each image's 1.
-
-    The outputs are weighted by the mean gradients of the class's logit; what speaks against it is
-    0. Source: Selvaraju et al., "Grad-CAM", 2017.
-
-    Args:
-        images: (K, C, H, W) as the network gets them.
-        classes: (K,) int64.
-        layer: a name among `network.named_modules()`, of a layer whose outputs are images.
-    """
-    layers, kept = dict(network.named_modules()), []
-
-    def keep(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        kept.append(output)
-        return output.clone()  # a ReLU may work in place
-
-    hook = layers[one_of(layer, layers, "layer")].register_forward_hook(keep)
-    try:
-        with evaluating(network), torch.inference_mode(False), torch.enable_grad():
-            example = next(network.parameters())
-            logits = network(images.clone().to(example).requires_grad_())
-            chosen = logits.gather(1, classes.to(example.device).view(-1, 1)).sum()
-            (gradients,) = torch.autograd.grad(chosen, kept[-1])
-    finally:
-        hook.remove()
-    if gradients.dim() != 4:
-        raise ValueError(f"layer {layer!r} makes no images, but {tuple(gradients.shape)}")
-    heat = (gradients.mean((2, 3), keepdim=True) * kept[-1]).sum(1, keepdim=True).relu().detach()
-    heat = heat / heat.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-    return F.interpolate(heat, images.shape[2:], mode="bilinear").squeeze(1).cpu()
-
-
 def confusion_matrix(
     network: Predictor,
-    data: Tested,
+    data: Given,
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -291,18 +180,19 @@ def confusion_matrix(
     `data` is a `Dataset`, which `mean` and `std` normalise in another way than its own, or any
     batches of (images, labels), which are taken as they are.
     """
-    return _confusion(network, _images_of(data, None, mean, std))
+    return _confusion(network, given_images(data, None, mean, std))[0]
 
 
-def _confusion(network: Predictor, images: _Images) -> Tensor:
-    predicted, _, classes = images.predictions(network)
-    pairs = images.labels * classes + predicted
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+def _confusion(network: Predictor, images: GivenImages) -> tuple[Tensor, tuple[str, ...]]:
+    """The counts, and the classes' names."""
+    predicted, _, names = _guesses(network, images)
+    pairs = images.labels * len(names) + predicted
+    return torch.bincount(pairs, minlength=len(names) ** 2).view(len(names), -1), names
 
 
 def class_accuracy(
     network: Predictor,
-    data: Tested,
+    data: Given,
     classes: Sequence[str] | None = None,
     *,
     mean: Sequence[float] | None = None,
@@ -312,7 +202,5 @@ def class_accuracy(
 
     `data`, `mean` and `std` are as for `confusion_matrix`.
     """
-    images = _images_of(data, classes, mean, std)
-    counts = _confusion(network, images)
-    shares = (counts.diagonal() / counts.sum(1)).tolist()
-    return dict(zip(images.classes or map(str, range(len(shares))), shares, strict=True))
+    counts, names = _confusion(network, given_images(data, classes, mean, std))
+    return dict(zip(names, (counts.diagonal() / counts.sum(1)).tolist(), strict=True))

@@ -62,7 +62,14 @@ class Assignment:
         if self.network is not None:
             one_of(self.network, NETWORKS, "network")
         for variant in self.variants:
-            self._check(variant)
+            self.recipe.replace(**variant.changes)
+            if self.build is None:
+                norm_name(variant.norm)
+            elif variant.groups is not None or not variant.skip:
+                raise ValueError(
+                    f"variant {variant.label!r}: build= gets the norm alone, so groups and skip "
+                    "are for the function itself to set"
+                )
         folders = [variant.folder for variant in self.variants]
         for twice in (name for name in folders if folders.count(name) > 1):
             raise ValueError(f"assignment {self.name!r} has two variants with the folder {twice!r}")
@@ -76,22 +83,11 @@ class Assignment:
         norm = norm_name(norm) if self.build is None else norm
         return Variant(norm.upper() if len(norm) < 4 else norm, norm)
 
-    def _check(self, variant: Variant) -> None:
-        self.recipe.replace(**variant.changes)
-        if self.build is None:
-            norm_name(variant.norm)
-        elif variant.groups is not None or not variant.skip:
-            raise ValueError(
-                f"variant {variant.label!r}: build= gets the norm alone, so groups and skip are "
-                "for the function itself to set"
-            )
-
-    def exceeded(self, **counts: int) -> dict[str, int]:
-        """The limits, by name, that counts of "parameters" and "epochs" are above."""
-        limits = {"parameters": self.parameter_limit, "epochs": self.epoch_limit}
-        return {
-            name: limits[name] for name, n in counts.items() if limits[name] and n > limits[name]
-        }
+    @property
+    def limits(self) -> dict[str, int]:
+        """What the assignment allows at most of "parameters" and "epochs", if anything."""
+        both = {"parameters": self.parameter_limit, "epochs": self.epoch_limit}
+        return {what: limit for what, limit in both.items() if limit}
 
     def recipe_for(self, variant: Variant, *, seed: int, epochs: int | None = None) -> Recipe:
         """The recipe of one variant: the shared one with the variant's changes."""

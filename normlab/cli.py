@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import normlab
+from normlab.support.arguments import make_parser
 from normlab.support.files import user_path
 from normlab.support.output import lasting_output
 from normlab.support.signals import ended_by_signals
@@ -23,9 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     If a signal ended it, it returns 128 and the signal's number.
     """
     with lasting_output(), ended_by_signals():
-        options = _parser().parse_args(arguments)
+        parser = make_parser()
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
         try:
-            options.work(options)
+            WORKS[options.command](options)
         except KeyboardInterrupt as interrupt:
             print(f"\nnormlab: interrupted; {_what_is_kept(options)}", file=sys.stderr)
             return 128 + getattr(interrupt, "number", signal.SIGINT)
@@ -47,30 +51,6 @@ def _what_is_kept(options: argparse.Namespace) -> str:
     return f"what was finished is kept in {options.out}: {again} goes on from there"
 
 
-def _parser() -> argparse.ArgumentParser:
-    about = "Compare batch, layer and group normalization on small convolutional networks."
-    parser = argparse.ArgumentParser(prog="normlab", description=about)
-    parser.add_argument("--version", action="version", version=f"normlab {normlab.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (arguments, work, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=f"To {about}.")
-        command.set_defaults(work=work, status=2)  # 1 from where an error is no wrong use
-        for argument, how in (arguments | TRACEBACK).items():
-            command.add_argument(argument, **how)
-    return parser
-
-
-def _path(text: str) -> Path:
-    """A path of the command line; a shell leaves the ~ of `--out=~/runs` as it is."""
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-# --- run and sweep ----------------------------------------------------------------------------
-
-
 def _run(options: argparse.Namespace) -> None:
     from normlab.assignments import find_assignment
     from normlab.comparisons.report import markdown_table, write_report
@@ -82,14 +62,8 @@ def _run(options: argparse.Namespace) -> None:
         assignment = as_submitted(assignment)
     # Without an assignment it must work anywhere at once, whatever data lies around.
     load = _loader(options, assignment, assignment.dataset if options.assignment else "digits")
-
-    def load_and_tell() -> object:
-        data = load()
-        print(f"{assignment.title}, {data.source}", flush=True)
-        return data
-
     place, taken = options.out / "runs", _taken(options, "engine")
-    results = run_assignment(assignment, data=load_and_tell, directory=place, **taken)
+    results = run_assignment(assignment, data=load, directory=place, **taken)
     print(f"\n{markdown_table(results)}", flush=True)
     page, data = write_report(results, options.out), results.data
     print(f"\nFigures, tables and {page.name} are in {options.out}")
@@ -139,14 +113,14 @@ def _loader(
     return partial(_load, options, assignment, place, root and root.resolve(), side=side)
 
 
-def _load(options: argparse.Namespace, *which: object, **how: object) -> object:
+def _load(options: argparse.Namespace, assignment: object, *which: object, side: int) -> object:
     from normlab.datasets.loading import load_assignment_data
 
     options.status = 1
-    return load_assignment_data(*which, **how)
-
-
-# --- list, summary, data ----------------------------------------------------------------------
+    data = load_assignment_data(assignment, *which, side=side)
+    if options.command == "run":
+        print(f"{assignment.title}, {data.source}", flush=True)
+    return data
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -181,18 +155,16 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
-    from normlab.datasets.loading import check_dataset_name, load_dataset
+    from normlab.datasets.cache import measured_cache
+    from normlab.datasets.loading import check_dataset_name, described, load_dataset
 
+    if options.name is None or options.clear_cache:
+        print(measured_cache(clear=options.clear_cache))
+    if options.name is None:
+        return
     check_dataset_name(options.name)
     options.status = 1
-    data = load_dataset(options.name, options.data_root)
-    shape = "×".join(map(str, data.input_shape))
-    print(
-        f"{data.source}: {len(data.train_images):,} training and {len(data.test_images):,} test "
-        f"images of {shape}, {len(data.classes)} classes ({', '.join(data.classes)})\n"
-        f"mean {', '.join(f'{m:.4f}' for m in data.mean)}; "
-        f"standard deviation {', '.join(f'{s:.4f}' for s in data.std)}"
-    )
+    print(described(load_dataset(options.name, options.data_root)))
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -204,52 +176,13 @@ def _doctor(options: argparse.Namespace) -> None:
     doctor(device)
 
 
-# --- what each command takes ------------------------------------------------------------------
+def _review(options: argparse.Namespace) -> None:
+    from normlab.comparisons.review import print_review
 
-FLAG = {"action": "store_true"}
-TRACEBACK = {"--traceback": {**FLAG, "help": "show where an error arose"}}
-ASSIGNMENT = {"metavar": "ASSIGNMENT", "help": "see `normlab list`"}
-TRAINING = {
-    "--dataset": {"help": "another data set, or a folder of images"},
-    "--data-root": {"type": _path, "help": "the folder that holds the data"},
-    "--image-size": {"type": int, "help": "resize all images to this side"},
-    "--epochs": {"type": int, "help": "passes over the training images (20)"},
-    "--seeds": {"type": int, "default": 1, "help": "runs of each variant (1)"},
-    "--device": {"help": "cpu, cuda or mps (the fastest there is)"},
-    "--out": {"type": _path, "help": "output folder (one in runs, named after both)"},
-    "--fresh": {**FLAG, "help": "train anew what the output folder holds of it"},
-}
-RUN = {
-    "assignment": {**ASSIGNMENT, "nargs": "?", "help": "without it: mnist-l1 on bundled digits"},
-    "--as-submitted": {**FLAG, "help": "train in the manner of the submission"},
-    **TRAINING,
-    "--engine": {"default": "auto", "help": "auto, plain for the loop as taught, or untried"},
-}
-SWEEP = {
-    "assignment": ASSIGNMENT,
-    "--norms": {"nargs": "+", "help": "bn, ln, gn, … (the assignment's variants)"},
-    "--batch-sizes": {"nargs": "+", "type": int, "help": "images a step (the recipe's)"},
-    "--lr": {"nargs": "+", "type": float, "dest": "lrs", "help": "learning rates (the recipe's)"},
-    "--scaling": {"default": "none", "help": "of the rate with the batch: none, sqrt or linear"},
-    **TRAINING,
-    "--dask": {"metavar": "ADDRESS", "help": "train on the workers of this cluster"},
-}
-SUMMARY = {
-    "network": {"metavar": "NETWORK", "help": "see `normlab list`"},
-    "--norm": {"default": "bn", "help": "a norm that `normlab list` names (bn)"},
-    "--groups": {"type": int, "help": "groups of gn (the assignment's)"},
-    "--no-skip": {**FLAG, "help": "without skip connections"},
-}
-DATA = {
-    "name": {"metavar": "NAME", "help": "a data set, or a folder of images"},
-    "--data-root": {"type": _path, "help": "the folder that holds or receives it"},
-}
-DOCTOR = {"--device": TRAINING["--device"]}
-COMMANDS = {  # of each: its arguments, what does the work, and its help
-    "run": (RUN, _run, "train all variants of an assignment and draw the comparison"),
-    "sweep": (SWEEP, _sweep, "train all combinations of norms, batches and rates"),
-    "list": ({}, _list, "show assignments, networks, data sets and norms"),
-    "summary": (SUMMARY, _summary, "print a network's layers and parameters"),
-    "data": (DATA, _data, "fetch or check a data set"),
-    "doctor": (DOCTOR, _doctor, "tell what is here, whether it works, and how fast"),
+    print_review(options.folders)
+
+
+WORKS = {
+    **{"run": _run, "sweep": _sweep, "list": _list},
+    **{"summary": _summary, "data": _data, "doctor": _doctor, "review": _review},
 }

@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
-from normlab.assignments import Assignment, Variant, find_assignment
+from normlab.assignments import Assignment, find_assignment
 from normlab.data import Dataset
-from normlab.datasets.loading import load_assignment_data
+from normlab.datasets.loading import load_images
 from normlab.engines.choice import ENGINES
 from normlab.history import Run
-from normlab.model import build_network
 from normlab.runs.folder import remove_runs
-from normlab.runs.jobs import (
-    Job,
-    Outcomes,
-    find_runs,
-    kept_runs,
-    seed_numbers,
-    without_errors,
-)
-from normlab.runs.processes import are_worthwhile, in_processes
-from normlab.runs.trainer import fit_each
-from normlab.runs.transfer import Ended, train_apart
-from normlab.support.checks import check_instance, one_of
+from normlab.runs.jobs import find_runs, kept_runs, make_jobs, results_of, say_limits, seed_numbers
+from normlab.runs.processes import train
+from normlab.support.checks import one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
+from normlab.support.late_types import DataFrame
 from normlab.support.locks import scratch_folder
-from normlab.support.seeding import seeded
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(repr=False)
@@ -127,30 +111,26 @@ def run_assignment(
         kept: a folder like `directory` that is only read: its finished runs are taken where they
             are of the same network, recipe and data, and the others are trained as ever.
     """
-    assignment = find_assignment(name)
-    numbers = seed_numbers(seeds)
-    device = pick_device(device)
+    assignment, numbers, device = find_assignment(name), seed_numbers(seeds), pick_device(device)
     one_of(engine, ENGINES, "engine")
-    data = load_images(partial(load_assignment_data, assignment) if data is None else data)
+    data = load_images(data, assignment)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
         jobs = make_jobs(assignment, data, numbers, epochs, place)
         jobs = [job.identified(data, device) for job in jobs]
-        runs: dict[Path, Run] = {}
+        if progress:
+            say_limits(assignment, jobs)
         if fresh:
             remove_runs(*(job.directory for job in jobs))
-        elif kept is not None:
-            runs = kept_runs(jobs, place, user_path(kept), data, device)
+            kept = None
+        runs = {} if kept is None else kept_runs(jobs, place, user_path(kept), data, device)
         own = find_runs([job for job in jobs if job.directory not in runs], data, device)
         runs |= {job.directory: run for job, run in own.items()}
         left = [job for job in jobs if job.directory not in runs]
-        if progress:
-            _say_limits(assignment, jobs)
         if progress and runs:
             print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")
         outcomes = train(left, jobs, data, device=device, progress=progress, engine=engine)
-        trained = without_errors(outcomes, len(left), keep_going=directory is not None)
-        with closing(trained):
+        with closing(results_of(outcomes, len(left), keep_going=bool(directory))) as trained:
             runs |= {job.directory: run for job, run in trained}
     results: dict[str, list[Run]] = {variant.label: [] for variant in assignment.variants}
     for job in jobs:
@@ -158,81 +138,3 @@ def run_assignment(
         run.directory = run.directory if directory else None
         results[job.variant.label].append(run)
     return Results(assignment, data, results)
-
-
-def _say_limits(assignment: Assignment, jobs: Iterable[Job]) -> None:
-    """Says which variants have more parameters or epochs than the assignment allows."""
-    for job in {job.variant.label: job for job in jobs}.values():
-        counts = {"parameters": job.identity["parameters"], "epochs": job.recipe.epochs}
-        for what, limit in assignment.exceeded(**counts).items():
-            label, count = job.variant.label, counts[what]
-            print(f"{label} has {count:,} {what}, more than the {limit:,} that are allowed")
-
-
-def make_jobs(
-    assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
-) -> list[Job]:
-    """A job for each variant and seed; a first seed of everything before the second of anything."""
-    return [
-        Job(
-            partial(build_variant, assignment, variant, data, seed=seed),
-            assignment.recipe_for(variant, seed=seed, epochs=epochs),
-            place / variant.folder / f"seed-{seed}",
-            f"{variant.label}, seed {seed}",
-            variant,
-        )
-        for seed in seeds
-        for variant in assignment.variants
-    ]
-
-
-@torch.inference_mode(False)  # what is built in inference mode could not be trained
-def build_variant(
-    assignment: Assignment, variant: Variant, data: Dataset, *, seed: int
-) -> nn.Module:
-    """The untrained network of one variant, with the same initial weights for the same seed."""
-    if assignment.build is not None:
-        with seeded(seed, "weights"):
-            network = assignment.build(variant.norm)
-        check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
-        return network
-    return build_network(
-        assignment.network,
-        variant.norm,
-        groups=variant.groups,
-        dropout=assignment.dropout,
-        skip=variant.skip,
-        classes=len(data.classes),
-        input_shape=data.input_shape,
-        seed=seed,
-    )
-
-
-def load_images(data: Dataset | Callable[[], Dataset]) -> Dataset:
-    """The images: those given, or what the function returns."""
-    data = data() if callable(data) else data
-    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
-    return data
-
-
-def train(
-    left: Sequence[Job],
-    jobs: Sequence[Job],
-    data: Dataset,
-    *,
-    device: torch.device,
-    progress: bool = True,
-    engine: str = "auto",
-    workers: Callable[[dict[Job, bytes]], Ended] | None = None,
-) -> Outcomes:
-    """Does the jobs that are left, side by side if all jobs together are worth it.
-
-    Args:
-        workers: do the jobs, whatever they are worth, instead of processes of this machine.
-    """
-    if workers is None and device.type == "cpu" and engine != "plain":
-        apart = partial(in_processes, data, progress=progress)
-        workers = apart if are_worthwhile(jobs, data) else None
-    if workers is not None:
-        left = yield from train_apart(left, data, workers)
-    yield from fit_each(left, data, device=device, progress=progress, engine=engine)

@@ -6,18 +6,15 @@ A loop of one's own keeps its results in a `History`, which the plots take like 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.support.checks import one_of
+from normlab.support.histories import holds_epochs, row_of, rows_of
+from normlab.support.late_types import DataFrame, Tensor, nn
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-    from torch import Tensor, nn
-
     from normlab.recipes import Recipe
     from normlab.training import EpochResult
 
@@ -26,12 +23,6 @@ QUANTITIES = (
     *("penalty", "lr", "seconds"),
 )
 COLUMNS = ("epoch", *QUANTITIES)
-_SHORT = {  # words of the names that students give their lists
-    **dict.fromkeys(("training", "tr"), "train"),
-    **dict.fromkeys(("testing", "val", "valid", "validation"), "test"),
-    **dict.fromkeys(("acc", "accs", "accuracies"), "accuracy"),
-    **{"losses": "loss", "rate": "lr", "time": "seconds"},
-}
 
 
 class History(list):
@@ -52,11 +43,7 @@ class History(list):
         self, train: EpochResult, test: EpochResult | None = None, *, lr: float = math.nan
     ) -> dict:
         """Appends the row of an epoch, from the results of training and testing, and returns it."""
-        row = {"train_loss": train.loss, "train_accuracy": train.accuracy}
-        if test is not None:
-            row |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
-        seconds = train.seconds + (0.0 if test is None else test.seconds)
-        return self._append(row | {"penalty": train.penalty, "lr": lr, "seconds": seconds})
+        return self._append(row_of(train, test, lr=lr))
 
     def _append(self, values: Mapping[str, float]) -> dict:
         self.append({"epoch": len(self) + 1} | dict.fromkeys(QUANTITIES, math.nan) | values)
@@ -74,41 +61,9 @@ class History(list):
         Raises `ValueError` for names that are none of `QUANTITIES` and lists of several lengths.
         """
         history = cls()
-        for row in _rows(kept) if isinstance(kept, Mapping) else kept:
-            if isinstance(row, Mapping) and "train" in row:
-                history.add(row["train"], row.get("test"))
-            elif isinstance(row, Mapping):
-                history._append(_named(row))
-            else:
-                history.add(*row if isinstance(row, tuple) else (row,))
-        for name in ("train_accuracy", "test_accuracy"):
-            if any(row[name] > 1 for row in history):
-                for row in history:
-                    row[name] /= 100
+        for row in rows_of(kept, QUANTITIES):
+            history._append(row)
         return history
-
-
-def _rows(lists: Mapping[str, Sequence]) -> Iterator[dict]:
-    """A dict for each epoch, of a list for each name."""
-    lengths = {name: len(values) for name, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ValueError(f"the lists of a history must have a value for each epoch: {told}")
-    for row in zip(*lists.values(), strict=True):
-        yield dict(zip(lists, row, strict=True))
-
-
-def _named(row: Mapping[str, float]) -> dict[str, float]:
-    """An epoch's numbers by the names of `QUANTITIES`."""
-    found = {}
-    for key, value in row.items():
-        words = [_SHORT.get(word, word) for word in re.findall("[a-z]+", str(key).lower())]
-        name = "_".join(words if words not in (["loss"], ["accuracy"]) else ["train", *words])
-        if name == "epoch":
-            continue
-        one_of(name, QUANTITIES, "quantity of a history")
-        found[name] = float(value)
-    return found
 
 
 @dataclass(repr=False)
@@ -211,12 +166,6 @@ def runs_of(kept: Run | Mapping | Iterable) -> list[Run]:
     if isinstance(kept, str) or not isinstance(kept, Iterable):
         raise TypeError(f"a run or a history is needed for each label, not {kept!r}")
     kept = list(kept)
-    rows = kept and not isinstance(kept[0], Run) and not _is_history(kept[0])
-    return [Run.from_history(kept)] if rows else [run for each in kept for run in runs_of(each)]
-
-
-def _is_history(kept: object) -> bool:
-    """Whether it holds several epochs, not the results of one."""
-    values = list(kept.values()) if isinstance(kept, Mapping) else kept
-    first = next(iter(values), None)
-    return isinstance(first, Mapping | Sequence)
+    if kept and not isinstance(kept[0], Run) and not holds_epochs(kept[0]):
+        return [Run.from_history(kept)]
+    return [run for each in kept for run in runs_of(each)]

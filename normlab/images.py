@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.analysis import Mistakes
 from normlab.augment import parse_augmentation
 from normlab.data import Dataset
 from normlab.support.checks import whole_number
-from normlab.support.figures import drawn, fitted, new_axes, shortened
+from normlab.support.figures import drawn, fitted, mosaic, new_axes, shortened
+from normlab.support.late_types import Axes, Figure
 from normlab.support.seeding import generator
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @drawn
@@ -40,30 +34,21 @@ def plot_samples(
     names = [shortened(name) for name in data.classes]
     width = max(0.55 * per_class + 0.6 + 0.08 * max(map(len, names)), 2.5)
     how = f", augmented by {', '.join(augment)}" if augment else ""
-    heading = title if title is not None else f"{data.source}, training images{how}"
-    heading = fitted(heading, width)
+    usual = f"{data.source}, training images{how}"
+    heading = fitted(usual if title is None else title, width)
     ax = new_axes(width, 0.55 * len(names) + 0.2 * heading.count("\n") + 0.4)
     ax.figure.suptitle(heading, fontsize=10)
     # One picture of all images: hundreds of axes take half a minute.
     gap = max(1, images.shape[-1] // 14)
-    ax.imshow(_mosaic(images, per_class, gap), interpolation="nearest", aspect="equal")
+    ax.imshow(mosaic(images.numpy(), per_class, gap), interpolation="nearest", aspect="equal")
     height = images.shape[-2]
-    ax.set_yticks([(height + gap) * row + height / 2 - 0.5 for row in range(len(names))])
-    ax.set_yticklabels(names, fontsize=9)
+    middles = [(height + gap) * row + height / 2 - 0.5 for row in range(len(names))]
+    ax.set_yticks(middles, names, fontsize=9)
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_anchor("E")  # what is left of the room is the names'
     return ax.figure
-
-
-def _mosaic(images: Tensor, columns: int, gap: int) -> np.ndarray:
-    """Images (N, C, H, W) of bytes row by row, on a transparent ground: (height, width, 4)."""
-    colours = images.expand(-1, 3, -1, -1)  # grey thrice is grey
-    opaque = torch.cat([colours, torch.full_like(colours[:, :1], 255)], 1)
-    apart = F.pad(opaque, (0, gap, 0, gap)).unflatten(0, (-1, columns))
-    mosaic = apart.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (R, H, columns, W, 4)
-    return mosaic[:-gap, :-gap].numpy()
 
 
 def _sample(data: Dataset, per_class: int, seed: int) -> Tensor:

@@ -118,27 +118,6 @@ NORMS = {
 }
 
 
-def is_norm(layer: nn.Module) -> bool:
-    """Whether a layer normalises: one of torch's, or of one's own with "Norm" at its name's end."""
-    name = type(layer).__name__.lower()
-    return bool(re.search(r"norm(alization)?[1-3]?d?$", name)) and not list(layer.children())
-
-
-def described_norm(layer: nn.Module) -> str:
-    """What a layer that normalises is and averages over: "GroupNorm of 2 groups over C/G, H, W"."""
-    name, sides = type(layer).__name__, getattr(layer, "normalized_shape", ())
-    if isinstance(layer, nn.BatchNorm2d):
-        return f"{name} over N, H, W"
-    if isinstance(layer, nn.InstanceNorm2d):
-        return f"{name} over H, W"
-    if isinstance(layer, nn.GroupNorm):
-        one = layer.num_groups == 1
-        return (
-            f"{name} of {'1 group over C' if one else f'{layer.num_groups} groups over C/G'}, H, W"
-        )
-    return f"{name} over C, H, W" if len(sides) == 3 else name
-
-
 def norm_name(kind: str) -> str:
     """The short name of a normalization: "BN", "BatchNorm2d" and "batch_norm" are all "bn".
 

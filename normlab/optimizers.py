@@ -6,24 +6,20 @@ large singular values of the gradients dominate each step. `centralize_gradients
 offset, `Muon` makes all singular values about equal.
 """
 
-import functools
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from normlab.penalties import ONE_BY_ONE, WEIGHT_LAYERS, in_memory_order
+from normlab.penalties import WEIGHT_LAYERS
+from normlab.support.filter_banks import by_matrix, centre
 from normlab.support.tensor_checks import own_weight
 
 PLAIN_FACTOR = 5.0  # times the rate, for the parameters that Muon does not orthogonalise
 
 # Coefficients of Jordan et al. for the polynomial that brings singular values near 1 in few steps.
 _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-
-LARGEST_BATCH = 2**20  # elements of all filter banks, filled up to the size of the largest
 
 
 def filters(network: nn.Module) -> list[Tensor]:
@@ -49,21 +45,10 @@ def centralize_gradients(optimizer: Optimizer, weights: list[Tensor]) -> None:
     the gradients before each step, and from the weights after it, which matters in the first only.
     Source: Yong et al., "Gradient Centralization", 2020.
     """
-
-    @torch.no_grad()
-    def centralize(tensors: list[Tensor]) -> None:
-        if batch := _batch_of(tensors):
-            centred = batch.centred(batch.gather(tensors))
-            torch._foreach_copy_(tensors, batch.apart(centred, tensors))
-            return
-        for each in tensors:
-            each.sub_(each.mean(dim=tuple(range(1, each.dim())), keepdim=True))
-
-    def before_step(*_: object) -> None:
-        centralize([weight.grad for weight in weights if weight.grad is not None])
-
-    optimizer.register_step_pre_hook(before_step)
-    optimizer.register_step_post_hook(lambda *_: centralize(weights))
+    optimizer.register_step_pre_hook(
+        lambda *_: centre([weight.grad for weight in weights if weight.grad is not None])
+    )
+    optimizer.register_step_post_hook(lambda *_: centre(weights))
 
 
 class Muon(Optimizer):
@@ -111,7 +96,9 @@ class Muon(Optimizer):
     def _move_filters(self, weights: list[Tensor], gradients: list[Tensor], group: dict) -> None:
         buffers, momentum, rate = self._buffers(weights), group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = _orthogonal_steps(torch._foreach_lerp(gradients, buffers, momentum))
+        updates = by_matrix(orthogonalized, torch._foreach_lerp(gradients, buffers, momentum))
+        # Larger where there are more filters than inputs.
+        torch._foreach_mul_(updates, [max(1.0, len(w) / w[0].numel()) ** 0.5 for w in weights])
         torch._foreach_mul_(updates, rate)
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         torch._foreach_sub_(weights, updates)
@@ -129,19 +116,6 @@ class Muon(Optimizer):
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return [self.state[weight]["momentum_buffer"] for weight in weights]
-
-
-def _orthogonal_steps(steps: list[Tensor]) -> list[Tensor]:
-    """Steps of filter banks, orthogonalised; larger where there are more filters than inputs."""
-    if batch := _batch_of(steps):
-        return batch.apart(orthogonalized(batch.gather(steps)) * batch.factors, steps)
-    matrices = [step.flatten(1) for step in steps]
-    moved = [_factor(*matrix.shape) * orthogonalized(matrix) for matrix in matrices]
-    return [each.view_as(step) for each, step in zip(moved, steps, strict=True)]
-
-
-def _factor(filters: int, inputs: int) -> float:
-    return max(1.0, filters / inputs) ** 0.5
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
@@ -162,70 +136,6 @@ def orthogonalized(matrix: Tensor) -> Tensor:
         polynomial = add_product(square, square, square, beta=b, alpha=c)
         x = add_product(x, polynomial, x, beta=a)
     return x.mT if tall else x
-
-
-class _Batch:
-    """Filter banks of several sizes as one batch of matrices, and apart again.
-
-    A bank (out, in, …) is a matrix (out, in · kernel), filled up with zeros to the largest height
-    and width. Its columns are in the order in which they lie in memory, so that banks that are laid
-    out channels last need no copy. A look-up moves all elements at once.
-    """
-
-    def __init__(self, shapes: Sequence[tuple[int, int]], like: Tensor) -> None:
-        self.sizes = [rows * columns for rows, columns in shapes]
-        height, width = map(max, zip(*shapes, strict=True))
-        starts = [end - size for size, end in zip(self.sizes, accumulate(self.sizes), strict=True)]
-        self.zero, nothing, places = like.new_zeros(1), sum(self.sizes), []
-        for (rows, columns), start in zip(shapes, starts, strict=True):
-            place = torch.arange(start, start + rows * columns, device=like.device)
-            padding = (0, width - columns, 0, height - rows)
-            places.append(F.pad(place.view(rows, columns), padding, value=nothing))
-        self.places = torch.stack(places)  # (B, height, width), in all banks one after another
-        self.back = self.places.flatten().argsort()[:nothing]
-        numbers = [(_factor(*shape), -1 / shape[1]) for shape in shapes]
-        made = [[like.new_full((1, 1), number) for number in each] for each in numbers]
-        self.factors, self.shares = map(torch.stack, zip(*made, strict=True))  # (B, 1, 1) each
-
-    def gather(self, banks: Sequence[Tensor]) -> Tensor:
-        """The banks as matrices (B, height, width)."""
-        return torch.cat([*(in_memory_order(bank).flatten() for bank in banks), self.zero])[
-            self.places
-        ]
-
-    def apart(self, matrices: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """The matrices as banks, each of the shape and layout of its like."""
-        parts = matrices.flatten()[self.back].split(self.sizes)
-        return [_as(bank, part) for bank, part in zip(like, parts, strict=True)]
-
-    def centred(self, matrices: Tensor) -> Tensor:
-        """The matrices, from each row its mean subtracted; what fills them up is no longer 0."""
-        return torch.addcmul(matrices, matrices.sum(-1, keepdim=True), self.shares)
-
-
-def _as(bank: Tensor, elements: Tensor) -> Tensor:
-    """Elements (N,) in the order of another bank's memory, in its shape and layout."""
-    there = in_memory_order(bank)
-    return elements.view_as(there) if there is bank else elements.view_as(there).movedim(-1, 1)
-
-
-def _batch_of(banks: Sequence[Tensor]) -> _Batch | None:
-    """The batch that the banks make, where that is quicker than one after another."""
-    kinds = {(bank.dtype, bank.device) for bank in banks}
-    if len(kinds) != 1 or banks[0].device.type in ONE_BY_ONE:
-        return None
-    shapes = tuple((len(bank), bank[0].numel()) for bank in banks)
-    height, width = map(max, zip(*shapes, strict=True))
-    if len(banks) * height * width > LARGEST_BATCH:
-        return None
-    return _cached_batch(shapes, *kinds.pop())
-
-
-@functools.cache  # for good: a captured graph refers to the places in memory
-def _cached_batch(
-    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
-) -> _Batch:
-    return _Batch(shapes, torch.empty(0, dtype=dtype, device=device))
 
 
 def _sgd(weights: list[Tensor], banks: list[Tensor], lr: float | Tensor, recipe) -> SGD:

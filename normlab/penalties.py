@@ -5,12 +5,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normlab.support.checks import one_of
+from normlab.support.filter_banks import are_taken_together, in_memory_order
 from normlab.support.tensor_checks import check_weights, trained_parameters
 
 WEIGHT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
-# On a CPU tensors as small as ours are quicker one by one. On a GPU a call costs more than what it
-# computes, so there all are computed together.
-ONE_BY_ONE = ("cpu",)
 L1_OVER = ("weights", "all")  # what `l1_penalty` sums over
 
 
@@ -30,11 +28,10 @@ def l1_penalty(
     Raises `ValueError` if the network has no such weight.
     """
     one_of(over, L1_OVER, "l1_over")
-    every = over == "all"
-    weights = trained_parameters(network) if every else penalised_weights(network, layers)
-    if weights[0].device.type in ONE_BY_ONE:
-        return torch.stack([weight.abs().sum() for weight in weights]).sum()
-    return torch.cat([in_memory_order(weight).flatten() for weight in weights]).abs().sum()
+    weights = trained_parameters(network) if over == "all" else penalised_weights(network, layers)
+    if are_taken_together(weights):
+        return torch.cat([in_memory_order(weight).flatten() for weight in weights]).abs().sum()
+    return torch.stack([weight.abs().sum() for weight in weights]).sum()
 
 
 def penalised_weights(
@@ -51,9 +48,3 @@ def penalised_weights(
         names = ", ".join(layer.__name__.lstrip("_") for layer in layers)
         raise ValueError(f"{type(network).__name__} has no weights of {names} layers to penalise")
     return list(weights.values())
-
-
-def in_memory_order(weight: Tensor) -> Tensor:
-    """The weight (out, in, …) as it lies in memory, which is (out, …, in) if channels are last."""
-    as_it_is = weight.is_contiguous() or weight.dim() < 3
-    return weight if as_it_is else weight.movedim(1, -1)

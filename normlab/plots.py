@@ -7,35 +7,21 @@ figure. None calls `show`: a notebook shows its figures by itself, a script save
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normlab.history import QUANTITIES, History, Run, runs_of
 from normlab.support.checks import check_instance, one_of
-from normlab.support.colours import curve_styles, legible
-from normlab.support.figures import (
-    drawn,
-    fitted,
-    label_axes,
-    legend_height,
-    new_axes,
-    place_legend,
-    shortened,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from torch import Tensor
+from normlab.support.colours import curve_styles
+from normlab.support.curves import legend_key, set_scales, two_columns, write_ends
+from normlab.support.figures import drawn, fitted, label_axes, new_axes, place_legend, shortened
+from normlab.support.late_types import Axes, Figure, Line2D, Tensor
 
 Runs = Mapping[str, Run | History | Sequence[Run] | Sequence[History]]
 """What to compare: a run, or several that differ in their seed, for each label; `Results` too.
 
 A `History`, or what `History.of` takes, is as good as a run."""
-Panel = tuple[dict[str, list[Run]], str, str]
-"""The runs of each label, a quantity, and a title."""
+Panel = tuple[dict[str, list[Run]], str, str]  # the runs of each label, a quantity, a title
 
 NAMES = {
     "train_loss": ("Training loss", "cross-entropy (nats per image)"),
@@ -61,9 +47,9 @@ def plot_curves(
     """
     groups = _grouped(runs, quantity)
     title = title if title is not None else _title(quantity, groups)
-    ax = ax if ax is not None else new_axes(6.4, 4.2 + legend_height(len(groups)))
+    ax = ax if ax is not None else new_axes(6.4, 4.2, names=len(groups))
     _draw([ax], [(groups, quantity, title)])
-    if key := _key(ax, groups):
+    if key := legend_key(ax, groups):
         # A place that is free by what such curves do: matplotlib's search for one is slow.
         place_legend(ax, "lower right" if quantity.endswith("accuracy") else "upper right", **key)
     return ax.figure
@@ -125,21 +111,10 @@ def _title(quantity: str, *groups: dict[str, list[Run]]) -> str:
 
 def _draw_side_by_side(panels: Sequence[Panel], **shared: object) -> Figure:
     """Panels with the same labels in two columns, and below them one legend."""
-    from matplotlib import pyplot
-
-    columns, rows = min(len(panels), 2), -(-len(panels) // 2)
-    names = -(-len(panels[0][0]) // (2 * columns))  # rows of the legend
-    size = (4.8 * columns, 3.4 * rows + 0.6 + 0.2 * names)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, **shared
-    )
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    for ax in axes.flat:
-        ax.tick_params(labelbottom=True)  # also where no panel stands below
-    _draw(axes.flat[: len(panels)], panels)
-    if key := _key(axes[0, 0], panels[0][0]):
-        place = {"loc": "outside lower center", "ncols": 2 * columns}
+    figure, axes = two_columns(len(panels), len(panels[0][0]), **shared)
+    _draw(axes, panels)
+    if key := legend_key(axes[0], panels[0][0]):
+        place = {"loc": "outside lower center", "ncols": 2 * min(len(panels), 2)}
         figure.legend(**key, **place, frameon=False)
     return figure
 
@@ -149,10 +124,12 @@ def _draw(axes: Iterable[Axes], panels: Sequence[Panel]) -> None:
     filled = list(zip(axes, panels, strict=True))
     lines = [_draw_curves(ax, groups, quantity) for ax, (groups, quantity, _) in filled]
     for ax, (_, quantity, title) in filled:
-        _annotate(ax, quantity, title)
+        # Values at the ends of the curves stand beside the axes, which are so much narrower.
+        label_axes(ax, title, "epoch", NAMES[quantity][1], inches=4.2)
+        set_scales(ax, quantity)
     for (ax, (_, quantity, _)), some in zip(filled, lines, strict=True):  # no limit moves any more
         if quantity != "lr":  # which is a setting, and ends near 0
-            _write_ends(ax, some, quantity)
+            write_ends(ax, some, quantity)
 
 
 def _draw_curves(ax: Axes, groups: dict[str, list[Run]], quantity: str) -> list[Line2D]:
@@ -168,79 +145,6 @@ def _draw_curves(ax: Axes, groups: dict[str, list[Run]], quantity: str) -> list[
             low, high = mean - values.std(0, ddof=1), mean + values.std(0, ddof=1)
             ax.fill_between(epochs, low, high, color=style["color"], alpha=0.18, linewidth=0)
     return lines
-
-
-def _key(ax: Axes, groups: dict[str, list[Run]]) -> dict:
-    """What a legend holds: the curves, their names, what their bands are; nothing for one run."""
-    lines = [line for line in ax.lines if not line.get_label().startswith("_child")]
-    seeds = {label: len(some) for label, some in groups.items()}
-    most, same = max(seeds.values()), len(set(seeds.values())) == 1
-    counts = {k: "" if same else f", {n} seed{'s' if n > 1 else ''}" for k, n in seeds.items()}
-    labels = [line.get_label() for line in lines]
-    labels = [shortened(label) + counts.get(label, "") for label in labels]
-    bands = f"mean ± sd of {most} seeds" if same else "mean ± sd"
-    key = {"handles": lines, "labels": labels, "title": bands if most > 1 else None}
-    return key if most > 1 or len(lines) > 1 else {}
-
-
-def _annotate(ax: Axes, quantity: str, title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    # Values at the ends of the curves stand beside the axes, which are so much narrower.
-    label_axes(ax, title, "epoch", NAMES[quantity][1], inches=4.2)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    if quantity.endswith("loss") and any(line.get_ydata()[-1] > 0 for line in ax.lines):
-        _make_logarithmic(ax)
-    if quantity.endswith("accuracy"):
-        _focus_on_late_epochs(ax)
-
-
-def _make_logarithmic(ax: Axes) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5, and more where it is short."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    ax.set_yscale("log")
-    lowest, highest = ax.get_ylim()
-    subs = (1, 2, 5) if highest > 8 * lowest else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _focus_on_late_epochs(ax: Axes) -> None:
-    """Ends the axis at 100 %, and cuts off first epochs that take more than half of it."""
-    beside = [line for one in ax.get_shared_y_axes().get_siblings(ax) for line in one.lines]
-    curves = [np.asarray(line.get_ydata()) for line in beside]
-    late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
-    first, span = min(curve.min() for curve in curves), max(late.max() - late.min(), 0.5)
-    ax.set_ylim(top=min(ax.get_ylim()[1], 100 + 0.05 * span))  # no ticks above 100 %
-    if late.min() - first > span:
-        ax.set_ylim(bottom=late.min() - 0.35 * span)
-    if min(min(line.get_ydata()) for line in ax.lines) < ax.get_ylim()[0]:
-        ax.set_xlabel("epoch (the first values lie below the frame)")
-
-
-def _write_ends(ax: Axes, lines: list[Line2D], quantity: str) -> None:
-    """Writes the last values to the right of the axes, moved apart where they would overlap."""
-    ax.get_ylim()  # settles the limits, which the transformation below needs
-    to_axes = ax.transScale + ax.transLimits
-    lines = sorted(lines, key=lambda line: line.get_ydata()[-1])
-    ends = [line.get_xydata()[-1] for line in lines]
-    heights = _spread([to_axes.transform(end)[1] for end in ends], gap=0.055)
-    text = {"textcoords": "axes fraction", "annotation_clip": False, "fontsize": 9, "va": "center"}
-    arrow = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
-    for line, end, height in zip(lines, ends, heights, strict=True):
-        number = f"{end[1]:.2f} %" if quantity.endswith("accuracy") else f"{end[1]:#.3g}"
-        text["color"] = legible(line.get_color(), ax.figure.get_facecolor())
-        text["arrowprops"] = arrow | {"color": line.get_color()}
-        ax.annotate(f"{number} {shortened(line.get_label(), 20)}", end, (1.035, height), **text)
-
-
-def _spread(heights: Sequence[float], *, gap: float) -> np.ndarray:
-    """Ascending heights in [0, 1] moved as little as needed to lie `gap` apart."""
-    steps = gap * np.arange(len(heights))
-    apart = np.maximum.accumulate(np.maximum(heights, 0) - steps) + steps
-    return np.minimum(apart, 1 - steps[::-1])
 
 
 @drawn
@@ -275,13 +179,9 @@ def plot_confusion(
     heading = title if title is not None else "Test images by true and predicted class"
     ax.set(title=fitted(heading, side, size=12), xlabel="predicted class", ylabel="true class")
     ax.grid(False)
-    _write_counts(ax, counts)
-    return ax.figure
-
-
-def _write_counts(ax: Axes, counts: np.ndarray) -> None:
     look = {"color": "black", "fontsize": 8, "ha": "center", "va": "center"}
     for row, column in np.argwhere(counts):
         weight = "bold" if row == column else "normal"
         text = ax.text(column, row, f"{counts[row, column]}", fontweight=weight, **look)
         text.set_in_layout(False)  # the axes hold it anyway; to measure thousands takes long
+    return ax.figure

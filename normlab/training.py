@@ -1,21 +1,19 @@
 """The step and the loops that train and test a network, on every device."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from operator import length_hint
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from normlab.penalties import l1_penalty
-from normlab.support.checks import number, one_of
+from normlab.support.checks import number
 from normlab.support.module_state import TRAINED, evaluating, set_training
+from normlab.support.schedulers import stepped_after
 from normlab.support.tensor_checks import check_logits, check_optimizer, images_and_labels
 
 
@@ -132,44 +130,21 @@ def train_epoch(
     """
     started, sums = time.perf_counter(), []
     check_optimizer(network, optimizer)
-    by_epoch = scheduler is not None and _steps_of(scheduler, scheduler_steps, batches) == "epoch"
+    after = None if scheduler is None else stepped_after(scheduler, scheduler_steps, batches)
     set_training(network)
     for batch in batches:
         images, labels = images_and_labels(batch, network)
         logits, penalty = train_step(network, images, labels, optimizer, **options)
-        if scheduler is not None and not by_epoch:
+        if after == "batch":
             scheduler.step()
         sums.append(batch_sums(logits, labels, penalty))
     result = epoch_result(sums, started)
-    if by_epoch and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+    if after == "epoch" and isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(result.accuracy if scheduler.mode == "max" else result.loss)
-    elif by_epoch:
+    elif after == "epoch":
         scheduler.step()
     TRAINED.add(network)
     return result
-
-
-def _steps_of(scheduler: LRScheduler, told: str | None, batches: Iterable) -> str:
-    """Whether a scheduler is stepped after each "batch" or "epoch"; `ValueError` if unknown."""
-    if told is not None:
-        return one_of(told, ("batch", "epoch"), "scheduler_steps")
-    kind = type(scheduler).__name__
-    counted = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}.get(kind, "")
-    short = getattr(scheduler, counted, math.inf) < length_hint(batches)
-    if isinstance(scheduler, _BY_EPOCH) or short:
-        return "epoch"
-    if isinstance(scheduler, _BY_BATCH):
-        return "batch"
-    raise ValueError(
-        f"{kind} may count batches or epochs: say which by scheduler_steps='batch' or 'epoch'"
-    )
-
-
-_BY_BATCH = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
-_BY_EPOCH = (
-    *(lr_scheduler.StepLR, lr_scheduler.MultiStepLR, lr_scheduler.ExponentialLR),
-    lr_scheduler.ReduceLROnPlateau,
-)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import normlab as nl
 from normlab.engines import choice
 from normlab.engines.cuda_graph import GraphEngine
+from normlab.lessons import checking
 
 REAL_DATA = os.environ.get("NORMLAB_DATA")  # before the fixture below hides it
 
@@ -60,6 +61,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def enough_time(monkeypatch):
+    """Checks of students' code may take long, so that no test depends on how fast it runs."""
+    monkeypatch.setattr(checking, "SECONDS", 60)
 
 
 @pytest.fixture(autouse=True)

@@ -32,9 +32,13 @@ def is_rounded(number: str, printed: str) -> bool:
 
 
 def sentences(text: str) -> list[str]:
-    """Those without a year, which is of a citation, and without code, links and filled places."""
+    """Those without a year, which is of a citation, and without code, links and filled places.
+
+    Nor with a notebook's number, which is its name.
+    """
     text = re.sub(r"<!-- normlab: .+? -->.*?<!-- / -->", "", text, flags=re.S)
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|<[^>]+>|\$[^$]*\$", " ", text, flags=re.S)
+    text = re.sub(r"[Nn]otebook \d+", " ", text)
     return [s for s in re.split(r"(?<=[.:;])\s", text) if not re.search(r"\b(19|20)\d\d\b", s)]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import normlab as nl
 from normlab.assignments import find_assignment
-from normlab.experiment import build_variant
+from normlab.runs.jobs import build_variant
 
 # label, norm, groups of its norms, skip connections, L1 factor, parameters with ten classes
 EXPECTED = {

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import normlab as nl
-from normlab import optimizers, penalties
 from normlab.optimizers import PLAIN_FACTOR, Muon, centralize_gradients, filters, orthogonalized
 from normlab.penalties import l1_penalty
+from normlab.support import filter_banks
 
 
 def small_network(seed: int = 0) -> nn.Module:
@@ -157,8 +157,7 @@ def test_centred_sgd_is_sgd_projected_on_filters_without_mean():
 @pytest.fixture
 def in_one_batch(monkeypatch):
     """As on a GPU."""
-    monkeypatch.setattr(optimizers, "ONE_BY_ONE", ())
-    monkeypatch.setattr(penalties, "ONE_BY_ONE", ())
+    monkeypatch.setattr(filter_banks, "ONE_BY_ONE", ())
 
 
 def three_steps(optimizer: str, layout: torch.memory_format) -> nn.Module:
@@ -186,16 +185,3 @@ def test_filters_in_one_batch_move_as_one_by_one(optimizer, layout, request):
     for one, other in zip(one_by_one.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
         assert one.stride() == other.stride()
-
-
-def test_banks_too_large_to_be_filled_up_go_one_by_one(in_one_batch, monkeypatch):
-    banks = [torch.rand(4, 2, 3, 3), torch.rand(8, 4)]
-    assert optimizers._batch_of(banks) is not None
-    monkeypatch.setattr(optimizers, "LARGEST_BATCH", 2 * 8 * 18 - 1)
-    assert optimizers._batch_of(banks) is None
-    assert optimizers._batch_of([]) is None
-
-
-def test_a_batch_is_kept_for_good():
-    """A captured CUDA graph reads its look-ups where they lie, however many networks come after."""
-    assert optimizers._cached_batch.cache_parameters()["maxsize"] is None

@@ -19,14 +19,7 @@ from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
 from normlab.support.colours import curve_styles
-from normlab.support.figures import (
-    drawn,
-    label_axes,
-    legend_height,
-    new_axes,
-    place_legend,
-    shortened,
-)
+from normlab.support.figures import drawn, label_axes, new_axes, place_legend, shortened
 from tests.test_plots import run_with
 
 # --- a data set of torchvision's --------------------------------------------------------------
@@ -304,7 +297,7 @@ def test_an_augmentation_is_an_entry_in_a_table(tiny, tiny_network, monkeypatch)
 
 @drawn
 def plot_gap(runs, *, ax=None, title="Test loss less training loss"):
-    ax = ax if ax is not None else new_axes(5, 3 + legend_height(len(runs)))
+    ax = ax if ax is not None else new_axes(5, 3, names=len(runs))
     lines = []
     for (label, run), look in zip(runs.items(), curve_styles(runs).values(), strict=True):
         gap = run.frame()["test_loss"] - run.frame()["train_loss"]

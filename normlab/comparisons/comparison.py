@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,10 +14,7 @@ from normlab.experiment import Results
 from normlab.support.checks import check_instance, one_of
 from normlab.support.colours import background, text_colour
 from normlab.support.figures import drawn, label_axes, literal, new_axes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from normlab.support.late_types import Axes, Figure
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from normlab.assignments import Variant
-from normlab.experiment import Results, build_variant
+from normlab.experiment import Results
 from normlab.history import Run
 from normlab.penalties import WEIGHT_LAYERS
 from normlab.recipes import DTYPES
 from normlab.runs.identity import weights_digest
+from normlab.runs.jobs import build_variant
 from normlab.support.checks import check_instance
 
 # Where variants may differ without a word: it is what they are compared for. "layers" is the digest
@@ -49,39 +50,47 @@ def check_fair(results: Results) -> list[Finding]:
     check_instance(results, Results, "results", "nl.run_assignment(…) gives them")
     variants = [v for v in results.assignment.variants if v.label in results.runs]
     facts = {variant.label: _facts(results, variant) for variant in variants}
+    return [*differing(facts, variants), *limits(results)]
+
+
+def differing(facts: dict[str, dict], variants: list[Variant]) -> list[Finding]:
+    """Where the facts of variants, by their labels, are not the same."""
     found = []
     for what in dict.fromkeys(name for some in facts.values() for name in some):
         values = {label: some.get(what) for label, some in facts.items()}
         if any(value != values[variants[0].label] for value in values.values()):
             found.append(Finding(what, values, declared=_is_declared(what, values, variants)))
-    return [*found, *limits(results)]
+    return found
 
 
 def _facts(results: Results, variant: Variant) -> dict[str, object]:
-    """What could make a difference, by name; what differs between its seeds as a list."""
     runs = results.runs[variant.label]
-    each = [_facts_of_run(results, variant, run) for run in runs]
-    facts: dict[str, object] = {}
-    for name in each[0]:
+    filters = ({"initial filters": _initial_filters(results, variant, run)} for run in runs)
+    told = [facts_of(run.identity, len(run.history)) for run in runs]
+    return facts_of_seeds([some | more for some, more in zip(told, filters, strict=True)])
+
+
+def facts_of_seeds(each: list[dict]) -> dict[str, object]:
+    """What could make a difference, by name; what differs between the seeds as a list."""
+    facts: dict[str, object] = {"seeds": sorted(some["seed"] for some in each)}
+    for name in (name for name in each[0] if name != "seed"):
         values = [some.get(name) for some in each]
         facts[name] = values[0] if all(value == values[0] for value in values) else values
-    return facts | {"seeds": sorted(run.recipe.seed for run in runs)}
+    return facts
 
 
-def _facts_of_run(results: Results, variant: Variant, run: Run) -> dict[str, object]:
-    about, epochs = run.identity, len(run.history)
+def facts_of(about: dict, epochs: int) -> dict[str, object]:
+    """What the identity of a run tells, beside its norm, that could make a difference."""
     network = {k: v for k, v in about["network"].items() if k not in _OF_THE_NORM}
     if "program" in network:  # of a class of one's own, whose name is told
         network["class"] += f" ({network.pop('program')[:8]})"
-    recipe = {k: v for k, v in about["recipe"].items() if k not in ("seed", "epochs")}
     return {
         "parameters": about["parameters"],
         **network,
-        **recipe,
+        **about["recipe"],
         "epochs": epochs,
         "images seen": epochs * about["data"]["train_images"],
         "images": about["data"]["fingerprint"][:8],
-        "initial filters": _initial_filters(results, variant, run),
     }
 
 
@@ -108,7 +117,7 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
     if what == "parameters":  # skips have parameters: only without them must all have as many
         kinds = {variant.skip: set() for variant in variants}
         for variant in variants:
-            kinds[variant.skip].add(values[variant.label])
+            kinds[variant.skip].add(str(values[variant.label]))
         return all(len(counts) == 1 for counts in kinds.values())
     name = "epochs" if what == "images seen" else what
     return len({str(values[v.label]) for v in variants if name not in v.changes}) <= 1
@@ -117,11 +126,9 @@ def _is_declared(what: str, values: dict[str, object], variants: list[Variant]) 
 def limits(results: Results) -> Iterator[Finding]:
     """What is beyond the assignment's limits."""
     kinds = {"parameters": lambda run: run.parameters, "epochs": lambda run: len(run.history)}
-    for what, count in kinds.items():
-        counts = {label: max(map(count, runs)) for label, runs in results.runs.items()}
-        limit = results.assignment.exceeded(**{what: max(counts.values())}).get(what)
-        if limit:
-            over = {label: number for label, number in counts.items() if number > limit}
+    for what, limit in results.assignment.limits.items():
+        counts = {label: max(map(kinds[what], runs)) for label, runs in results.runs.items()}
+        if over := {label: count for label, count in counts.items() if count > limit}:
             yield Finding(what, over, limit=limit)
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from normlab.analysis import Mistakes, find_mistakes
 from normlab.assignments import Variant, folder_name
@@ -19,13 +18,11 @@ from normlab.comparisons.fairness import Finding, limits
 from normlab.experiment import Results
 from normlab.history import runs_of
 from normlab.images import plot_mistakes
-from normlab.norms import described_norm, is_norm
 from normlab.plots import Runs, plot_curves, plot_loss_and_accuracy
 from normlab.support.figures import save_if_drawn
 from normlab.support.files import user_path, write_json, write_text
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from normlab.support.late_types import DataFrame
+from normlab.support.summaries import described_norm, is_norm
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 TRAINING_FIGURE = "training-and-test.png"
@@ -208,13 +205,14 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
     data, origin, source = results.data, _provenance(results), escaped(results.data.source)
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} {data.test_name}"
     period = " to ".join(dict.fromkeys((origin["date"][0], origin["date"][-1])))
-
+    most = max(origin.get("at_once", [1]))
+    shared = f"Up to {most} runs went on at once: the seconds of each contain the others' share."
     parts = [
         f"# {escaped(f'{results.assignment.name}: {results.assignment.title}')}, on {source}",
         f"{source}, {images} images. Device: {_all(origin['device'])}, torch "
         f"{_all(origin['torch'])}, normlab {_all(origin['normlab'])}, {period}.",
         markdown_table(results),
-        *_at_once(origin),
+        *([shared] if most > 1 else []),
         _caution(results),
         *_differences_part(results),
         *_curves_part(missing),
@@ -227,13 +225,6 @@ def report_text(results: Results, *, missing: Collection[str] = ()) -> str:
         *map(_beyond, limits(results)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _at_once(origin: dict[str, list]) -> Iterator[str]:
-    """What the seconds are worth where runs shared the machine."""
-    most = max(origin.get("at_once", [1]))
-    if most > 1:
-        yield f"Up to {most} runs went on at once: the seconds of each contain the others' share."
 
 
 def _all(names: list[str]) -> str:
@@ -319,7 +310,7 @@ def _recipe_table(results: Results) -> str:
 
 def _beyond(found: Finding) -> str:
     """What is more than the assignment allows, as a sentence."""
-    counts = [f"{escaped(label)} has {count:,}" for label, count in found.values.items()]  # noqa: PD011
+    counts = [f"{escaped(label)} has {count:,}" for label, count in found.values.items()]
     return f"The assignment allows {found.limit:,} {found.what}: {_all(counts)}."
 
 
@@ -330,10 +321,7 @@ def _norm_table(results: Results) -> str:
         layers = [layer for layer in runs[0].network.modules() if is_norm(layer)]
         kinds = Counter(map(described_norm, layers))
         learned = sum(weight.numel() for layer in layers for weight in layer.parameters())
-        told = (
-            "; ".join(f"{count} × {kind}" for kind, count in kinds.items())
-            or "none known by its class"
-        )
+        told = "; ".join(f"{n} × {kind}" for kind, n in kinds.items()) or "none known by its class"
         rows.append((escaped(label), escaped(told), f"{learned:,}"))
     return in_markdown(("", "layers that normalise", "their parameters"), rows, rule="---")
 

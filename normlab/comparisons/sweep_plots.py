@@ -6,7 +6,6 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from normlab.history import QUANTITIES
 from normlab.plots import NAMES
@@ -15,17 +14,12 @@ from normlab.support.colours import curve_styles
 from normlab.support.figures import (
     drawn,
     label_axes,
-    legend_height,
     new_axes,
     place_legend,
     save_if_drawn,
     shortened,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from pandas import DataFrame, Index
+from normlab.support.late_types import Axes, DataFrame, Figure, Index
 
 # What an axis says, and a label.
 _SWEPT = {"batch_size": ("batch size (images)", "batch size"), "base_lr": ("learning rate", "rate")}
@@ -59,7 +53,7 @@ def plot_sweep(
     one_of(quantity, [name for name in QUANTITIES if name in table], "quantity")
     (other,) = _SWEPT.keys() - {x}
     curves = _curves(table, x, other, quantity)
-    ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(curves)))
+    ax = ax if ax is not None else new_axes(6.8, 4.2, names=len(curves))
     bars, above = [], 0
     for (label, points), style in zip(curves.items(), curve_styles(curves).values(), strict=True):
         mean, sd = points["mean"], points["sd"].fillna(0)  # no mean where a run diverged

@@ -10,26 +10,23 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from normlab.assignments import Assignment, Variant, find_assignment
 from normlab.comparisons.report import csv_text, escaped, in_markdown, percent
 from normlab.data import Dataset
-from normlab.datasets.loading import load_assignment_data
-from normlab.experiment import load_images, make_jobs, train
+from normlab.datasets.loading import load_assignment_data, load_images
 from normlab.history import Run
 from normlab.runs.folder import RunFolder, remove_runs
 from normlab.runs.identity import digest_of
-from normlab.runs.jobs import Job, seed_numbers, without_errors
+from normlab.runs.jobs import Job, make_jobs, results_of, seed_numbers
+from normlab.runs.processes import train
 from normlab.support.checks import as_list, number, one_of, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.files import remove_leftovers, user_path, write_text
+from normlab.support.late_types import DataFrame
 from normlab.support.locks import locked, scratch_folder
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 MEASURED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 RESULTS = [*MEASURED, "seconds"]
@@ -103,7 +100,7 @@ def run_sweep(
             "a cluster's workers load the images themselves: give data as a function, such as "
             "functools.partial(nl.load_dataset, 'mnist')"
         )
-    data = load_images(load)
+    data = load_images(load, assignment)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
         cluster = workers = None
@@ -123,7 +120,7 @@ def run_sweep(
         left.sort(key=lambda job: job.recipe.batch_size)  # small ones take longest
         outcomes = train(left, jobs, data, device=device, progress=False, workers=workers)
         # A loss that diverges is a result of a sweep like any other.
-        ended = without_errors(outcomes, len(left), results=(Run, FloatingPointError))
+        ended = results_of(outcomes, len(left), results=(Run, FloatingPointError))
         with closing(ended):
             for job, outcome in ended:
                 table.add(job, outcome)

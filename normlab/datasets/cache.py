@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -14,7 +15,8 @@ from normlab.support.checks import warn
 
 # The code as it was when it was imported: what other code has decoded is not for this one.
 _HERE = Path(__file__).parent
-CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), _HERE.parent / "data.py")]
+_KEPT_BY = [_HERE.parent / "data.py", _HERE.parent / "support" / "dataset_base.py"]
+CODE = [file.read_bytes() for file in (*sorted(_HERE.glob("*.py")), *_KEPT_BY)]
 
 
 def cache_folder() -> Path:
@@ -29,6 +31,19 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local", "normlab")
     return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "normlab"
+
+
+def cache_size() -> int:
+    """The bytes of all downloads and decoded data sets in the cache folder."""
+    return sum(file.stat().st_size for file in cache_folder().rglob("*") if file.is_file())
+
+
+def measured_cache(*, clear: bool) -> str:
+    """How much the cache folder holds; with `clear` it is gone, and loads download anew."""
+    found = f"{cache_size() / 1e6:,.0f} MB in {cache_folder()}"
+    if clear and cache_folder().exists():
+        shutil.rmtree(cache_folder())
+    return f"{found}: removed" if clear else f"{found}; --clear-cache removes it"
 
 
 def cached(

@@ -182,7 +182,5 @@ def _writable(places: list[Path]) -> Path:
 
 
 def _with_advice(why: str, source: Source, root: Path | None) -> str:
-    return (
-        f"{why}: get it from {source.address} and put the unpacked files "
-        f"{', '.join(source.files)} below {' or '.join(map(str, data_roots(root)))}"
-    )
+    folder = data_roots(root)[0] / Path(source.files[0]).parent
+    return f'{why}: unpack it from {source.address} into {folder}, or take "digits"'

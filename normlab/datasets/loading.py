@@ -1,7 +1,7 @@
 """Data sets by name: the bundled digits, those of torchvision, a folder of images."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from normlab.datasets.cache import cached
 from normlab.datasets.downloads import SOURCES, find_or_download
 from normlab.datasets.folders import load_folder, resized
 from normlab.model import NETWORKS
-from normlab.support.checks import image_shape, nearest
+from normlab.support.checks import check_instance, image_shape, nearest
 
 DATASETS = ("digits", *SOURCES)
 
@@ -60,6 +60,17 @@ def load_dataset(
     else:
         data = load_folder(Path(name).expanduser(), input_shape)
     return data if mean is None and std is None else replace(data, mean=mean, std=std)
+
+
+def described(data: Dataset) -> str:
+    """What it holds, and what its images are normalised by, in two lines."""
+    shape = "×".join(map(str, data.input_shape))
+    return (
+        f"{data.source}: {len(data.train_images):,} training and {len(data.test_images):,} test "
+        f"images of {shape}, {len(data.classes)} classes ({', '.join(data.classes)})\n"
+        f"mean {', '.join(f'{m:.4f}' for m in data.mean)}; "
+        f"standard deviation {', '.join(f'{s:.4f}' for s in data.std)}"
+    )
 
 
 def check_dataset_name(name: str | os.PathLike) -> None:
@@ -132,3 +143,11 @@ def load_assignment_data(
     elif name != "digits":
         shape = None
     return load_dataset(name, root, input_shape=shape)
+
+
+def load_images(data: Dataset | Callable[[], Dataset] | None, assignment: Assignment) -> Dataset:
+    """The images: those given, or what the function returns; without either, the assignment's."""
+    data = load_assignment_data(assignment) if data is None else data
+    data = data() if callable(data) else data
+    check_instance(data, Dataset, "data", "nl.load_dataset(…) gives one")
+    return data

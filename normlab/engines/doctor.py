@@ -13,7 +13,7 @@ import torch
 
 from normlab.assignments import ASSIGNMENTS, Assignment
 from normlab.data import Dataset
-from normlab.datasets.cache import cache_folder
+from normlab.datasets.cache import cache_folder, cache_size
 from normlab.datasets.downloads import SOURCES, data_roots
 from normlab.datasets.loading import load_assignment_data
 from normlab.engines.agreement import disagreement
@@ -78,10 +78,9 @@ def _data() -> Iterator[str]:
         places = [place for place in data_roots() if source.is_in(place) or source.jpegs_in(place)]
         yield f"{name}: {places[0] if places else 'not here; it would be downloaded'}"
     folder = cache_folder()
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
-    yield f"cache: {folder}, {size / GIB:.2f} GiB, {free / GIB:.1f} GiB free beside it"
+    yield f"cache: {folder}, {cache_size() / GIB:.2f} GiB, {free / GIB:.1f} GiB free beside it"
 
 
 def _engines(device: torch.device, *, estimate: bool) -> Iterator[str]:

@@ -6,18 +6,20 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from normlab.lessons.sentences import RULES, SENTENCES
+
 SECONDS = 8  # the longest that a check takes
-Computation = TypeVar("Computation")
+Mistakes = dict[str, str]  # their names with sentences that explain them
 
 
 # --- what is found ------------------------------------------------------------------------------
@@ -29,18 +31,17 @@ class Checked:
 
     Args:
         title: what was checked.
-        parts: for everything that was looked at, such as "gradients", the name of each mistake
-            with a sentence that explains it; none if it is right.
+        parts: everything that was looked at, such as "gradients", with its mistakes.
     """
 
     title: str
-    parts: dict[str, dict[str, str]]
+    parts: dict[str, Mistakes]
 
     def __bool__(self) -> bool:
         return not self.mistakes
 
     @property
-    def mistakes(self) -> dict[str, str]:
+    def mistakes(self) -> Mistakes:
         """The names of all mistakes, with the sentences that explain them."""
         return {name: text for part in self.parts.values() for name, text in part.items()}
 
@@ -55,7 +56,8 @@ class Checked:
         unsaid = self.mistakes
         for part, mistakes in self.parts.items():
             lines.append(f"  {'✗' if mistakes else '✓'} {part}")
-            lines += [f"      {unsaid.pop(name)}" for name in mistakes if name in unsaid]
+            new = [name for name in mistakes if name in unsaid]
+            lines += [f"      {name} – {unsaid.pop(name)}" for name in new]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -64,39 +66,49 @@ class Checked:
 # --- mistakes as data ---------------------------------------------------------------------------
 
 
-class Mistake(NamedTuple):
-    """One change to a computation that has several places, each with a right choice."""
+class Choice(NamedTuple):
+    """What stands in one place of a computation: what is right has no name, a mistake has one."""
 
     name: str
-    sentence: str
-    change: dict[str, object]  # what stands in which place
+    value: object
+    sentence: str = ""
 
 
-def mistakes_at(
-    place: str, rows: dict[str, tuple[str, object]], *, rule: str = ""
-) -> list[Mistake]:
-    """A table of mistakes: for each name what is said, and what stands at the place.
+Places = dict[str, list[Choice]]  # the first of each place is right
 
-    Args:
-        rule: what is right there, said after each.
-    """
-    rule = f"; {rule}" if rule else ""
-    return [Mistake(name, said + rule, {place: value}) for name, (said, value) in rows.items()]
+
+def places(**choices: dict[str, object]) -> Places:
+    """For each place what is right, which is called "", and then the mistakes by their names."""
+    return {
+        place: [
+            Choice(name, value, SENTENCES.get(name) or RULES.get(place, ""))
+            for name, value in rows.items()
+        ]
+        for place, rows in choices.items()
+    }
 
 
 def explanations(
-    right: Computation, mistakes: Iterable[Mistake], most: int = 2, fewest: int = 0
-) -> Iterator[tuple[Computation, tuple[Mistake, ...]]]:
-    """The right computation, then those with one mistake, with two …, each in another place."""
-    by_place: dict[tuple[str, ...], list[Mistake]] = {}
-    for each in mistakes:
-        by_place.setdefault((*each.change,), []).append(each)
+    places: Places, most: int = 2, fewest: int = 0, right: dict[str, object] | None = None
+) -> Iterator[tuple[dict[str, object], dict[str, Choice]]]:
+    """What may stand in all places: first all right, then with one mistake, with two …
+
+    Args:
+        right: where it is not the first of each place.
+
+    Each comes with its mistakes, by their places.
+    """
+    right = right or {place: each[0].value for place, each in places.items()}
     for number in range(fewest, most + 1):
-        for groups in combinations(by_place.values(), number):
-            for some in product(*groups):
-                change = {place: value for each in some for place, value in each.change.items()}
-                if len(change) == sum(len(each.change) for each in some):
-                    yield replace(right, **change), some
+        for changed in combinations(places, number):
+            for some in product(*(places[place][1:] for place in changed)):
+                wrong = dict(zip(changed, some, strict=True))
+                yield right | {place: each.value for place, each in wrong.items()}, wrong
+
+
+def said(*names: str, when: bool = True) -> Mistakes:
+    """These mistakes with their sentences, if it is so; else none."""
+    return {name: f"{SENTENCES[name]}." for name in names} if when else {}
 
 
 # --- calls that end -----------------------------------------------------------------------------
@@ -110,7 +122,7 @@ class TooLong(BaseException):
     """Time is over; no `except Exception` of a student's stops it."""
 
 
-def checked(title: str, parts: Iterator[tuple[str, dict[str, str]]]) -> Checked:
+def checked(title: str, parts: Iterable[tuple[str, Mistakes]]) -> Checked:
     """Collects parts with their mistakes, until time is over or a student's code raises something.
 
     Only the main thread can be ended when time is over.
@@ -125,8 +137,7 @@ def checked(title: str, parts: Iterator[tuple[str, dict[str, str]]]) -> Checked:
         if timed:
             former = signal.signal(signal.SIGALRM, end)
             signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)  # again, should `except:` have it
-        for part, mistakes in parts:
-            found[part] = mistakes
+        found.update(parts)  # one after the other: those before an error are kept
     except TooLong as error:
         text = f"this took more than {SECONDS} seconds and was ended{_where(error)}"
         found["time"] = {"too slow": text}

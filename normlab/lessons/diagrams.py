@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor, nn
 
 from normlab.lessons.sharing import shared_statistics
 from normlab.norms import NORMS, NormKind, norm_name
 from normlab.support.checks import check_groups, plain, sizes
 from normlab.support.figures import drawn, literal, new_axes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from torch import Tensor, nn
+from normlab.support.late_types import Axes, Figure
 
 SHARED, OTHER = "#0072B2", "#E8E8E8"
 

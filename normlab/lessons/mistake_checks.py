@@ -1,7 +1,6 @@
 """`check_mistakes`: whether the misclassified images that a student shows are such."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +8,11 @@ from torch import Tensor, nn
 from normlab.analysis import predict
 from normlab.data import Dataset
 from normlab.history import Run
-from normlab.lessons.checking import Checked, Failed, as_numbers, call, checked, role_of, roles_of
+from normlab.lessons import checking
+from normlab.lessons.checking import Checked, Failed, Mistakes, as_numbers
 from normlab.support.checks import whole_number
 
 _KEYS = ("images", "true", "predicted")
-
-
-@dataclass
-class _Shown:
-    """One image that is shown, and what is true of it; the last two of test images only."""
-
-    number: int
-    image: Tensor
-    true: int
-    predicted: int
-    place: int | None  # in the test set
-    trained: bool  # whether it is one of the training images
-    before: int | None  # where the same image is shown before
-    label: int | None = None
-    guess: int | None = None  # of the finished network
 
 
 def check_mistakes(
@@ -47,85 +32,90 @@ def check_mistakes(
     """
     whole_number(count, "count")
     network = network.network if isinstance(network, Run) else network
-    return checked("misclassified images", _parts(found, network, data, count))
+    return checking.checked("misclassified images", _parts(found, network, data, count))
 
 
 def _parts(
     found: object, network: nn.Module, data: object, count: int
-) -> Iterator[tuple[str, dict[str, str]]]:
+) -> Iterator[tuple[str, Mistakes]]:
     whole = isinstance(data, Dataset)
     batches = [*(data.loader(train=False, shuffle=False) if whole else data)]
-    labels = torch.cat([each for _, each in batches])
+    images, labels = (torch.cat(each) for each in zip(*batches, strict=True))
     guess = predict(network, data if whole else batches).argmax(1)
     if callable(found):
         values = {"network": network, "batches": batches, "count": count, "device": "cpu"}
         values["classes"] = getattr(data, "classes", [*range(1000)])
-        found = call(found, values, roles_of(found, values, ("network", "batches", "count")))
+        roles = checking.roles_of(found, values, ("network", "batches", "count"))
+        found = checking.call(found, values, roles)
     columns = _columns(found)
     shown, due = len(columns[0]), min(count, int((guess != labels).sum()))
     text = f"{shown} images are shown, where {due} are asked for"
-    yield "number", {} if shown >= due else {"too few images": text}
-    names = ("from the test set", "each once", "misclassified", "labels", "pictures")
-    parts: dict[str, dict[str, str]] = {name: {} for name in names}
-    for each in _shown(columns, data, batches):
-        if each.place is not None:
-            each.label, each.guess = int(labels[each.place]), int(guess[each.place])
-        for part, name, text in _mistakes(each):
-            parts[part].setdefault(name, f"{text}.")
-    yield from parts.items()
+    yield "number", {"too few images": text} if shown < due else {}
+    parts = ("from the test set", "each once", "misclassified", "labels", "pictures")
+    mistakes: dict[str, Mistakes] = {part: {} for part in parts}
+    training = data.loader(train=True, shuffle=False) if whole else ()
+    tested, trained = _standard(images), [_standard(each) for each, _ in training]
+    names = [str(name) for name in getattr(data, "classes", ())]
+    places: list[int | None] = []
+    for number, (image, *classes) in enumerate(zip(*columns, strict=True)):
+        image, told = (
+            _image(image, images.shape[1:]),
+            tuple(_class(each, names) for each in classes),
+        )
+        place = _place(image, tested)
+        among = place is None and any(_place(image, each) is not None for each in trained)
+        rows = [*_about_image(number, image, place, among, places)]
+        if place is not None:
+            rows += _about_classes(place, told, (int(labels[place]), int(guess[place])))
+        for part, name, text in rows:
+            mistakes[part].setdefault(name, f"{text}.")
+        places.append(place)
+    yield from mistakes.items()
 
 
-def _mistakes(each: _Shown) -> Iterator[tuple[str, str, str]]:
-    """The mistakes in one image: the part, the name and the sentence."""
-    image = f"image {each.number}"
-    if each.trained:
-        text = f"{image} is one of the training images; the test set is what counts"
+def _about_image(
+    number: int, image: Tensor, place: int | None, trained: bool, before: list[int | None]
+) -> Iterator[tuple[str, str, str]]:
+    """The mistakes in one image: the part, the name and the sentence.
+
+    Args:
+        place: in the test set.
+        trained: whether it is one of the training images.
+        before: the places of images that are shown before it.
+    """
+    if trained:
+        text = f"image {number} is one of the training images; the test set is what counts"
         yield "from the test set", "not from the test set", text
-    elif each.place is None:
-        text = f"{image} is not in the test set: was it augmented?"
+    elif place is None:
+        text = f"image {number} is not in the test set: was it augmented?"
         yield "from the test set", "unknown image", text
-    if each.before is not None:
-        text = f"images {each.before} and {each.number} are the same one of the test set"
+    elif place in before:
+        text = f"images {before.index(place)} and {number} are the same one of the test set"
         yield "each once", "same image twice", text
-    low, high = each.image.aminmax() if each.image.numel() else (0, 0)
-    if low < -0.01 or (high > 1.01 and not torch.equal(each.image, each.image.round())):
-        text = f"{image} goes from {low:.2f} to {high:.2f}: undo the normalisation (· std + mean)"
-        yield "pictures", "picture still normalised", text
-    if each.place is None:
-        return
-    said, due = (each.true, each.predicted), (each.label, each.guess)
-    wrong = each.label != each.guess
-    text = f"test image {each.place} is classified correctly by the finished network"
-    if not wrong and each.true == each.predicted:
+    low, high = image.aminmax() if image.numel() else (0, 0)
+    if low < -0.01 or (high > 1.01 and not torch.equal(image, image.round())):
+        text = f"image {number} goes from {low:.2f} to {high:.2f}: undo the normalisation"
+        yield "pictures", "picture still normalised", f"{text} (· std + mean)"
+
+
+def _about_classes(
+    place: int, told: tuple[int, int], due: tuple[int, int]
+) -> Iterator[tuple[str, str, str]]:
+    """The mistakes in the true and the predicted class of a test image, and in choosing it."""
+    wrong = due[0] != due[1]
+    text = f"test image {place} is classified correctly by the finished network"
+    if not wrong and told[0] == told[1]:
         yield "misclassified", "not misclassified", f"{text}: take those with predicted != true"
     elif not wrong:
         text += ": this is a mistake that it made while it trained, or in training mode"
         yield "misclassified", "collected while training", text
-    text = f"of test image {each.place} (true, predicted) are {due}, not {said}"
-    if said == due[::-1] != due:
+    text = f"of test image {place} (true, predicted) are {due}, not {told}"
+    if told == due[::-1] != due:
         yield "labels", "labels exchanged", f"true and predicted classes are exchanged: {text}"
-    elif each.true != each.label:
+    elif told[0] != due[0]:
         yield "labels", "wrong true class", f"the labels are those of other images: {text}"
-    elif each.predicted != each.guess and wrong:
+    elif told[1] != due[1] and wrong:
         yield "labels", "other predictions", f"another network predicts so: {text}"
-
-
-def _shown(columns: list[Sequence], data: object, batches: list) -> Iterator[_Shown]:
-    shape = batches[0][0].shape[1:]
-    names = [str(name) for name in getattr(data, "classes", ())]
-    tested = _standard(torch.cat([images for images, _ in batches]))
-    trained = tested[:0]
-    if isinstance(data, Dataset):
-        every = data.loader(train=True, shuffle=False)
-        trained = _standard(torch.cat([images for images, _ in every]))
-    places: list[int | None] = []
-    for number, (image, *classes) in enumerate(zip(*columns, strict=True)):
-        image, classes = _image(image, shape), [_class(each, names) for each in classes]
-        place = _place(image, tested)
-        among = place is None and _place(image, trained) is not None
-        before = places.index(place) if place is not None and place in places else None
-        places.append(place)
-        yield _Shown(number, image, *classes, place, among, before)
 
 
 def _columns(found: object) -> list[Sequence]:
@@ -152,8 +142,8 @@ def _is_triple(row: object) -> bool:
 
 def _named(found: object) -> list:
     if not isinstance(found, Mapping):
-        found = {name: getattr(found, name) for name in dir(found) if role_of(name, _KEYS)}
-    keys = {role_of(str(key), _KEYS): value for key, value in found.items()}
+        found = {name: getattr(found, name) for name in dir(found) if checking.role_of(name, _KEYS)}
+    keys = {checking.role_of(str(key), _KEYS): value for key, value in found.items()}
     if not {*_KEYS} <= {*keys}:
         raise Failed(f"there must be images, true and predicted, not {', '.join(map(str, found))}")
     return [keys[key] for key in _KEYS]

@@ -1,12 +1,11 @@
 """The usual mistakes in a normalization, as data: each is one change to the right formula.
 
 A formula has a few places (which numbers share a mean, what the variance divides by, …), and a
-mistake puts something else in one of them. So what it computes can be computed, and two mistakes
-together as well.
+mistake puts something else in one of them. So what it gives can be computed, and what two mistakes
+together give as well.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
@@ -15,61 +14,12 @@ import torch
 from torch import Tensor
 
 from normlab.lessons.by_hand import example_batch
-from normlab.lessons.checking import Mistake, explanations, mistakes_at
+from normlab.lessons.checking import Choice, Places, explanations, places
 from normlab.norms import EPSILON, NORMS
 
-
-class Sharing(NamedTuple):
-    """Which numbers of x (N, C, H, W) share a mean.
-
-    Args:
-        words: as in "over N only".
-        axes: the axes of the mean, after the following.
-        shape: what x is reshaped to, of N, C, H, W, of groups G and of -1.
-        order: of the axes of x before that.
-    """
-
-    words: str
-    axes: tuple[int, ...]
-    shape: str = "N C H W"
-    order: str = "NCHW"
-
-    def arrange(self, x: Tensor, groups: int) -> Tensor:
-        sizes = dict(zip("NCHW", x.shape, strict=True)) | {"G": groups, "-1": -1}
-        x = x.permute(*map("NCHW".index, self.order))
-        return x if self.shape == "N C H W" else x.reshape([sizes[s] for s in self.shape.split()])
-
-
-def _over(names: tuple[str, ...]) -> Sharing:
-    *most, last = names
-    words = f"{', '.join(most)} and {last}" if most else f"{last} only"
-    return Sharing(f"over {words}", tuple(map("NCHW".index, names)))
-
-
-_SUBSETS = [_over(names) for size in (1, 2, 3, 4) for names in combinations("NCHW", size)]
-_BLOCKS, _STRIDED = "N G -1 H W", "N -1 G H W"
-_OF_BLOCKS = Sharing("over H, W and the C/G channels of a block", (2, 3, 4), _BLOCKS)
-_GROUPINGS = {
-    "groups interleaved": (
-        "over H, W and every G-th channel, not C/G neighbours",
-        (1, 3, 4),
-        _STRIDED,
-    ),
-    "group size for number": ("over groups of G channels instead of G groups", (2, 3, 4), _STRIDED),
-    "groups of interleaved channels": ("over H, W and the groups", (1, 3, 4), _BLOCKS),
-    "groups over the batch": ("over N too: groups of all images", (0, 2, 3, 4), _BLOCKS),
-    "groups without positions": ("over the channels of a group only", (2,), _BLOCKS),
-}
-_RESHAPED = {"C -1": 1, "-1 C": 0, "-1 N": 0, "G -1": 1, "-1 G": 0, "N -1 G": 1, "N -1 C": 1}
-_RESHAPED |= {"G N -1": 2, "C N -1": 2}  # the axis of the mean after such a reshape
-_PERMUTED = (("CNHW", (1, 2, 3)), ("NHWC", (0, 1, 2)), ("NHWC", (1, 2, 3)))
-_MIXED = [
-    Sharing(f"over axis {axis} after reshape to ({shape}), which mixes axes", (axis,), shape)
-    for shape, axis in _RESHAPED.items()
-] + [
-    Sharing(f"after a permutation to {order} that is not undone", axes, order=order)
-    for order, axes in _PERMUTED
-]
+Statistic = Callable[[Tensor, tuple[int, ...]], Tensor]  # over these axes, which are kept
+Formula = dict[str, object]  # what stands in each place of `normalized`
+Explained = tuple[Formula, dict[str, Choice]]  # with its mistakes, by their places
 
 
 class Case(NamedTuple):
@@ -83,188 +33,202 @@ class Case(NamedTuple):
     var: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Formula:
-    """A normalization with its places; the defaults are right for all, but for `sharing`."""
+class Sharing(NamedTuple):
+    """Which numbers of x (N, C, H, W) share a mean.
 
-    sharing: Sharing
-    variance_sharing: Sharing | None = None  # where it is not that of the mean
-    running: bool = False  # whether the running statistics are used, where there are any
-    keepdim: bool = True  # whether the statistics keep their axes, to be broadcast along them
-    center: Callable[[Tensor, Tensor], Tensor] = torch.sub
-    moment: Callable[[Tensor, tuple], Tensor] = lambda x, axes: x.var(axes, False, keepdim=True)
-    divisor: Callable[[Tensor], Tensor] = lambda v: (v + EPSILON).sqrt()
-    affine: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda y, w, b: y * w + b
-    detached: tuple[str, ...] = ()
+    Args:
+        words: as in "over N only".
+        axes: the axes of the mean, after the following.
+        shape: what x is reshaped to, of N, C, H, W, of groups G and of -1.
+    """
 
-    def __call__(self, case: Case) -> Tensor | None:
-        """The output; None where the formula does not fit the shapes."""
-        try:
-            x, mean, variance = self._statistics(case)
-            y = self.center(x, mean) / self.divisor(variance)
-            return self.affine(y.reshape(case.x.shape), case.scale, case.shift)
-        except RuntimeError:
-            return None
+    words: str
+    axes: tuple[int, ...]
+    shape: str = "N C H W"
 
-    def _statistics(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-        """x as it is arranged, and its mean and variance."""
-        if self.running and case.mean is not None:
-            return case.x, case.mean, case.var
-        axes, other = self.sharing.axes, self.variance_sharing
-        x, mean, variance = _moments(case.x, case.groups, self.sharing, other, self.moment)
-        mean = mean.detach() if "mean" in self.detached else mean
-        variance = variance.detach() if "variance" in self.detached else variance
-        if not self.keepdim:
-            mean, variance = mean.squeeze(axes), variance.squeeze(axes)
-        return x, mean, variance
+    def apply(self, statistic: Statistic, x: Tensor, groups: int, keepdim: bool) -> Tensor:
+        """A statistic of x, broadcast back to the shape of x."""
+        sizes = dict(zip("NCHW", x.shape, strict=True)) | {"G": groups, "-1": -1}
+        arranged = x.reshape([sizes[name] for name in self.shape.split()])
+        found = statistic(arranged, self.axes)
+        found = found if keepdim else found.squeeze(self.axes)
+        return found.expand_as(arranged).reshape(x.shape)
 
 
-@lru_cache(1000)  # formulas by the thousand differ in other places
-def _moments(
-    x: Tensor, groups: int, sharing: Sharing, other: Sharing | None, moment: Callable
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x as it is arranged, its mean, and its variance, which may be shared otherwise."""
-    arranged = sharing.arrange(x, groups)
-    mean = arranged.mean(sharing.axes, keepdim=True)
-    if other is None:
-        return arranged, mean, moment(arranged, sharing.axes)
-    return arranged, mean, sharing.arrange(moment(x, other.axes).expand_as(x), groups)
+_apply = lru_cache(1000)(Sharing.apply)  # formulas by the thousand differ in other places
 
 
-_RATIO = "the deviation is divided by the root of (variance + epsilon)"
-_SHARES = (
-    "running statistics become (1 − momentum) · old + momentum · batch; momentum is small, as 0.1"
-)
-_MOMENTS = {
-    "unbiased variance": (
-        "the variance is divided by n − 1; a normalization divides it by n",
-        lambda x, axes: x.var(axes, True, keepdim=True),
-    ),
-    "sum instead of variance": (
-        "the squared deviations are summed up but not divided by their number n",
-        lambda x, axes: (x - x.mean(axes, True)).square().sum(axes, True),
-    ),
-    "variance about zero": (
-        "the variance is the mean of x², without the mean subtracted from x before",
-        lambda x, axes: x.square().mean(axes, True),
-    ),
-    "mean absolute deviation": (
-        "the mean of |x − mean| is taken for the standard deviation, the root of the mean square",
-        lambda x, axes: (x - x.mean(axes, True)).abs().mean(axes, True).square(),
-    ),
-    "mean not squared": (
-        "the mean of x² less the mean is taken for the variance, the mean of x² less the mean²",
-        lambda x, axes: x.square().mean(axes, True) - x.mean(axes, True),
-    ),
+def _mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return x.mean(axes, True)
+
+
+def _variance(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return x.var(axes, False, True)
+
+
+def normalized(
+    case: Case,
+    *,
+    sharing: tuple[Sharing, Sharing],  # for the mean, and for the variance
+    variance_sharing: Sharing | None,  # instead of the second
+    moment: Statistic,
+    divisor: Callable[[Tensor], Tensor],
+    center: Callable[[Tensor, Tensor], Tensor],
+    affine: Callable[[Tensor, Tensor, Tensor], Tensor],
+    order: tuple[int, ...],  # the axes that become N, C, H, W at the end
+    keepdim: bool,  # whether mean and variance keep their axes
+    running: bool,  # whether they are the running ones, if there are any
+    detached: tuple[str, ...],  # which of them are
+) -> Tensor | None:
+    """What a formula gives; None where it does not fit the shapes."""
+    try:
+        mean, variance = case.mean, case.var
+        if not running or mean is None:
+            mean = _apply(sharing[0], _mean, case.x, case.groups, keepdim)
+            variance = _apply(variance_sharing or sharing[1], moment, case.x, case.groups, keepdim)
+        mean = mean.detach() if "mean" in detached else mean
+        variance = variance.detach() if "variance" in detached else variance
+        y = center(case.x, mean) / divisor(variance)
+        return affine(y.permute(order).reshape(y.shape), case.scale, case.shift)
+    except RuntimeError:
+        return None
+
+
+# --- which numbers share a mean -----------------------------------------------------------------
+
+
+def _over(names: tuple[str, ...]) -> Sharing:
+    *most, last = names
+    words = f"{', '.join(most)} and {last}" if most else f"{last} only"
+    return Sharing(f"over {words}", tuple(map("NCHW".index, names)))
+
+
+_SUBSETS = [_over(names) for size in (1, 2, 3, 4) for names in combinations("NCHW", size)]
+_BLOCKS, _STRIDED = "N G -1 H W", "N -1 G H W"
+_OF_BLOCKS = Sharing("over H, W and the C/G channels of a block", (2, 3, 4), _BLOCKS)
+_GROUPINGS = {
+    "groups interleaved": Sharing("over H, W and every G-th channel", (1, 3, 4), _STRIDED),
+    "group size for number": Sharing("over groups of G channels", (2, 3, 4), _STRIDED),
+    "groups of interleaved channels": Sharing("over H, W and the groups", (1, 3, 4), _BLOCKS),
+    "groups over the batch": Sharing("over N too: groups of all images", (0, 2, 3, 4), _BLOCKS),
+    "groups without positions": Sharing("over the channels of a group only", (2,), _BLOCKS),
 }
-_DIVISORS = {
-    "epsilon outside the root": ("epsilon is added outside the root", lambda v: v.sqrt() + EPSILON),
-    "epsilon missing": (f"epsilon, {EPSILON:g}, is missing, or too small", lambda v: v.sqrt()),
-    "epsilon squared": ("epsilon is squared", lambda v: (v + EPSILON**2).sqrt()),
-    "variance instead of standard deviation": ("the root is missing", lambda v: v + EPSILON),
-    "multiplied by the standard deviation": (
-        "it is multiplied, not divided",
-        lambda v: v.add(EPSILON).rsqrt(),
-    ),
-    "root taken twice": ("the root is taken twice", lambda v: (v.sqrt() + EPSILON).sqrt()),
-    "not divided by the standard deviation": ("nothing is divided", torch.ones_like),
-}
-_CENTERS = {
-    "mean not subtracted": ("the mean is not subtracted from x first", lambda x, mean: x),
-    "mean added": ("the mean is added to x instead of subtracted from it", torch.add),
-}
-_AFFINE = {
-    "scale and shift swapped": ("scale and shift are exchanged", lambda y, w, b: y * b + w),
-    "shift before scale": ("the shift is added before the scale", lambda y, w, b: (y + b) * w),
-    "scale and shift missing": ("scale and shift are unused", lambda y, w, b: y + 0 * (w + b)),
-    "shift missing": ("the shift is not added", lambda y, w, b: y * w + 0 * b),
-    "scale missing": ("the scale is not used", lambda y, w, b: y + b + 0 * w),
-    "shift subtracted": ("the shift is subtracted", lambda y, w, b: y * w - b),
-    "one plus scale": ("1 + scale stands for the scale", lambda y, w, b: y * (1 + w) + b),
-}
-_ALONG = "broadcast along the last axis, W, instead of the channels"
-_STATISTICS = f"mean and variance are {_ALONG}: keepdim=True keeps their axes"
-_VECTORS = f"scale and shift are {_ALONG}: give them the shape (1, C, 1, 1)"
-_WIDTH = {
-    "scale and shift along the wrong axis": (
-        _VECTORS,
-        lambda y, w, b: y * w.flatten() + b.flatten(),
-    ),
-}
-# Only where C, H and W are equal does torch broadcast along the wrong axis without an error.
-_BROADCAST = [
-    *mistakes_at("keepdim", {"statistics along the wrong axis": (_STATISTICS, False)}),
-    *mistakes_at("affine", _WIDTH),
+_RESHAPED = {"C -1": 1, "-1 C": 0, "-1 N": 0, "G -1": 1, "-1 G": 0, "N -1 G": 1, "N -1 C": 1}
+_RESHAPED |= {"G N -1": 2, "C N -1": 2}  # the axis of the mean after such a reshape
+_MIXED = [
+    Sharing(f"over axis {axis} after reshape to ({shape}), which mixes axes", (axis,), shape)
+    for shape, axis in _RESHAPED.items()
 ]
-_PLACES = [
-    *mistakes_at("moment", _MOMENTS),
-    *mistakes_at("divisor", _DIVISORS, rule=_RATIO),
-    *mistakes_at("center", _CENTERS, rule=_RATIO),
-    *mistakes_at("affine", _AFFINE, rule="the output is scale · normalized + shift"),
-]
-_NO_ROOT = {"variance instead of standard deviation": ("the root is missing", lambda v: v)}
-_PLACES += mistakes_at("divisor", _NO_ROOT, rule=_RATIO)
-for size in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9):
-    said = f"epsilon is {size:g}, not {EPSILON:g}"
-    rows = {
-        "epsilon of another size": (said, lambda v, size=size: (v + size).sqrt()),
-        "epsilon outside the root": (f"{said}, and outside", lambda v, size=size: v.sqrt() + size),
-    }
-    _PLACES += mistakes_at("divisor", rows, rule=_RATIO)
-_RUNNING = "in training x is normalized by the running statistics instead of by the batch's"
-_BATCH = "in evaluation x is normalized by the batch's statistics instead of by the running ones"
-USED_IN_TRAINING = mistakes_at("running", {"running statistics used in training": (_RUNNING, True)})
-USED_IN_EVALUATION = mistakes_at(
-    "running", {"batch statistics used in evaluation": (_BATCH, False)}
-)
-_GRADIENT = "the gradient of x misses the terms of {}, which depend on x: they must not be detached"
-DETACHED = mistakes_at(
-    "detached",
-    {
-        f"{words} detached": (_GRADIENT.format(words), tuple(words.split(" and ")))
-        for words in ("mean and variance", "mean", "variance")
+
+
+def _right_sharing(kind: str) -> Sharing:
+    averaged = NORMS[kind].averaged
+    return _OF_BLOCKS if "C/G" in averaged else _over(averaged)
+
+
+def _sharings(kind: str) -> Places:
+    """What mean and variance are taken over: what is right, then every other set of numbers."""
+    right, title = _right_sharing(kind), NORMS[kind].title.split(",")[0]
+    others = {_right_sharing(k): f"that is {NORMS[k].title}; " for k in ("bn", "ln", "in")}
+    rule = f"{title} takes them {right.words}"
+    both, variance = [Choice("", (right, right))], [Choice("", None)]
+    for each in (each for each in _SUBSETS if each != right):
+        text = others.get(each, "") + rule
+        both.append(Choice(f"mean and variance {each.words}", (each, each), text))
+        both.append(Choice(f"mean {each.words}", (each, right), rule))
+        variance.append(Choice(f"variance {each.words}", each, rule))
+    named = [*_GROUPINGS.items()] * (kind == "gn") + [("axes mixed", each) for each in _MIXED]
+    for name, each in named:
+        text = f"mean and variance are taken {each.words}; {rule}"
+        both.append(Choice(name, (each, each), text))
+    return {"sharing": both, "variance_sharing": variance}
+
+
+# --- all places ---------------------------------------------------------------------------------
+
+_PLACES = places(
+    moment={
+        "": _variance,
+        "unbiased variance": lambda x, axes: x.var(axes, True, True),
+        "sum instead of variance": lambda x, axes: (x - _mean(x, axes)).square().sum(axes, True),
+        "variance about zero": lambda x, axes: _mean(x**2, axes),
+        "mean absolute deviation": lambda x, axes: _mean((x - _mean(x, axes)).abs(), axes) ** 2,
+        "mean not squared": lambda x, axes: _mean(x**2, axes) - _mean(x, axes),
     },
-    rule="so no .data, .detach() or torch.no_grad()",
+    divisor={
+        "": lambda v: (v + EPSILON).sqrt(),
+        "epsilon outside the root": lambda v: v.sqrt() + EPSILON,
+        "epsilon missing": lambda v: v.sqrt(),
+        "epsilon squared": lambda v: (v + EPSILON**2).sqrt(),
+        "variance instead of standard deviation": lambda v: v + EPSILON,
+        "multiplied by the standard deviation": lambda v: (v + EPSILON).rsqrt(),
+        "root taken twice": lambda v: (v.sqrt() + EPSILON).sqrt(),
+        "not divided by the standard deviation": torch.ones_like,
+    },
+    center={"": torch.sub, "mean not subtracted": lambda x, mean: x, "mean added": torch.add},
+    affine={
+        "": lambda y, w, b: y * w + b,
+        "scale and shift swapped": lambda y, w, b: y * b + w,
+        "shift before scale": lambda y, w, b: (y + b) * w,
+        "scale and shift missing": lambda y, w, b: y + 0 * (w + b),
+        "shift missing": lambda y, w, b: y * w + 0 * b,
+        "scale missing": lambda y, w, b: y + b + 0 * w,
+        "shift subtracted": lambda y, w, b: y * w - b,
+        "one plus scale": lambda y, w, b: y * (1 + w) + b,
+    },
+    order={"": (0, 1, 2, 3), "axes mixed": (0, 2, 3, 1)},
+    keepdim={"": True},
+    running={"": False, "running statistics used in training": True},
+    detached={"": ()},
 )
+_PLACES["order"] += places(order={"axes mixed": (1, 0, 2, 3)})["order"]
+_PLACES["divisor"] += places(divisor={"variance instead of standard deviation": lambda v: v})[
+    "divisor"
+]
+for size in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9):
+    rows = {
+        "epsilon of another size": lambda v, size=size: (v + size).sqrt(),
+        "epsilon outside the root": lambda v, size=size: v.sqrt() + size,
+    }
+    text = f"epsilon is {size:g}, and {EPSILON:g} within the root is right"
+    _PLACES["divisor"] += [Choice(*row, text) for row in rows.items()]
+# Only where C, H and W are equal does torch broadcast along the wrong axis without an error.
+_ALONG_W = places(
+    keepdim={"statistics along the wrong axis": False},
+    affine={"scale and shift along the wrong axis": lambda y, w, b: y * w.flatten() + b.flatten()},
+)
+EVALUATED = places(running={"": True, "batch statistics used in evaluation": False})
+DETACHED = places(
+    detached={
+        "mean and variance detached": ("mean", "variance"),
+        "mean detached": ("mean",),
+        "variance detached": ("variance",),
+    }
+)["detached"]
+
+
+def norm_places(kind: str, *, cube: bool = False) -> Places:
+    """All places of a kind of `NORMS`; some mistakes need a cube, with C, H and W equal."""
+    along = _ALONG_W if cube else {}
+    every = {place: some + along.get(place, []) for place, some in _PLACES.items()}
+    return _sharings(kind) | every
 
 
 def right_formula(kind: str) -> Formula:
-    """The formula of a kind of `NORMS`."""
-    averaged = NORMS[kind].averaged
-    return Formula(_OF_BLOCKS if "C/G" in averaged else _over(averaged))
+    return {place: choices[0].value for place, choices in norm_places(kind).items()}
 
 
-def norm_mistakes(kind: str, *, cube: bool) -> list[Mistake]:
-    """All single mistakes in one kind; some run without an error only if C, H and W are equal."""
-    right, title = right_formula(kind).sharing, NORMS[kind].title.split(",")[0]
-    others = {right_formula(k).sharing: NORMS[k].title for k in ("bn", "ln", "in")}
-    named = [(f"mean and variance {each.words}", each) for each in _SUBSETS]
-    named += [(name, Sharing(*row)) for name, row in _GROUPINGS.items()] if kind == "gn" else []
-    named += [("axes mixed", each) for each in _MIXED]
-    found = [*_PLACES, *_BROADCAST * cube]
-    for name, each in named:
-        also = f" (that is {others[each]})" if each in others else ""
-        text = f"mean and variance are taken {each.words}{also}; {title} takes them {right.words}"
-        found.append(Mistake(name, text, {"sharing": each}))
-    for each in _SUBSETS:
-        text = f"is taken {each.words}; {title} takes it {right.words}"
-        change = {"variance_sharing": each}
-        found.append(Mistake(f"variance {each.words}", f"the variance {text}", change))
-        if kind != "gn":
-            change = {"sharing": each, "variance_sharing": right}
-            found.append(Mistake(f"mean {each.words}", f"the mean {text}", change))
-    return [each for each in found if not each.name.endswith(right.words)]
+def three(places: Places) -> Iterator[Explained]:
+    """Formulas with three of the frequent mistakes."""
+    names = ("", "unbiased variance", "epsilon outside the root")
+    often = {
+        place: [each for each in some if place in ("sharing", "affine") or each.name in names]
+        for place, some in places.items()
+    }
+    return explanations(often, 3, 3)
 
 
-_OFTEN = ("unbiased variance", "epsilon outside the root")
-
-
-def norm_explanations(right: Formula, single: list[Mistake]) -> Iterator[tuple]:
-    """The right formula, then those with one mistake, with two, with three of the frequent ones."""
-    yield from explanations(right, single, 2)
-    often = [m for m in single if m.name in _OFTEN or {*m.change} & {"sharing", "affine"}]
-    yield from explanations(right, often, 3, 3)
-
+# --- an example ---------------------------------------------------------------------------------
 
 _EXAMPLES = (
     (torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 1, 3), "the channel 1, 2, 3"),
@@ -273,76 +237,56 @@ _EXAMPLES = (
 )
 
 
-def with_numbers(kind: str, mistake: Mistake) -> str:
+def with_numbers(kind: str, place: str, mistake: Choice) -> str:
     """The sentence of a mistake, with what it gives for a small example."""
     right = right_formula(kind)
-    affine = "affine" in mistake.change
+    affine = place == "affine"
     for x, words in _EXAMPLES:
         scale, shift = (torch.full((x.shape[1], 1, 1), 1.0 * v) for v in (1 + affine, affine))
         case = Case(x, scale, shift, min(2, x.shape[1]))
-        given, due = (formula(case) for formula in (replace(right, **mistake.change), right))
+        given, due = (normalized(case, **each) for each in (right | {place: mistake.value}, right))
         if given is None or not given.isfinite().all():  # None: only axes of equal sizes would do
             continue
         given, due, numbers = given.flatten(), due.flatten(), x.flatten()
-        for place in (-1, 0, int((given - due).abs().argmax())):
-            if f"{given[place]:.3g}" != f"{due[place]:.3g}":
-                return (
-                    f"{mistake.sentence}. It gives {given[place]:.3g} where {due[place]:.3g} is "
-                    f"right for the number {numbers[place]:g} of {words}"
-                    f"{', with scale 2 and shift 1' * affine}."
-                )
+        for at in (-1, 0, int((given - due).abs().argmax())):
+            if f"{given[at]:.3g}" != f"{due[at]:.3g}":
+                of = f"the number {numbers[at]:g} of {words}{', with scale 2 and shift 1' * affine}"
+                example = f"It gives {given[at]:.3g} where {due[at]:.3g} is right for {of}."
+                return f"{mistake.sentence}. {example}"
     return f"{mistake.sentence}."
 
 
 # --- running statistics -------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Running:
-    """How running statistics move in training; the defaults are right."""
-
+RUNNING = places(
     # the shares of the old and of the batch, for the share that is wanted of the batch
-    shares: Callable[[float], tuple[float, float]] = lambda rate: (1 - rate, rate)
+    shares={
+        "": lambda rate: (1 - rate, rate),
+        "running statistics not moved": lambda rate: (1, 0),
+        "momentum the wrong way round": lambda rate: (rate, 1 - rate),
+        "running statistics moved twice": lambda rate: ((1 - rate) ** 2, 2 * rate - rate**2),
+        "running statistics replaced": lambda rate: (0, 1),
+        "running statistics summed": lambda rate: (1, rate),
+    },
     # what the variance of a batch of n, divided by n, contributes
-    batch: Callable[[Tensor, int], Tensor] = lambda var, n: var * n / (n - 1)
-    moved: tuple[bool, bool] = (True, True)  # whether mean and variance move
+    batch={
+        "": lambda var, n: var * n / (n - 1),
+        "running variance biased": lambda var, n: var,
+        "standard deviation in the running variance": lambda var, n: (var + EPSILON).sqrt(),
+    },
+    moved={  # whether mean and variance are
+        "": (True, True),
+        "running variance not moved": (True, False),
+        "running mean not moved": (False, True),
+    },
+)
 
-    def __call__(self, old: list[Tensor], x: Tensor, rate: float) -> list[Tensor]:
-        """Running mean and variance after the batch x (N, C, H, W)."""
-        kept, taken = self.shares(rate)
-        axes = (0, 2, 3)
-        new = [x.mean(axes), self.batch(x.var(axes, False), x[:, 0].numel())]
-        pairs = zip(old, new, self.moved, strict=True)
-        return [kept * o + taken * b if moved else o for o, b, moved in pairs]
 
-
-_BATCHES = {
-    "running variance biased": (
-        "the running variance is fed by the variance divided by n; torch and the paper divide by "
-        "n − 1 there, and by n only for normalizing (d2l and CS231n leave it at n)",
-        lambda var, n: var,
-    ),
-    "standard deviation in the running variance": (
-        "the running variance is fed by the standard deviation, which is the variance's root",
-        lambda var, n: (var + EPSILON).sqrt(),
-    ),
-}
-_KEPT = {
-    "running statistics not moved": ("a batch does not change them", lambda rate: (1, 0)),
-    "momentum the wrong way round": ("most is taken from the batch", lambda rate: (rate, 1 - rate)),
-    "running statistics moved twice": (
-        "a batch counts twice",
-        lambda r: ((1 - r) ** 2, 2 * r - r * r),
-    ),
-    "running statistics replaced": ("only the last batch counts", lambda rate: (0, 1)),
-    "running statistics summed": ("all of the old is kept", lambda rate: (1, rate)),
-}
-_MOVED = {
-    "running variance not moved": ("only the running mean moves", (True, False)),
-    "running mean not moved": ("only the running variance moves", (False, True)),
-}
-RUNNING = [
-    *mistakes_at("batch", _BATCHES),
-    *mistakes_at("shares", _KEPT, rule=_SHARES),
-    *mistakes_at("moved", _MOVED),
-]
+def moved_statistics(
+    old: list[Tensor], x: Tensor, rate: float, *, shares: Callable, batch: Callable, moved: tuple
+) -> list[Tensor]:
+    """Running mean and variance after the batch x (N, C, H, W)."""
+    kept, taken = shares(rate)
+    new = (x.mean((0, 2, 3)), batch(x.var((0, 2, 3), False), x[:, 0].numel()))
+    rows = zip(old, new, moved, strict=True)
+    return [kept * before + taken * found if moves else before for before, found, moves in rows]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,21 +18,11 @@ from normlab.runs.jobs import check_trainable, move
 from normlab.support.checks import check_instance, number, warn, whole_number
 from normlab.support.colours import curve_styles
 from normlab.support.devices import exact_float32, pick_device
-from normlab.support.figures import (
-    drawn,
-    label_axes,
-    legend_height,
-    new_axes,
-    place_legend,
-    shortened,
-)
+from normlab.support.figures import drawn, label_axes, new_axes, place_legend, shortened
+from normlab.support.late_types import Axes, Figure
 from normlab.support.module_state import copied, set_training
 from normlab.support.seeding import seeded
 from normlab.support.tensor_checks import check_weights
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 WINDOW = 9  # steps over which the median smooths the loss
 MOST = 0.9  # of the fall of the loss: where it is made, the loss begins to slow down
@@ -176,7 +165,7 @@ def plot_rates(
     """
     if not results:
         raise ValueError("there are no range tests to plot")
-    ax = ax if ax is not None else new_axes(6.8, 4.2 + legend_height(len(results)))
+    ax = ax if ax is not None else new_axes(6.8, 4.2, names=len(results))
     lines, styles = [], curve_styles(results)
     for label, found in results.items():
         rate, style = found.suggestion, styles[label]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,11 +12,7 @@ from normlab.lessons.watching import CONVOLUTION, KINDS, NORM, PERCENTILES, QUAN
 from normlab.support.checks import one_of, whole_number
 from normlab.support.colours import COLOURS, is_dark, text_colour
 from normlab.support.figures import drawn, fitted
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
+from normlab.support.late_types import Axes, DataFrame, Figure
 
 # The title of each quantity, what its axis says, its factor, and whether its sizes may differ so
 # much that only a logarithmic axis shows them all.

@@ -7,7 +7,6 @@ every optimiser and pick out what belongs to the network. Closing the watch remo
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,7 @@ from normlab.lessons.sparsity import small_share
 from normlab.norms import NORMS
 from normlab.optimizers import PLAIN_FACTOR
 from normlab.support.checks import check_instance, whole_number
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from normlab.support.late_types import DataFrame
 
 CONVOLUTION, LINEAR, NORM = KINDS = ("convolution", "linear", "norm")
 

@@ -220,12 +220,23 @@ class RunFolder:
         if config["is"]["recipe"]["schedule"] not in OPEN_ENDED:
             self._checkpoint.unlink(missing_ok=True)
 
-    def load(self, network: nn.Module) -> Run:
-        """The finished run that lies here, its weights put into `network`."""
+    def read_finished(self) -> tuple[dict, list[dict]]:
+        """What `config.json` says of a finished run, and its history; no network is needed.
+
+        Raises `ValueError` if it is not finished, or a file is damaged or missing.
+        """
         config = self._read_config()
+        if "final_weights" not in config:
+            epochs, due = len(self.history_so_far()), config["is"]["recipe"]["epochs"]
+            raise ValueError(f"{self.directory} is not finished: {epochs} of {due} epochs are")
         for file in self._results:
             if not file.is_file() or _file_digest(file) != config.get("digests", {}).get(file.name):
                 raise self._damaged(file)
+        return config, self._read_history()
+
+    def load(self, network: nn.Module) -> Run:
+        """The finished run that lies here, its weights put into `network`."""
+        config, history = self.read_finished()
         weights, _ = self._read(self._weights)
         guesses, _ = self._read(self._predictions)
         try:
@@ -234,8 +245,7 @@ class RunFolder:
             raise self._damaged(self._config) from error
         network.load_state_dict(weights)
         predicted, probability = guesses["predicted"].long(), guesses["probability"]
-        results = (self._read_history(), predicted, probability)
-        return Run(network, recipe, *results, config, self.directory)
+        return Run(network, recipe, history, predicted, probability, config, self.directory)
 
     def _write_history(self, history: list[dict]) -> None:
         lines = [",".join(COLUMNS)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from normlab.assignments import Variant
+from normlab.assignments import Assignment, Variant
 from normlab.data import Dataset
 from normlab.history import Run
+from normlab.model import build_network
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.runs.folder import RunFolder, another_run
@@ -136,6 +138,58 @@ def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
     network.to(device=device, dtype=DTYPES[recipe.dtype])
 
 
+# --- those of an assignment ------------------------------------------------------------------
+
+
+def make_jobs(
+    assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
+) -> list[Job]:
+    """A job for each variant and seed; a first seed of everything before the second of anything."""
+    return [
+        Job(
+            partial(build_variant, assignment, variant, data, seed=seed),
+            assignment.recipe_for(variant, seed=seed, epochs=epochs),
+            place / variant.folder / f"seed-{seed}",
+            f"{variant.label}, seed {seed}",
+            variant,
+        )
+        for seed in seeds
+        for variant in assignment.variants
+    ]
+
+
+@torch.inference_mode(False)  # what is built in inference mode could not be trained
+def build_variant(
+    assignment: Assignment, variant: Variant, data: Dataset, *, seed: int
+) -> nn.Module:
+    """The untrained network of one variant, with the same initial weights for the same seed."""
+    if assignment.build is not None:
+        with seeded(seed, "weights"):
+            network = assignment.build(variant.norm)
+        check_instance(network, nn.Module, f"what build returns for {variant.norm!r}", "return it")
+        return network
+    return build_network(
+        assignment.network,
+        variant.norm,
+        groups=variant.groups,
+        dropout=assignment.dropout,
+        skip=variant.skip,
+        classes=len(data.classes),
+        input_shape=data.input_shape,
+        seed=seed,
+    )
+
+
+def say_limits(assignment: Assignment, jobs: Iterable[Job]) -> None:
+    """Says which variants have more parameters or epochs than the assignment allows."""
+    for job in {job.variant.label: job for job in jobs}.values():
+        counts = {"parameters": job.identity["parameters"], "epochs": job.recipe.epochs}
+        for what, limit in assignment.limits.items():
+            if counts[what] > limit:
+                said = f"{job.variant.label} has {counts[what]:,} {what}"
+                print(f"{said}, more than the {limit:,} that are allowed")
+
+
 # --- those that are done ---------------------------------------------------------------------
 
 
@@ -166,7 +220,7 @@ def kept_runs(
 # --- what becomes of jobs ---------------------------------------------------------------------
 
 
-def without_errors(
+def results_of(
     outcomes: Outcomes, count: int, *, keep_going: bool = True, results: type | tuple = Run
 ) -> Outcomes:
     """Hands on those of `count` outcomes that are results; raises the first of the others.

@@ -1,26 +1,30 @@
-"""Jobs side by side on a CPU, in processes of one thread each.
+"""Many jobs: on a CPU side by side, in processes of one thread each, where that is quicker.
 
 For networks as small as these two processes of one thread each get through more images than one
-process of two threads. A process tells of itself through its run's folder alone: the parent reads
-the histories there for its display, and afterwards finds the runs finished.
+process of two threads. A process tells of itself through its run's folder: the parent reads the
+histories there for its display, and afterwards finds the runs finished. How far an epoch has come
+is a number in a file beside the images, for the display alone.
 """
 
 import functools
+import hashlib
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import joblib
+import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 from tqdm import tqdm
 
 from normlab.data import Dataset
 from normlab.runs.folder import RunFolder
-from normlab.runs.jobs import Job
-from normlab.runs.trainer import fit_job
+from normlab.runs.jobs import Job, Outcomes
+from normlab.runs.trainer import fit_each, fit_job
 from normlab.runs.transfer import (
     SECONDS_BETWEEN_LOOKS,
     Ended,
@@ -28,6 +32,7 @@ from normlab.runs.transfer import (
     as_they_end,
     attempt,
     quiet,
+    train_apart,
     unpack,
 )
 from normlab.support.locks import scratch_folder
@@ -37,6 +42,31 @@ from normlab.support.summaries import multiply_adds
 # Starting processes that import torch takes as long as some 3·10¹¹ multiply-adds on two cores: with
 # less to do they do not repay it (measured: tests/benchmarks/RESULTS.md).
 WORTHWHILE = 3e11
+
+PARTS = 100  # of an epoch that the display tells apart
+
+
+def train(
+    left: Sequence[Job],
+    jobs: Sequence[Job],
+    data: Dataset,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    engine: str = "auto",
+    workers: Callable[[dict[Job, bytes]], Ended] | None = None,
+) -> Outcomes:
+    """Does the jobs that are left, side by side if all jobs together are worth it.
+
+    Args:
+        workers: do the jobs, whatever they are worth, instead of processes of this machine.
+    """
+    if workers is None and device.type == "cpu" and engine != "plain":
+        apart = functools.partial(in_processes, data, progress=progress)
+        workers = apart if are_worthwhile(jobs, data) else None
+    if workers is not None:
+        left = yield from train_apart(left, data, workers)
+    yield from fit_each(left, data, device=device, progress=progress, engine=engine)
 
 
 def are_worthwhile(jobs: Sequence[Job], data: Dataset) -> bool:
@@ -62,7 +92,7 @@ def in_processes(data: Dataset, sent: dict[Job, bytes], *, progress: bool = True
     """
     left, cores = dict(sent), joblib.cpu_count()
     with scratch_folder() as folder, ExitStack() as stack:
-        look = functools.partial(_show_epochs, _displays(sent, stack, show=progress))
+        look = functools.partial(_show_all, folder, _displays(sent, stack, show=progress))
         file = folder / "data.safetensors"
         data.save(file)
         while left:
@@ -112,18 +142,29 @@ def _displays(jobs: Iterable[Job], stack: ExitStack, *, show: bool) -> dict[RunF
     shown = {}
     for job in jobs:
         folder = RunFolder(job.directory)
-        progress = Progress(job.label, job.recipe.epochs, 1, show=show)
+        progress = Progress(job.label, job.recipe.epochs, PARTS, show=show)
         shown[folder] = stack.enter_context(progress)
         progress.start_at(len(folder.history_so_far()))
+        progress.say("waits")
     return shown
 
 
-def _show_epochs(shown: dict[RunFolder, Progress]) -> None:
-    """Shows the epochs that are done since the last look."""
+def _show_all(scratch: Path, shown: dict[RunFolder, Progress]) -> None:
+    """Shows what is done since the last look."""
     for folder, progress in shown.items():
-        for row in folder.history_so_far()[progress.done :]:
-            progress.step()
+        for row in folder.history_so_far()[progress.finished :]:
             progress.finish_epoch(row)
+        counter = _counter(scratch, folder.directory)
+        done = float(counter.read_text() or 0) if counter.exists() else 0.0
+        if done and not progress.finished:
+            progress.say("")  # it waits no longer
+        if (parts := int(PARTS * max(done, progress.finished))) > progress.done:
+            progress.step(parts - progress.done)
+
+
+def _counter(scratch: Path, directory: Path) -> Path:
+    """The file with the number of epochs that the run in this directory has done."""
+    return scratch / hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()
 
 
 # --- in the processes -------------------------------------------------------------------------
@@ -144,7 +185,24 @@ def _begin(parent: int) -> None:
 def _train_alone(file: Path, processes: int, sent: bytes) -> None:
     with quiet():
         data = _open(file)
-        fit_job(unpack(sent, data), data, device="cpu", progress=False, processes=processes)
+        job = unpack(sent, data)
+        tell = _teller(_counter(file.parent, job.directory))
+        fit_job(job, data, device="cpu", progress=tell, processes=processes)
+
+
+def _teller(counter: Path) -> Callable[[float], None]:
+    """A function that keeps a number in a file, as often as somebody looks there."""
+    last = -math.inf
+
+    def tell(epochs: float) -> None:
+        nonlocal last
+        if time.monotonic() - last < SECONDS_BETWEEN_LOOKS:
+            return
+        last = time.monotonic()
+        with suppress(OSError):  # a full disk: without the display the training goes on
+            counter.write_text(f"{epochs:.4f}")
+
+    return tell
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,22 +13,16 @@ from normlab.analysis import class_and_probability, predict
 from normlab.data import Dataset
 from normlab.engines.choice import ENGINES, disagreement_of, make_engine
 from normlab.engines.plain import PlainEngine, training_batches
-from normlab.history import Run
+from normlab.history import History, Run
 from normlab.runs.folder import RunFolder, another_run
 from normlab.runs.identity import provenance, weights_digest
-from normlab.runs.jobs import (
-    CHANCE_EPOCHS,
-    Job,
-    Outcomes,
-    find_runs,
-    warn_if_at_chance,
-)
+from normlab.runs.jobs import CHANCE_EPOCHS, Job, Outcomes, find_runs, warn_if_at_chance
 from normlab.runs.probe import LOGITS_APART
 from normlab.support.checks import check_instance, one_of, warn
 from normlab.support.devices import exact_float32, is_out_of_memory, pick_device
 from normlab.support.locks import locked
 from normlab.support.module_state import TRAINED, modes_kept, was_trained
-from normlab.support.progress import Progress
+from normlab.support.progress import Progress, Show
 from normlab.support.seeding import seeded
 from normlab.training import test_epoch
 
@@ -51,7 +45,7 @@ def fit_each(
     data: Dataset,
     *,
     device: str | torch.device | None = None,
-    progress: bool = True,
+    progress: Show = True,
     engine: str = "auto",
     at_once: int | None = None,
     processes: int = 1,
@@ -59,7 +53,8 @@ def fit_each(
     """Does jobs in this process; yields each with its run, or with the error that ended it.
 
     On a GPU the epochs of several overlap: of `at_once`, or of fewer where memory is short.
-    `processes` says how many do so side by side, for the record.
+    `processes` says how many do so side by side, for the record. `progress` is as
+    `show` of `Progress`.
     """
     device = pick_device(device)
     one_of(engine, ENGINES, "engine")
@@ -81,7 +76,7 @@ def _fit_together(
     data: Dataset,
     device: torch.device,
     engine: str,
-    progress: bool,
+    progress: Show,
     processes: int,
 ) -> dict[Job, Run | Exception | None]:
     """The runs of jobs that are done at once, or errors; None for want of memory beside others."""
@@ -128,14 +123,14 @@ class _Training:
     """A job that is being done, epoch by epoch."""
 
     def __init__(
-        self, job: Job, data: Dataset, device: torch.device, engine: str, progress: bool
+        self, job: Job, data: Dataset, device: torch.device, engine: str, progress: Show
     ) -> None:
         self.job, self.recipe, self.network = job, job.recipe, job.build()
         self.identity = job.identity
         self.data, self.device, self.choice, self.progress = data, device, engine, progress
         self.folder = None if job.directory is None else RunFolder(job.directory)
         self.engine: PlainEngine | None = None
-        self.history: list[dict] = []
+        self.history = History()
         self.at_once = 1  # how many trainings share the machine
 
     def turns(self) -> Generator[None, None, Run]:
@@ -183,7 +178,7 @@ class _Training:
             self._close_engine()
             self._open_engine("plain")  # with new batches: the first engine has changed its own
             self._resume()
-        if self.progress and not self.history and was_trained(self.network):
+        if self.progress is True and not self.history and was_trained(self.network):
             print(f"{self.job.label}: the network was trained before, and starts from its weights")
         self.provenance = provenance(self.data, self.device) | {
             "engine": self.engine.name,
@@ -209,7 +204,7 @@ class _Training:
             any_weights = self.job.may_begin_otherwise()
             self.identity = self.folder.identity_of(self.job.identity, any_weights=any_weights)
             about = (self.network, self.engine.optimizer, self.identity)
-            self.history = self.folder.load_epoch(*about)
+            self.history[:] = self.folder.load_epoch(*about)
             if self.identity is not self.job.identity:
                 self._check_kept_weights()
         return self.engine.prepare()
@@ -239,18 +234,9 @@ class _Training:
                     "normalization if there is none"
                     f"{', in another directory' if self.folder else ''}"
                 )
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": train.loss,
-            "train_accuracy": train.accuracy,
-            "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
-            "penalty": train.penalty,
-            "lr": self.engine.last_rate(epoch),
-            "seconds": train.seconds + test.seconds + self.preparation,
-        }
+        row = self.history.add(train, test, lr=self.engine.last_rate(epoch))
+        row["seconds"] += self.preparation
         self.preparation = 0.0
-        self.history.append(row)
         if self.folder is not None:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
         shown.finish_epoch(row)

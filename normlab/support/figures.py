@@ -12,14 +12,13 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import ParamSpec
+
+import numpy as np
 
 from normlab.support.checks import one_of, warn
 from normlab.support.files import atomic_write, user_path
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from normlab.support.late_types import Axes, Figure
 
 Arguments = ParamSpec("Arguments")
 
@@ -63,10 +62,11 @@ def drawn(plot: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return draw
 
 
-def new_axes(width: float, height: float) -> Axes:
-    """The axes of a figure of their own; sizes in inches."""
+def new_axes(width: float, height: float, *, names: int = 0) -> Axes:
+    """The axes of a figure of their own; inches, and room for a legend of so many names below."""
     from matplotlib import pyplot
 
+    height += 0.2 * -(-names // 2) + 0.3 if names > MOST_INSIDE else 0
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
@@ -92,11 +92,6 @@ def place_legend(ax: Axes, inside: str, labels: Sequence[str], **key: object) ->
     ax.legend(labels=labels, **key, **place, frameon=False)
 
 
-def legend_height(names: int) -> float:
-    """How many inches a legend below the axes takes, where so many names need one."""
-    return 0.2 * -(-names // 2) + 0.3 if names > MOST_INSIDE else 0
-
-
 def fitted(text: str, inches: float, *, size: float = 10) -> str:
     """The text in as many lines as it takes in letters of `size` points."""
     width = max(8, int(inches * 72 / (0.56 * size)))  # letters are about half as wide as high
@@ -115,6 +110,16 @@ def literal(text: str) -> str:
     The bytes of a file's name that are no text, which no font has, become `?`.
     """
     return re.sub(r"(?<!\\)\$", r"\\$", str(text).encode(errors="replace").decode())
+
+
+def mosaic(images: np.ndarray, columns: int, gap: int) -> np.ndarray:
+    """Images (N, C, H, W) of bytes row by row, on a transparent ground: (height, width, 4)."""
+    count, _, height, width = images.shape
+    colours = np.broadcast_to(images, (count, 3, height, width))  # grey thrice is grey
+    opaque = np.concatenate([colours, np.full_like(colours[:, :1], 255)], 1)
+    apart = np.pad(opaque, ((0, 0), (0, 0), (0, gap), (0, gap)))
+    rows = apart.reshape(-1, columns, *apart.shape[1:]).transpose(0, 3, 1, 4, 2)  # (R, H, …, W, 4)
+    return rows.reshape(len(rows) * (height + gap), -1, 4)[:-gap, :-gap]
 
 
 def save_if_drawn(draw: Callable[[], Figure], path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a network consists of: the table of its layers, its parameters and its work."""
+"""What a network consists of: the table of its layers, its norms, its parameters and its work."""
 
 import contextlib
 import io
@@ -35,6 +35,25 @@ def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
                 stack.callback(layer.register_forward_hook(count).remove)
         network(example.new_zeros(1, *input_shape))
     return sum(counted)
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a layer normalises: one of torch's, or of one's own with "Norm" at its name's end."""
+    name = type(layer).__name__.lower()
+    return bool(re.search(r"norm(alization)?[1-3]?d?$", name)) and not list(layer.children())
+
+
+def described_norm(layer: nn.Module) -> str:
+    """What a layer that normalises is and averages over: "GroupNorm of 2 groups over C/G, H, W"."""
+    name, groups = type(layer).__name__, getattr(layer, "num_groups", 0)
+    if isinstance(layer, nn.BatchNorm2d):
+        return f"{name} over N, H, W"
+    if isinstance(layer, nn.InstanceNorm2d):
+        return f"{name} over H, W"
+    if isinstance(layer, nn.GroupNorm):
+        return f"{name} of {'1 group over C' if groups == 1 else f'{groups} groups over C/G'}, H, W"
+    whole = len(getattr(layer, "normalized_shape", ())) == 3
+    return f"{name} over C, H, W" if whole else name
 
 
 def summary(

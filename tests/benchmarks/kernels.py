@@ -17,8 +17,8 @@ from normlab.assignments import ASSIGNMENTS, Assignment, Variant
 from normlab.comparisons.report import in_markdown
 from normlab.data import BatchLoader
 from normlab.engines.cuda_graph import GraphEngine
-from normlab.experiment import build_variant
 from normlab.model import NETWORKS
+from normlab.runs.jobs import build_variant
 
 NOTHING_COMPUTED = ("empty", "new_empty", "_unsafe_view", "profiler::")
 

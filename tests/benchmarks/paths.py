@@ -22,7 +22,7 @@ from joblib.externals.loky import get_reusable_executor
 import normlab as nl
 from normlab.assignments import find_assignment
 from normlab.datasets.loading import load_assignment_data
-from normlab.experiment import build_variant
+from normlab.runs.jobs import build_variant
 from tests.benchmarks import peers
 
 OURS = ("normlab", "normlab as shipped", "normlab plain")

@@ -16,7 +16,7 @@ from torch import nn
 
 import normlab as nl
 from normlab.comparisons.report import escaped, report_text, results_as_dict
-from normlab.norms import described_norm
+from normlab.support.summaries import described_norm
 
 FILES = {
     "test-loss.png",

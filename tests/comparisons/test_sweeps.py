@@ -16,7 +16,6 @@ import torch
 from filelock import FileLock
 
 import normlab as nl
-from normlab import experiment
 from normlab.comparisons.sweeps import COLUMNS, MEASURED, _read
 from normlab.runs import cluster
 from normlab.runs import processes as parallel
@@ -111,7 +110,7 @@ def test_what_is_done_is_loaded(tiny_assignment, tiny, tmp_path, capsys, monkeyp
     assert second.startswith("2 of 2: LN, seed 0: ")
     assert again.drop(columns="seconds").equals(table.drop(columns="seconds"))
     monkeypatch.setattr(
-        experiment, "fit_each", lambda jobs, *_, **__: (job for job in jobs)
+        parallel, "fit_each", lambda jobs, *_, **__: (job for job in jobs)
     )  # nothing is left to train
     assert sweep(tiny_assignment, tiny, **options).equals(again)
 
@@ -316,13 +315,13 @@ def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
     data = nl.load_dataset("digits").subset(train=64, test=16)
     assignment = replace(nl.ASSIGNMENTS["mnist-l1"], recipe=nl.Recipe(epochs=1, batch_size=32))
     options = {"norms": ["gn", "ln"], "lrs": [0.05, 1e30]}
-    seen, portions, in_processes = [], [], experiment.in_processes
+    seen, portions, in_processes = [], [], parallel.in_processes
 
     def noted(data, sent, **options):
         portions.append(len(sent))
         return in_processes(data, sent, **options)
 
-    monkeypatch.setattr(experiment, "in_processes", noted)
+    monkeypatch.setattr(parallel, "in_processes", noted)
     apart = sweep(assignment, data, directory=tmp_path, after_each=seen.append, **options)
     assert [len(table) for table in seen] == [1, 2, 3, 4]
     assert apart["test_accuracy"].isna().tolist() == [False, True, False, True]
@@ -348,7 +347,7 @@ def test_a_single_run_that_is_left_has_as_many_threads_as_before(
             fit_job(job, data, device="cpu", progress=False)
             yield job, None
 
-    monkeypatch.setattr(experiment, "in_processes", instead)
+    monkeypatch.setattr(parallel, "in_processes", instead)
     sweep(tiny_assignment, tiny, **options)
     remove_runs(folder_of(tmp_path, "ln"))
     (tmp_path / "sweep.csv").unlink()

@@ -34,8 +34,9 @@ def test_one_mean_is_written_in_the_singular():
     assert "C = 1 mean of 1 number;" in counts_in_words(NORMS["bn"], (1, 1, 1, 1), 1)
 
 
-@pytest.mark.parametrize("kind", explorable())
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("kind", "groups"), [*((kind, 2) for kind in explorable()), ("gn", 1), ("gn", 4)]
+)
 def test_the_counts_are_those_of_the_layer(kind, groups):
     shape = (3, 4, 2, 2)
     layer = nl.make_norm(kind, 4, groups=groups, size=(2, 2))

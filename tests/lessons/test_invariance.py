@@ -26,8 +26,7 @@ def images() -> torch.Tensor:
     return torch.randn(5, 2, 8, 8, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("factor", [10.0, 0.5])
+@pytest.mark.parametrize(("factor", "relu"), [(10.0, False), (0.5, True)])
 @pytest.mark.parametrize("norm", NORMS)
 def test_output_stays_and_the_gradient_shrinks_by_the_factor(norm, factor, relu):
     found = nl.rescale_weights(block(norm, eps=1e-18, relu=relu), images(), factor=factor)

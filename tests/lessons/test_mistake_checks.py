@@ -6,13 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import normlab as nl
-from normlab.lessons import checking
 
-
-@pytest.fixture(autouse=True)
-def enough_time(monkeypatch):
-    """No test depends on how fast the machine is."""
-    monkeypatch.setattr(checking, "SECONDS", 60)
+pytestmark = pytest.mark.usefixtures("enough_time")
 
 
 @pytest.fixture(scope="module")

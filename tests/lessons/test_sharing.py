@@ -29,12 +29,12 @@ def same_partition(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in NORMS if kind != "none"])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_each_norm_shares_what_the_table_says(kind, groups):
-    layer = nl.make_norm(kind, 4, groups=groups, size=(2, 2))
-    found = nl.shared_statistics(layer, SHAPE)
-    assert same_partition(found, expected(kind, groups))
-    assert found.unique().tolist() == list(range(NORMS[kind].statistics(SHAPE, groups=groups)))
+def test_each_norm_shares_what_the_table_says(kind):
+    for groups in (1, 2, 4) if kind == "gn" else (1,):
+        layer = nl.make_norm(kind, 4, groups=groups, size=(2, 2))
+        found = nl.shared_statistics(layer, SHAPE)
+        assert same_partition(found, expected(kind, groups))
+        assert found.unique().tolist() == list(range(NORMS[kind].statistics(SHAPE, groups=groups)))
 
 
 @pytest.mark.parametrize(

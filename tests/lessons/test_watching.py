@@ -111,11 +111,12 @@ def running(norm: nn.Module) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("step", [0, 2, 4])
 @pytest.mark.parametrize("layer", ["conv", "norm", "linear"])
-def test_every_number_is_the_one_computed_by_hand(trained, step, layer):
+def test_every_number_is_the_one_computed_by_hand(trained, layer):
     watched, met = trained
-    assert values_of(watched, step, layer) == pytest.approx(met[step][layer], rel=1e-4, abs=1e-6)
+    for step in (0, 2, 4):
+        due = pytest.approx(met[step][layer], rel=1e-4, abs=1e-6)
+        assert values_of(watched, step, layer) == due
 
 
 def test_only_the_steps_asked_for_are_recorded(trained):

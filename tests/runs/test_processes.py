@@ -19,10 +19,9 @@ from conftest import everything_of
 from torch import nn
 
 import normlab as nl
-from normlab.experiment import build_variant
 from normlab.runs import processes as parallel
 from normlab.runs.folder import RunFolder, remove_runs
-from normlab.runs.jobs import Job
+from normlab.runs.jobs import Job, build_variant
 from normlab.support.files import read_json, write_json
 from normlab.support.locks import scratch_folder
 from tests.runs.test_folder import FILES, interrupted

@@ -15,10 +15,9 @@ from nbclient import NotebookClient
 from torch import nn
 
 import normlab as nl
-from normlab import experiment
-from normlab.experiment import make_jobs
 from normlab.runs import processes as parallel
 from normlab.runs import transfer
+from normlab.runs.jobs import make_jobs
 from normlab.support.files import read_json
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)
@@ -77,13 +76,13 @@ def apart_and_here(tiny, monkeypatch, one_thread):
     """
     monkeypatch.setattr(joblib, "cpu_count", lambda *_, **__: 2)
     here = []
-    fit_each = experiment.fit_each
+    fit_each = parallel.fit_each
 
     def noted(jobs, *arguments, **options):
         here.extend(job.label for job in jobs)
         return fit_each(jobs, *arguments, **options)
 
-    monkeypatch.setattr(experiment, "fit_each", noted)
+    monkeypatch.setattr(parallel, "fit_each", noted)
 
     def train(assignment, *, stay=()):
         found = []

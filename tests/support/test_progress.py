@@ -2,11 +2,13 @@
 
 import io
 import re
-from contextlib import redirect_stderr
+from contextlib import ExitStack, redirect_stderr
 
 import pytest
 
 import normlab as nl
+from normlab.runs import processes
+from normlab.runs.folder import RunFolder
 from normlab.support.progress import Progress
 
 RECIPE = nl.Recipe(epochs=3, batch_size=32, lr=0.1)
@@ -89,7 +91,7 @@ def test_a_terminal_gets_a_bar_that_fills_up(train, capsys):
     states = [state for state in terminal.getvalue().split("\r") if state.strip()]
     assert "GN |" in states[0]
     assert "100%" in states[-1]
-    assert f"epoch 3/3, test loss {run.last['test_loss']:.4f}" in states[-1]
+    assert f"epoch 3/3, test {run.last['test_accuracy']:.2%}" in states[-1]
     shares = [int(share) for state in states for share in re.findall(r"\| +(\d+)%", state)]
     assert (shares[0], shares[-1]) == (0, 100)
     assert shares == sorted(shares)
@@ -104,6 +106,37 @@ def test_a_resumed_bar_starts_where_the_training_was():
         shown.start_at(2)
         assert list(shown.counted("abcde")) == list("abcde")
     assert "75%" in terminal.getvalue().split("\r")[-1]
+
+
+@pytest.mark.parametrize("label", ["BN", "LN element-wise, seed 12"])
+def test_the_accuracy_is_not_cut_at_80_columns(label, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with redirect_stderr(Terminal()) as terminal, Progress(label, epochs=20, steps=5) as shown:
+        shown.finish_epoch(ROW | {"epoch": 12, "test_accuracy": 1.0})
+    last = terminal.getvalue().split("\r")[-1].rstrip()
+    assert len(last) <= 80
+    assert last.endswith("epoch 12/20, test 100.00%")
+    assert f"{label} |" in last
+
+
+def test_side_by_side_bars_move_within_an_epoch_and_say_who_waits(tmp_path):
+    begun, waiting = (RunFolder(tmp_path / name) for name in ("begun", "waiting"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    terminal = Terminal()
+    with redirect_stderr(terminal), ExitStack() as stack:
+        shown = {
+            folder: stack.enter_context(Progress(folder.directory.name, 4, processes.PARTS))
+            for folder in (begun, waiting)
+        }
+        for each in shown.values():
+            each.say("waits")
+        processes._teller(processes._counter(scratch, begun.directory))(1.5)
+        processes._show_all(scratch, shown)
+    assert [each.done / processes.PARTS for each in shown.values()] == [1.5, 0]
+    ends = [state for state in terminal.getvalue().split("\r") if state.strip()]
+    assert any("begun" in state and "waits" not in state and " 38%" in state for state in ends)
+    assert "waits" in next(state for state in reversed(ends) if "waiting" in state)
 
 
 def test_the_bar_is_closed_when_the_training_fails():
@@ -167,9 +200,9 @@ def test_a_stored_notebook_keeps_one_line_of_the_last_state(executed, cell):
     assert all(set(output.data) == {"text/plain"} for output in outputs)
     texts = [output.data["text/plain"] for output in outputs]
     if cell == TWO:
-        end = "epoch 2/{}, test loss 1.5000, accuracy 50.00%"
+        end = "epoch 2/{}, test 50.00%"
         half, whole = "BN ██████████░░░░░░░░░░, ", "GN ████████████████████, "
         assert texts == [half + end.format(4), whole + end.format(2)]
     else:
-        bar = r"linear █{20}, epoch 3/3, test loss \d\.\d{4}, accuracy \d+\.\d\d%"
+        bar = r"linear █{20}, epoch 3/3, test \d+\.\d\d%"
         assert re.fullmatch(bar, *texts)

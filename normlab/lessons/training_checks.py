@@ -1,10 +1,10 @@
-"""`check_loop`: whether a student's training and test loops are right, and what is wrong.
+"""`check_loop` and `check_penalty`: whether a student's loops and L1 penalty are right.
 
-A small network is watched while they run: in which mode it is, and which gradients a step takes.
-What they return is compared with what the usual mistakes would return.
+A small network is watched while a loop runs: in which mode it is, and which gradients a step takes.
+What is returned is compared with what the usual mistakes would return.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
 
@@ -16,22 +16,27 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from normlab.lessons import checking
+from normlab.lessons.checking import Failed, Mistakes, explanations, places, said
+from normlab.penalties import l1_penalty, penalised_weights
 from normlab.support.seeding import seeded
+
+# --- loops --------------------------------------------------------------------------------------
 
 _SIZES = (4, 4, 2)  # of the batches: the last one is short
 _WRONG = (0, 1, 1, 1, 0, 0, 1, 1, 0, 1)  # the images that are predicted wrongly
 _RATE = 1e-3
 
-# What may be minimised, or reported, instead of the cross-entropy.
-_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of logits and labels
+    "": F.cross_entropy,
     "softmax before cross-entropy": lambda z, y: F.cross_entropy(z.softmax(1), y),
     "softmax without logarithm": lambda z, y: F.nll_loss(z.softmax(1), y),
     "log-softmax missing": F.nll_loss,
     "squared error": lambda z, y: F.mse_loss(z.softmax(1), F.one_hot(y, z.shape[1]).float()),
     "loss summed over the batch": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
 }
-# How the batches' means m may become one number instead of Σ(m · n) / Σn, by their sizes n.
+# How the means m of batches of n images become one number.
 _AVERAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "": lambda m, n: (m @ n) / n.sum(),
     "short last batch counted too much": lambda m, n: m.mean(),
     "short last batch counted as a whole one": lambda m, n: (m @ n) / (len(m) * n.max()),
     "sum divided by the number of batches": lambda m, n: (m @ n) / len(m),
@@ -40,44 +45,16 @@ _AVERAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum not divided": lambda m, n: m @ n,
     "batch means not divided": lambda m, n: m.sum(),
 }
-_SENTENCES = {
-    "no train()": "the network is not in training mode: call network.train() before the batches",
-    "no eval()": "the network is not in evaluation mode in the test: call network.eval() before it",
-    "mode not put back": "after the test the network stays in evaluation mode, and the training "
-    "function does not call network.train(): from the second epoch on it trains in the wrong mode",
-    "not every batch": "not every batch is used: does `return` or `break` stand within the loop?",
-    "no backward": "gradients are never computed: call loss.backward() for each batch",
-    "no step": "the weights never change: call optimizer.step() for each batch",
-    "one step for all batches": "optimizer.step() is not called for each batch, within the loop",
-    "step before backward": "optimizer.step() comes before backward(): it uses old gradients",
-    "gradients cleared before the step": "gradients are cleared between backward() and step()",
-    "no zero_grad": "gradients add up over the batches: call optimizer.zero_grad() before backward",
-    "softmax before cross-entropy": "cross-entropy applies softmax itself: give it the logits",
-    "softmax without logarithm": "nll_loss is given softmax; it needs log_softmax",
-    "log-softmax missing": "nll_loss is given logits; it needs log_softmax",
-    "loss summed over the batch": "the loss is summed over the batch instead of averaged, so that "
-    "steps are as many times longer as there are images in it",
-    "squared error": "the squared error is taken instead of the cross-entropy",
-    "unknown gradients": "the gradients of a step are not those of the mean cross-entropy of its "
-    "batch, by none of the usual mistakes",
-    "gradients recorded in the test": "gradients are recorded in the test, which costs memory and "
-    "time: put it under torch.no_grad()",
-    "weights changed in the test": "the test changes weights; it only measures",
-    "short last batch counted too much": "the mean of the batches' means is taken, in which an "
-    "image of the short last batch counts more than others: weight each by its number of images",
-    "short last batch counted as a whole one": "the sum is divided by (number of batches · batch "
-    "size), but the last batch has fewer images: divide by the number of images",
-    "sum divided by the number of batches": "a sum over images is divided by the number of "
-    "batches: divide it by the number of images",
-    "batch means divided by the number of images": "the batches' means are summed and divided by "
-    "the number of images: multiply each by its number of images first",
-    "last batch only": "only the last batch is reported: sum over all of them",
-    "sum not divided": "a sum is reported that is not divided by the number of images",
-    "batch means not divided": "the batches' means are summed and not divided",
-    "accuracy in percent": "accuracy is in percent; here it is a fraction from 0 to 1",
-    "accuracy is a count": "the number of correct images is returned instead of their fraction",
-    "unknown result": "neither the mean loss nor the accuracy is among what is returned",
-}
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float().mean()
+
+
+_REPORTED = (  # a loss, or an accuracy
+    places(measure=_LOSSES, average=_AVERAGES, unit={"": 1}),
+    places(measure={"": _accuracy}, average=_AVERAGES, unit={"": 1, "accuracy in percent": 100}),
+)
 
 
 @dataclass
@@ -89,7 +66,7 @@ class _Batch:
     logits: Tensor
     training: bool  # whether all layers were in training mode
     recorded: bool  # whether gradients were
-    due: dict[str, Tensor]  # the gradient of the right loss, "", and of each of _LOSSES
+    due: dict[str, Tensor]  # the gradient of each of _LOSSES
     backward: bool = False  # whether gradients were computed after it
 
 
@@ -109,8 +86,8 @@ class _Watched:
         self.parameters = [*self.network.parameters()]
         self.before = _flat(self.parameters)
         self.batches: list[_Batch] = []
-        self.steps: list[tuple[_Batch | None, bool, Tensor | None]] = []  # after backward, gradient
-        self.error: checking.Failed | None = None
+        self.steps: list[tuple[_Batch | None, Tensor | None]] = []  # after which, the gradient
+        self.error: Failed | None = None
 
     @property
     def moved(self) -> bool:
@@ -132,7 +109,7 @@ class _Watched:
         )
         try:
             self.result = checking.call(function, values, roles, "loss rate scheduler")
-        except checking.Failed as error:
+        except Failed as error:
             self.error = error
         finally:
             for hook in hooks:
@@ -144,13 +121,11 @@ class _Watched:
         flat = inputs[0].detach().flatten(1)
         begin = int((images.flatten(1) - flat[0]).abs().sum(1).argmin())
         labels = labels[begin : begin + len(flat)]
-        losses = {"": F.cross_entropy} | _LOSSES
+        losses = _LOSSES if logits.requires_grad else {}
+        grad = torch.autograd.grad
         due = {
-            name: _flat(
-                torch.autograd.grad(loss(logits, labels), self.parameters, retain_graph=True)
-            )
+            name: _flat(grad(loss(logits, labels), self.parameters, retain_graph=True))
             for name, loss in losses.items()
-            if logits.requires_grad
         }
         training = all(layer.training for layer in network.modules())
         recorded = torch.is_grad_enabled()
@@ -163,11 +138,11 @@ class _Watched:
     def _step(self, *_: object) -> None:
         gradients = [p.grad for p in self.parameters]
         whole = None if None in gradients else _flat(gradients)
-        last = self.batches[-1] if self.batches else None
-        self.steps.append((last, bool(last and last.backward), whole))
+        after = self.batches[-1] if self.batches and self.batches[-1].backward else None
+        self.steps.append((after, whole))
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([each.detach().flatten() for each in tensors])
 
 
@@ -188,39 +163,35 @@ def check_loop(train: Callable | None = None, test: Callable | None = None) -> c
         raise TypeError("check_loop needs train=, a function, or test=, or both")
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=_RATE).zero_grad()  # imports a lot:
     # that must neither count as the student's time nor be ended in the middle
-    words = ("training" * (train is not None), "test" * (test is not None))
-    found = (
-        (part, {name: f"{_SENTENCES[name]}." for name in names})
-        for part, names in _parts(train, test)
-    )
-    return checking.checked(f"{' and '.join(filter(None, words))} loop", found)
+    words = ["training"] * (train is not None) + ["test"] * (test is not None)
+    return checking.checked(f"{' and '.join(words)} loop", _loop_parts(train, test))
 
 
-def _parts(train: Callable | None, test: Callable | None) -> Iterator[tuple[str, list[str]]]:
-    """What is looked at, each with the names of its mistakes."""
+def _loop_parts(train: Callable | None, test: Callable | None) -> Iterator[tuple[str, Mistakes]]:
     own_mode = True
     if train is not None:
         watched = _Watched(training=False).run(train)
         own_mode = all(batch.training for batch in watched.batches if batch.recorded)
         if test is None:
-            yield "training: mode", ["no train()"] * (not own_mode)
+            yield "training: mode", said("no train()", when=not own_mode)
         steps = _steps(watched)
         if watched.error is not None and steps != ["step before backward"]:
             raise watched.error
-        yield "training: steps", steps
+        yield "training: steps", said(*steps)
         yield from _returned("training", watched)
     if test is not None:
         watched = _Watched(training=True).run(test)
         if watched.error is not None:
             raise watched.error
         if not own_mode:
-            yield "mode after the test", ["mode not put back"] * (not watched.network.training)
-        recorded = any(batch.recorded for batch in watched.batches)
+            put_back = watched.network.training
+            yield "mode after the test", said("mode not put back", when=not put_back)
         training = any(batch.training for batch in watched.batches)
-        yield "test: mode", ["no eval()"] * training
-        yield "test: no gradients", ["gradients recorded in the test"] * recorded
-        changed = watched.moved or bool(watched.steps)
-        yield "test: weights", ["weights changed in the test"] * changed
+        yield "test: mode", said("no eval()", when=training)
+        recorded = any(batch.recorded for batch in watched.batches)
+        yield "test: no gradients", said("gradients recorded in the test", when=recorded)
+        changed = watched.moved or watched.steps
+        yield "test: weights", said("weights changed in the test", when=changed)
         yield from _returned("test", watched)
 
 
@@ -233,8 +204,8 @@ def _steps(watched: _Watched) -> list[str]:
     if len(watched.steps) < len({batch.begin for batch in watched.batches}):
         return ["one step for all batches"]
     before = torch.zeros(())
-    for batch, after_backward, gradient in watched.steps:
-        if not after_backward:
+    for batch, gradient in watched.steps:
+        if batch is None:
             return ["step before backward"]
         if gradient is None or not gradient.any():
             return ["gradients cleared before the step"]
@@ -258,48 +229,15 @@ def _along(given: Tensor, due: Tensor) -> bool:
     return bool(near) and 0 < factor < 1.02
 
 
-# --- what is returned ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Reported:
-    """How batches become one number; the defaults are right for a loss."""
-
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    average: Callable[[Tensor, Tensor], Tensor] = lambda m, n: (m @ n) / n.sum()
-    unit: float = 1.0
-
-    def __call__(self, batches: list[_Batch]) -> float:
-        means = torch.stack([self.loss(each.logits, each.labels) for each in batches])
-        sizes = torch.tensor([float(len(each.labels)) for each in batches])
-        return self.unit * float(self.average(means, sizes))
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels).float().mean()
-
-
-def _ways(**places: dict[str, object]) -> list[checking.Mistake]:
-    return [
-        checking.Mistake(name, _SENTENCES[name], {place: value})
-        for place, values in places.items()
-        for name, value in values.items()
-    ]
-
-
-_OF_A_LOSS = _ways(loss=_LOSSES, average=_AVERAGES)
-_OF_ACCURACY = _ways(average=_AVERAGES, unit={"accuracy in percent": 100.0})
-
-
-def _returned(what: str, watched: _Watched) -> Iterator[tuple[str, list[str]]]:
+def _returned(what: str, watched: _Watched) -> Iterator[tuple[str, Mistakes]]:
     """Whether all batches are used, and what is returned of them."""
     first = {batch.begin: batch for batch in reversed(watched.batches)}
     every = len(first) == len(_SIZES) or watched.error is not None
-    yield f"{what}: every batch", ["not every batch"] * (not every)
+    yield f"{what}: every batch", said("not every batch", when=not every)
     numbers = [] if watched.error else [*_numbers(watched.result)]
     if numbers and every and first:
         batches = [first[begin] for begin in sorted(first)]
-        yield f"{what}: what is returned", _results(numbers, batches, what)
+        yield f"{what}: what is returned", said(*_results(numbers, batches, what))
 
 
 def _numbers(value: object) -> Iterator[float]:
@@ -319,19 +257,140 @@ def _numbers(value: object) -> Iterator[float]:
 
 def _results(numbers: list[float], batches: list[_Batch], what: str) -> list[str]:
     """The mistakes that give these numbers."""
-    ways = [
-        *checking.explanations(_Reported(), _OF_A_LOSS),
-        *checking.explanations(_Reported(_accuracy), _OF_ACCURACY),
-    ]
-    table = [(way(batches), way.loss, [each.name for each in some]) for way, some in ways]
+    sizes = torch.tensor([float(len(each.labels)) for each in batches])
+    table = []
+    for at, wrong in (row for each in _REPORTED for row in explanations(each)):
+        means = torch.stack([at["measure"](each.logits, each.labels) for each in batches])
+        number = at["unit"] * float(at["average"](means, sizes))
+        table.append((number, at["measure"], [each.name for each in wrong.values()]))
     table.sort(key=lambda row: len(row[-1]))  # few mistakes first
     counted = any(abs(number - sum(_SIZES)) < 1e-6 for number in numbers)
     found, known = [], False
     for number in numbers:
         near = [row for row in table if abs(row[0] - number) <= 1e-4 * abs(row[0])]
         known |= bool(near)
-        _, loss, names = near[0] if near else (0, None, [])
+        _, measure, names = near[0] if near else (0, None, [])
         if names == ["sum not divided"]:
-            names = [] if counted else ["accuracy is a count"] if loss is _accuracy else names
+            names = [] if counted else ["accuracy is a count"] if measure is _accuracy else names
         found += names
     return found if known or what == "training" else ["unknown result"]
+
+
+# --- the L1 penalty ----------------------------------------------------------------------------
+
+_FACTOR, _LOSS = 0.3, 2.5
+
+
+def _of_layers(network: nn.Module) -> list[Tensor]:
+    layers = [layer for layer in network if isinstance(layer, nn.Conv2d | nn.Linear)]
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
+def _named(text: str) -> Callable[[nn.Module], list[Tensor]]:
+    return lambda net: [p for name, p in net.named_parameters() if text in name]
+
+
+_PENALTIES = places(
+    counted={
+        "": penalised_weights,
+        "biases and norm scales counted": lambda net: [*net.parameters()],
+        "biases counted": _of_layers,
+        "norm scales counted": _named("weight"),
+        "biases only": _named("bias"),
+        "linear layers missing": lambda net: [p for p in net.parameters() if p.dim() == 4],
+        "convolutions missing": lambda net: [p for p in net.parameters() if p.dim() == 2],
+        "first layer only": lambda net: penalised_weights(net)[:1],
+        "last layer only": lambda net: penalised_weights(net)[-1:],
+        "last parameter only": lambda net: [*net.parameters()][-1:],
+    },
+    summed={
+        "": lambda ws: sum(w.abs().sum() for w in ws),
+        "mean instead of sum": lambda ws: sum(w.abs().mean() for w in ws),
+        "mean of all instead of sum": lambda ws: torch.cat([*map(torch.flatten, ws)]).abs().mean(),
+        "squares": lambda ws: sum(w.square().sum() for w in ws),
+        "root of squares": lambda ws: sum(w.norm() for w in ws),
+        "root of all squares": lambda ws: torch.stack([w.norm() for w in ws]).norm(),
+        "mean of squares": lambda ws: sum(w.square().mean() for w in ws),
+        "no absolute value": lambda ws: sum(w.sum() for w in ws),
+        "absolute value of the sum": lambda ws: sum(w.sum().abs() for w in ws),
+        "largest weight": lambda ws: sum(w.abs().max() for w in ws),
+    },
+    added={"": 0.0, "data's loss included": _LOSS},
+)
+
+
+def check_penalty(candidate: Callable) -> checking.Checked:
+    """Whether an L1 penalty is right: the sum of |w| over convolution and linear layers.
+
+    Args:
+        candidate: a function of a network (or of its parameters) and, where it takes one, of the
+            factor, by their usual names or in this order. It returns the penalty alone, as a
+            tensor that is differentiable. A factor may also be written inside.
+
+    The result is as that of `check_norm`.
+    """
+    return checking.checked("L1 penalty", _penalty_parts(candidate))
+
+
+def _penalty_parts(candidate: Callable) -> Iterator[tuple[str, Mistakes]]:
+    networks = [_network(2), _network(7)]  # so that a mean differs from a sum by no fixed factor
+    before = [_flat(network.parameters()) for network in networks]
+    given = []
+    for network in networks:
+        values = {
+            **{"network": network, "parameters": [*network.parameters()], "factor": _FACTOR},
+            **{"named": [*network.named_parameters()], "loss": torch.tensor(_LOSS)},
+        }
+        roles = checking.roles_of(candidate, values, ("network", "factor"))
+        given.append(checking.call(candidate, values, roles))
+    numbers = [checking.as_numbers(each) for each in given]
+    if any(value is None or value.numel() != 1 for value in numbers):
+        raise Failed(f"the penalty must be one number, not {given[0]!r:.60}")
+    mistakes, due = _value([*map(float, numbers)], networks, "factor" in roles.values())
+    yield "value", mistakes
+    yield "gradients", _penalty_gradients(given[0], due, [*networks[0].parameters()])
+    after = [_flat(network.parameters()) for network in networks]
+    same = all(map(torch.equal, before, after))
+    yield "weights unchanged", said("weights changed", when=not same)
+
+
+def _network(channels: int) -> nn.Sequential:
+    layers = (nn.Conv2d(1, channels, 3), nn.BatchNorm2d(channels), nn.Conv2d(channels, 4, 1))
+    heads = (nn.Flatten(), nn.Linear(4, channels + 1), nn.Linear(channels + 1, 3))
+    network = nn.Sequential(*layers, *heads)
+    with seeded(channels):
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, 0.3)
+    return network
+
+
+def _value(
+    given: list[float], networks: list[nn.Module], takes_factor: bool
+) -> tuple[Mistakes, Tensor | None]:
+    """The mistakes in a penalty of these values, and what it should be for the first network."""
+    right = l1_penalty(networks[0]).item()
+    for at, wrong in explanations(_PENALTIES, 3):
+        sums = [at["summed"](at["counted"](network)) for network in networks]
+        factors = [(g - at["added"]) / s.item() for g, s in zip(given, sums, strict=True)]
+        if abs(factors[0] - factors[1]) > 1e-4 * abs(factors[0]) or abs(factors[0]) < 1e-12:
+            continue
+        example = f"It gives {sums[0].item() + at['added']:.3g} where {right:.3g} is right"
+        found = {each.name: f"{each.sentence}. {example}." for each in wrong.values()}
+        if takes_factor and abs(factors[0] - _FACTOR) > 1e-3:
+            text = f"the penalty is {factors[0]:.3g} times the sum where the factor is {_FACTOR}"
+            found["factor"] = text
+        return found, factors[0] * sums[0]
+    text = f"the penalty is {given[0]:.3g} where {right:.3g} is right (times its factor)"
+    return {"unknown": f"{text}, by none of the usual mistakes"}, None
+
+
+def _penalty_gradients(given: object, due: Tensor | None, weights: list[Tensor]) -> Mistakes:
+    """Whether the penalty can be minimised."""
+    if not (isinstance(given, Tensor) and given.requires_grad):
+        return said("detached")
+    if due is None:
+        return {"unknown": "the penalty is wrong, and so are its gradients"}
+    options = {"allow_unused": True, "materialize_grads": True}
+    found = _flat(checking.attempt(torch.autograd.grad, given.sum(), weights, **options))
+    right = _flat(torch.autograd.grad(due, weights, **options))
+    return said("detached", when=not torch.allclose(found, right, rtol=1e-3, atol=1e-5))
