@@ -1,8 +1,8 @@
 """The networks of the assignments, built from a few small parts, with a normalization to choose.
 
-Each network is one function that lists its layers, with the shape after each as a comment. Letters
-say what follows a convolution: N the norm, R a ReLU, D dropout. None knows which normalization it
-gets: `make_norm` alone does.
+Each network is one function that lists its layers, with the shape after each as a comment. A
+convolution is padded unless it is `valid`; letters say what follows it: N the norm, R a ReLU, D
+dropout. None knows which normalization it gets: `make_norm` alone does.
 """
 
 import functools

@@ -79,13 +79,11 @@ Places = dict[str, list[Choice]]  # the first of each place is right
 
 def places(**choices: dict[str, object]) -> Places:
     """For each place what is right, which is called "", and then the mistakes by their names."""
-    return {
-        place: [
-            Choice(name, value, SENTENCES.get(name) or RULES.get(place, ""))
-            for name, value in rows.items()
-        ]
-        for place, rows in choices.items()
-    }
+    found: Places = {}
+    for place, rows in choices.items():
+        texts = {name: SENTENCES.get(name) or RULES.get(place, "") for name in rows}
+        found[place] = [Choice(name, value, texts[name]) for name, value in rows.items()]
+    return found
 
 
 def explanations(
@@ -155,8 +153,8 @@ def attempt(function: Callable, *arguments: object, **named: object) -> object:
     try:
         return function(*arguments, **named)
     except (Exception, SystemExit) as error:
-        said = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise Failed(f"{said[:300]}{_where(error)}") from error
+        text = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise Failed(f"{text[:300]}{_where(error)}") from error
 
 
 def _where(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -76,14 +75,13 @@ def to_spreadsheet(path: str | Path) -> Path:
         from openpyxl import Workbook
     except ImportError as error:
         raise ImportError("to_spreadsheet needs openpyxl: pip install openpyxl") from error
-    book, content = Workbook(), io.BytesIO()
+    book = Workbook()
     book.remove(book.active)
     _write_numbers(book)
     for name, (kind, groups) in SHEETS.items():
         _write_norm(book, name, kind, groups)
     with atomic_write(path) as aside:
-        book.save(content)  # by way of temporary files, for which there must be room too
-        aside.write_bytes(content.getvalue())
+        book.save(aside)
     return path
 
 

@@ -245,7 +245,7 @@ def _names_in(functions: Iterable[object]) -> set[str]:
 
 
 def _tuple(value: object) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
+    return value if isinstance(value, tuple) and value else (value,)
 
 
 def _apart(channels: int) -> tuple[int, int, int, int]:
