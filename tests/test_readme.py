@@ -68,7 +68,7 @@ REASONS = {
     **dict.fromkeys(("5.1", "190", "98", "80"), COMPUTED),
     "45": "kB of a task on a cluster",
     **dict.fromkeys(("73.78", "72.07"), "last epochs of a submission's log"),
-    "6.7": "= 75.26 - 68.56",
+    "5.9": "= 75.26 - 69.40",
     **dict.fromkeys(("0.01", "0.9", "0.05"), "the recipe of `as_submitted`, and a rate tried"),
     **dict.fromkeys(("0.38", "0.3"), "measured between two kinds of processor"),
     "19.0": "= 190 / 10",
