@@ -682,7 +682,7 @@ def test_help_names_all_there_is_to_choose_from():
     def names(text):
         return text.replace(" or ", ", ").split(", ")
 
-    assert names(arguments.NAMES) == list(nl.ASSIGNMENTS) == list(nl.NETWORKS)
+    assert names(arguments.NAMES) == list(nl.ASSIGNMENTS)
     assert names(arguments.DATASETS)[:-1] == list(DATASETS)
     assert names(arguments.NORMS) == list(NORMS)
 

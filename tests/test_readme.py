@@ -57,7 +57,7 @@ BENCHMARKS = "in tests/benchmarks/RESULTS.md"
 COMPUTED = "computed from the minutes of the kept runs and from tests/benchmarks/RESULTS.md"
 REASONS = {
     "20": "epochs, what the assignments allow",
-    **dict.fromkeys(("11", "12"), "a notebook"),
+    **dict.fromkeys(("11", "12", "13"), "a notebook"),
     "95": "percent, the confidence of all intervals",
     "3.11": "Python; `test_package.py` holds it against setup.cfg",
     "1,797": "= 1437 + 360",

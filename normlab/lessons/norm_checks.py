@@ -42,7 +42,8 @@ def check_norm(
     raises is reported with its line, and after a few seconds it is ended.
     Raises `ValueError` for an unknown kind, `TypeError` for what cannot be called.
     """
-    name = one_of(norm_name(kind), [each for each in NORMS if each != "none"], "norm to check")
+    known = [each for each, norm in NORMS.items() if norm.averaged and norm.moment == "mean"]
+    name = one_of(norm_name(kind), known, "norm to check")
     if groups is not None:
         whole_number(groups, "groups")
     code = StudentNorm(candidate, name, groups)

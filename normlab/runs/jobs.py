@@ -129,7 +129,7 @@ def check_trainable(network: nn.Module, data: Dataset, recipe: Recipe) -> None:
     check_network(network, data.input_shape, len(data.classes))
     if recipe.l1:
         with evaluating(network):  # where a spectral norm takes no step
-            l1_penalty(network)
+            l1_penalty(network, over=recipe.l1_over)
 
 
 def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:

@@ -48,7 +48,7 @@ SWEEP = {
     "--dask": {"metavar": "ADDRESS", "help": "train on the workers of this cluster"},
 }
 SUMMARY = {
-    "network": {"metavar": "NETWORK", "help": NAMES},
+    "network": {"metavar": "NETWORK", "help": "see `normlab list`"},
     "--norm": {"default": "bn", "help": f"{NORMS} (bn)"},
     "--groups": {"type": int, "help": "groups of gn (the assignment's)"},
     "--no-skip": {**FLAG, "help": "without skip connections"},
