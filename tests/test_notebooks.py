@@ -138,6 +138,14 @@ def test_a_picture_in_its_first_cell_is_one_that_it_draws(path):
         assert b64encode((path.parent / file).read_bytes()).decode() in drawn
 
 
+@every_notebook
+def test_every_figure_has_an_alternative_text(path):
+    """In the field of the cell that nbviewer and nbconvert's classic template take it from."""
+    for cell in code_cells(path):
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert len(cell.metadata.get("alt", "")) >= 40, cell.source
+
+
 @every_assignment
 def test_it_has_both_graphs_and_the_mistakes_of_each_variant(path):
     source = "\n".join(cell.source for cell in code_cells(path))
