@@ -19,6 +19,7 @@ from normlab.engines import choice, cuda_graph
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
 from normlab.recipes import make_optimizer
+from normlab.support import filter_banks
 
 
 def test_a_network_that_cannot_be_captured_takes_the_plain_path(
@@ -260,10 +261,10 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *arguments, **options: None)
     monkeypatch.setattr(cuda_graph, "make_optimizer", make_with_a_number)
-    optimizers._cached_batch.cache_clear()
+    filter_banks.cached_batch.cache_clear()
     with FakeTensorMode():
         yield make
-    optimizers._cached_batch.cache_clear()
+    filter_banks.cached_batch.cache_clear()
 
 
 SEEN = [
