@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import CodeType, SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -116,6 +116,14 @@ def test_the_files_and_options_that_it_names_are_there(path):
     )
     there = (ROOT / "normlab" / "support" / "arguments.py").read_text()
     assert options <= set(re.findall(r"--[a-z-]+", there))
+
+
+@every_notebook
+def test_what_it_takes_from_the_library_is_there(path):
+    source = "\n".join(cell.source for cell in code_cells(path))
+    for name, inside in re.findall(r"\bnl\.(\w+)(?:\.(\w+))?", source):
+        found = getattr(nl, name)
+        assert not inside or not isinstance(found, ModuleType) or hasattr(found, inside)
 
 
 @every_notebook
