@@ -46,7 +46,7 @@ HALF_RIGHT = {
         {"test_l1": 2.0, "test_loop_l1": 0, **NO_TRAINING},
     ),
     "loop-without-modes": (
-        {"loop": ("network.eval()", "print('testing', file=sys.stderr)"), "training": None},
+        {"loop_test": ("network.eval()", "print('testing', file=sys.stderr)"), "training": None},
         {"test_loop": 7.5, **NO_TRAINING},
     ),
     "pictures": (
