@@ -35,10 +35,11 @@ class Recipe:
         centred: gradient centralization, which keeps the mean of every filter at 0 (Yong et al.
             2020; `optimizers.centralize_gradients`).
         schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
-            2018), "cosine" (Loshchilov & Hutter 2017), "step" (a tenth from half of the steps on,
-            a hundredth from three quarters on: He et al. 2016), "constant"; they change after every
-            step. "plateau" divides a constant rate by 10 whenever for 3 epochs the training loss
-            was not lower than ever before (as torch's `ReduceLROnPlateau` with patience=2).
+            2018), "warm-up" (the same, up for 10 %), "cosine" (Loshchilov & Hutter 2017), "step" (a
+            tenth from half of the steps on, a hundredth from three quarters on: He et al. 2016),
+            "constant"; they change after every step. "plateau" divides a constant rate by 10
+            whenever for 3 epochs the training loss was not lower than ever before (as torch's
+            `ReduceLROnPlateau` with patience=2).
         l1: factor of `l1_penalty` in the loss.
         l1_over: what that sums over: "weights" of convolutions and linear layers, or "all".
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
@@ -142,9 +143,9 @@ def make_optimizer(
     return optimizer
 
 
-def _one_cycle(step: int, steps: int) -> float:
-    """Rises from 1/25 to 1 in 30 % of the steps, then falls to 4e-6."""
-    lowest, summit, last = 1 / 25, max(0.3 * steps - 1, 1e-9), max(steps - 1, 1)
+def _one_cycle(step: int, steps: int, rising: float = 0.3) -> float:
+    """Rises from 1/25 to 1 in a part of the steps, then falls to 4e-6."""
+    lowest, summit, last = 1 / 25, max(rising * steps - 1, 1e-9), max(steps - 1, 1)
     if step <= summit:
         return _half_cosine(lowest, 1.0, step / summit)
     return _half_cosine(1.0, lowest * 1e-4, min(1.0, (step - summit) / max(last - summit, 1e-9)))
@@ -156,6 +157,7 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 
 SCHEDULES = {  # each gives the factor of the recipe's rate at a step, from 0 on, of so many steps
     "one-cycle": _one_cycle,
+    "warm-up": lambda step, steps: _one_cycle(step, steps, rising=0.1),
     "cosine": lambda step, steps: _half_cosine(1.0, 0.0, step / steps),
     "step": lambda step, steps: 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps)),
     **dict.fromkeys(("constant", "plateau"), lambda step, steps: 1.0),

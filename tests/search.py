@@ -3,6 +3,8 @@
     python -m tests.search cifar10-norms --data-root DATA
     python -m tests.search mnist-l1 --data-root DATA --norms ln --trials "muon 0.05 centred"
     python -m tests.search cifar10-norms --data-root DATA --epochs 20 --seeds 3 --trials rates
+    python -m tests.search mnist-l1 --data-root DATA --norms "bn + l1" gn ln --epochs 10 \\
+        --trials "muon 0.05 centred, warm-up"
 
 Each trial trains the assignment's network by its recipe with a few fields changed, on nine tenths
 of the training images, and is tested on the last tenth; the test set is not looked at. The rows go
@@ -18,11 +20,14 @@ from pathlib import Path
 import normlab as nl
 from normlab.datasets.loading import load_assignment_data
 from normlab.support.files import atomic_write
+from tests.search_patches import PATCHES, patched
 
 EPOCHS, VALIDATION = 3, 0.1
 AT_ONCE = 2  # trials
-SGD = {"optimizer": "sgd", "nesterov": True, "weight_decay": 5e-4}
-MUON = {"optimizer": "muon", "weight_decay": 0.01}
+L1 = 1e-5  # of a norm that is called "bn + l1"
+ONE_CYCLE = {"batch_size": 64, "schedule": "one-cycle"}
+SGD = {**ONE_CYCLE, "optimizer": "sgd", "nesterov": True, "weight_decay": 5e-4}
+MUON = {**ONE_CYCLE, "optimizer": "muon", "weight_decay": 0.01}
 CENTRED = {**MUON, "lr": 0.05, "centred": True}
 SHIFTED = ("shift:2", "flip")
 
@@ -31,7 +36,7 @@ TRIALS: dict[str, dict] = {
     "sgd 0.1": {**SGD, "lr": 0.1},
     "sgd 0.2": {**SGD, "lr": 0.2},
     "sgd 0.1 centred": {**SGD, "lr": 0.1, "centred": True},
-    "adamw 0.005": {"optimizer": "adamw", "lr": 0.005, "weight_decay": 0.01},
+    "adamw 0.005": {**ONE_CYCLE, "optimizer": "adamw", "lr": 0.005, "weight_decay": 0.01},
     "muon 0.02": {**MUON, "lr": 0.02},
     "muon 0.02 centred": {**MUON, "lr": 0.02, "centred": True},
     "muon 0.05 centred": CENTRED,
@@ -62,6 +67,23 @@ TRIALS: dict[str, dict] = {
         "augment": SHIFTED,
         "batch_size": 32,
     },
+    "muon 0.05 centred, warm-up": {**CENTRED, "schedule": "warm-up"},
+    "muon 0.05 centred, smoothing 0.05": {**CENTRED, "label_smoothing": 0.05},
+    "muon 0.05 centred, smoothing 0.1": {**CENTRED, "label_smoothing": 0.1},
+    "muon 0.05 centred, momentum 0.95": {**CENTRED, "momentum": 0.95},
+    "muon 0.05 centred, decay 0": {**CENTRED, "weight_decay": 0.0},
+    "muon 0.05 centred, decay 0.05": {**CENTRED, "weight_decay": 0.05},
+    "muon 0.05 centred, cutout:8": {**CENTRED, "augment": (*SHIFTED, "cutout:8")},
+    "muon 0.05 centred, rotate:10, shift:2, cutout:6": {
+        **CENTRED,
+        "augment": ("rotate:10", "shift:2", "cutout:6"),
+    },
+    "muon 0.05 centred, affine:10": {**CENTRED, "augment": ("affine:10",)},
+    # What no recipe can say: `PATCHES` has how it is done.
+    "muon 0.05 centred, alternating flip": CENTRED,
+    "muon 0.05 centred, linear": CENTRED,
+    "muon 0.05 centred, averaged weights": CENTRED,
+    "muon 0.05 centred, averaged weights, to a tenth": CENTRED,
 }
 # The likeliest first.
 RATES = tuple(f"muon {rate} centred" for rate in (0.05, 0.1, 0.02, 0.2, 0.4))
@@ -81,19 +103,26 @@ def main() -> None:
     data = load_assignment_data(assignment, root=options.data_root).with_validation(VALIDATION)
     place = options.out / f"{assignment.name}-{options.epochs}"
     for seed in range(options.seeds):
-        variants = [
-            nl.Variant(f"{norm}, {trial}", norm, changes={"batch_size": 64, **TRIALS[trial]})
-            for trial in _trials(options.trials)
-            for norm in options.norms
-        ]
-        done = _read(table)
-        left = [v for v in variants if _key(_planned(assignment, v, options, seed)) not in done]
-        for start in range(0, len(left), AT_ONCE):  # so that the table grows as they finish
-            search = replace(assignment, variants=tuple(left[start : start + AT_ONCE]))
-            results = nl.run_assignment(
-                search, data=data, epochs=options.epochs, seeds=[seed], directory=place
-            )
-            _keep(table, [_row(label, runs[0]) for label, runs in results.runs.items()])
+        for trial in _trials(options.trials):
+            variants = [_variant(norm, trial) for norm in options.norms]
+            done = _read(table)
+            left = [v for v in variants if _key(_planned(assignment, v, options, seed)) not in done]
+            # One alone is trained in this process, where a patch is.
+            at_once = 1 if trial in PATCHES else AT_ONCE
+            for start in range(0, len(left), at_once):  # so that the table grows as they finish
+                search = replace(assignment, variants=tuple(left[start : start + at_once]))
+                with patched(trial):
+                    results = nl.run_assignment(
+                        search, data=data, epochs=options.epochs, seeds=[seed], directory=place
+                    )
+                _keep(table, [_row(label, runs[0]) for label, runs in results.runs.items()])
+
+
+def _variant(norm: str, trial: str) -> nl.Variant:
+    """The norm, with its L1 if it is called so, trained as the trial says."""
+    penalty = {"l1": L1} if norm.endswith(" + l1") else {}
+    changes = TRIALS[trial] | penalty
+    return nl.Variant(f"{norm}, {trial}", norm.removesuffix(" + l1"), changes=changes)
 
 
 def _options() -> argparse.Namespace:
