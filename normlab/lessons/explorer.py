@@ -106,12 +106,10 @@ def _picture(kind: str, shape: Shape, groups: int) -> Figure:
 
     images, channels, height, width = shape
     across, down = table_size(shape)
-    wide = channels * width > 10  # then the tables stand one above the other
-    rows = [["cube", "before"], ["cube", "after"]] if wide else [["cube", "before", "after"]]
-    widths = (3.4, *[across + 0.9] * (len(rows[0]) - 1))
+    widths = (2, across + 0.9)  # so narrow that a page of 520 pixels shows readable numbers
     figure, axes = pyplot.subplot_mosaic(
-        rows,
-        figsize=(sum(widths), max(3.2, (down + 0.8) * len(rows)) + 0.4),
+        [["cube", "before"], ["cube", "after"]],
+        figsize=(sum(widths), max(1.6, down + 0.7) * 2 + 0.4),
         width_ratios=widths,
         per_subplot_kw={"cube": {"projection": "3d"}},
         layout="constrained",
