@@ -24,6 +24,7 @@ from normlab.cli import main
 from normlab.datasets.loading import DATASETS
 from normlab.norms import NORMS
 from normlab.runs.folder import RunFolder
+from normlab.support import command_line
 from normlab.support.command_line import make_parser
 
 # However little there is to do, in two processes side by side.
