@@ -15,9 +15,9 @@ from normlab.lessons.diagrams import draw_cube, plot_shared, table_size
 from normlab.norms import NORMS, NormKind, make_norm, norm_name
 from normlab.support.checks import check_groups, divisors, one_of, plain, sizes, warn
 from normlab.support.figures import drawn
-from normlab.support.late_types import Figure
 from normlab.support.progress import notebook_shell
 from normlab.support.seeding import generator
+from normlab.support.type_hints import Figure
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
