@@ -136,7 +136,8 @@ REASONS = {
 def blocks() -> Iterator[tuple[str, str]]:
     """Each paragraph and each row of a table, with the heading above it; no code."""
     text = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
-    text = re.sub(r"<!-- (normlab|tried): .+? -->.*?<!-- / -->", "", text, flags=re.S)
+    text = re.sub(r"<!-- normlab: .+? -->.*?<!-- / -->", "", text, flags=re.S)
+    text = re.sub(r"<!-- tried: .+? -->.*?<!-- end of tried -->", "", text, flags=re.S)
     heading = ""
     for block in re.split(r"\n\n|\n(?=\|)", text):
         heading = block if block.startswith("#") else heading
