@@ -1,7 +1,7 @@
 """The step and the loops that train and test a network, on every device."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -166,3 +166,23 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
 
 
 test_epoch.__test__ = False  # its name looks like a test to pytest
+
+
+def train_epochs(
+    engine: object, history: list[dict], counted: Callable[[Iterable], Iterator]
+) -> Iterator[dict | None]:
+    """The loop of `fit` over the epochs that the history lacks; gives each its row there.
+
+    It gives None where others, which are trained at the same time on a GPU, have their turn.
+
+    Args:
+        engine: does an epoch, as `engines.plain.PlainEngine` by `train_epoch` and `test_epoch`.
+        history: a `History`.
+        counted: hands on the batches of an epoch and counts them for a display.
+    """
+    recipe = engine.recipe
+    for epoch in range(len(history), recipe.epochs):
+        factor = recipe.plateau_factor([row["train_loss"] for row in history])
+        yield from engine.launch(epoch, factor)  # a GPU works on its own from here on
+        train, test = engine.collect(counted)
+        yield history.add(train, test, lr=engine.last_rate(epoch))

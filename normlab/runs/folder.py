@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normlab.history import COLUMNS, Run
 from normlab.recipes import OPEN_ENDED
 from normlab.runs.identity import (
-    BEGINNING,
+    LOGITS,
     differences,
     earlier_computations,
     is_beginning,
@@ -24,7 +24,7 @@ from normlab.runs.identity import (
 )
 from normlab.support.checks import warn
 from normlab.support.files import read_json, remove_leftovers, write_bytes, write_json, write_text
-from normlab.support.locks import LOCK, InUse, locked
+from normlab.support.locks import locked
 
 FILES = (
     *("config.json", "checkpoint.safetensors"),
@@ -58,7 +58,6 @@ class RunFolder:
         if self.is_empty():
             return False
         config = self._read_config()
-        self.opened = config.get("digest")
         kept, finished = config["is"], "final_weights" in config
         begun = finished or self._checkpoint.is_file()
         as_begun = _as_begun(config, identity, any_weights)
@@ -87,7 +86,7 @@ class RunFolder:
         same = is_beginning(as_begun, wanted) or not differences(as_begun, wanted)
         if not same or kept["initial_weights"] == wanted["initial_weights"]:
             return wanted
-        return wanted | {key: kept[key] for key in BEGINNING if key in kept}
+        return wanted | {"initial_weights": kept["initial_weights"]}
 
     def _read_config(self) -> dict:
         config = read_json(self._config) if self._config.is_file() else None
@@ -136,16 +135,6 @@ class RunFolder:
                 self._write_config({"is": config["is"], "from": config["from"]})
                 for name, content in files.items():
                     write_bytes(self.directory / name, content)
-
-    def tidy(self) -> None:
-        """Removes what is left by a process that was killed at the very end of the run."""
-        left = (self._checkpoint.name, LOCK, ".*.part")
-        if any(any(self.directory.glob(name)) for name in left):
-            # Not where it is in use, or only to be read.
-            with suppress(InUse, OSError), locked(self.directory, wait=False):
-                if self.is_finished():
-                    self._remove_checkpoint(self._read_config())
-                    remove_leftovers(self.directory)
 
     def start(self, identity: dict, provenance: dict, epochs: int) -> None:
         """Writes down what the run is before its next epoch; removes what no run can use.
@@ -213,11 +202,7 @@ class RunFolder:
         write_bytes(self._predictions, tensors_to_bytes(guesses))
         run.config["digests"] = {file.name: _file_digest(file) for file in self._results}
         self._write_config(run.config)
-        self._remove_checkpoint(run.config)
-
-    def _remove_checkpoint(self, config: dict) -> None:
-        """If no more epochs can follow."""
-        if config["is"]["recipe"]["schedule"] not in OPEN_ENDED:
+        if run.recipe.schedule not in OPEN_ENDED:  # no more epochs can follow
             self._checkpoint.unlink(missing_ok=True)
 
     def read_finished(self) -> tuple[dict, list[dict]]:
@@ -283,13 +268,11 @@ class RunFolder:
 
 def _as_begun(config: dict, wanted: dict, any_weights: bool) -> dict:
     """What the run is that lies here, in so far as the wanted one may have other weights."""
-    kept = config["is"]
+    kept, weights = config["is"], {"initial_weights": wanted["initial_weights"]}
     if wanted["initial_weights"] == config.get("final_weights"):  # the run's own network
-        learned = {key: {} for key in wanted if key.startswith("logits") or key == "numbers"}
-        return kept | {"initial_weights": wanted["initial_weights"]} | learned
-    other = any_weights and kept.get("initial_weights") != wanted["initial_weights"]
-    if other and "class" in wanted["network"]:  # of one's own, which may not have been seeded
-        return kept | {key: wanted[key] for key in BEGINNING}
+        return kept | weights | {LOGITS: {}, "numbers": {}}
+    if any_weights and "class" in wanted["network"]:  # of one's own, which may not have been seeded
+        return kept | weights
     return kept
 
 

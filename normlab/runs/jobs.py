@@ -81,7 +81,7 @@ class Job:
         """
         return self.variant is None and not was_trained(self.build())
 
-    def find(self, data: Dataset, device: torch.device, *, only_read: bool = False) -> Run | None:
+    def find(self, data: Dataset, device: torch.device) -> Run | None:
         """The finished run that lies in its directory, in evaluation mode; None if there is none.
 
         A network of one's own, or a trained one, must predict what the run keeps: it may depend on
@@ -92,15 +92,10 @@ class Job:
         folder = None if self.directory is None else RunFolder(self.directory)
         if folder is None or not folder.open(self.identity, any_weights=self.may_begin_otherwise()):
             return None
-        if not only_read:
-            folder.tidy()
         network = self.build()
         move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
         run = folder.load(network)
-        if run.config.get("digest") != folder.opened:  # somebody has gone on with it meanwhile
-            network.load_state_dict(initial)
-            return self.find(data, device, only_read=only_read)
         trained = weights_digest(initial) == run.config["final_weights"]
         ask = trained or "class" in run.identity["network"]
         if ask and not _predicts_what_is_kept(run, data):
@@ -209,12 +204,13 @@ def kept_runs(
     for job in jobs:
         there = replace(job, directory=kept / job.directory.relative_to(place))
         try:
-            found[job.directory] = there.find(data, device, only_read=True)
+            if run := there.find(data, device):
+                found[job.directory] = run
         except ValueError as error:
             problem = problem or str(error).partition(": choose another")[0]
     if problem:
         print(f"Not taken from the kept runs: {problem}")
-    return {directory: run for directory, run in found.items() if run is not None}
+    return found
 
 
 # --- what becomes of jobs ---------------------------------------------------------------------
