@@ -17,7 +17,6 @@ from normlab.recipes import OPEN_ENDED
 from normlab.runs.identity import (
     LOGITS,
     differences,
-    earlier_computations,
     is_beginning,
     recipe_in,
     weights_digest,
@@ -140,12 +139,12 @@ class RunFolder:
         """Writes down what the run is before its next epoch; removes what no run can use.
 
         Args:
-            provenance: of what goes on with the run; how the epochs so far were computed is added.
+            provenance: of what goes on with the run; those of the epochs so far are added.
             epochs: how many are finished.
         """
         if epochs:
-            before = self._read_config().get("from", {})
-            provenance |= earlier_computations(before, provenance, epochs)
+            last = self._read_config().get("from", {}) | {"until_epoch": epochs}
+            provenance |= {"before": [*last.pop("before", []), last]}
         remove_leftovers(self.directory)
         self._identity = identity
         self._write_config({"is": identity, "from": provenance})
@@ -286,14 +285,11 @@ def another_run(directory: Path, differences: str) -> ValueError:
 
 def _is_config(value: object) -> bool:
     """Whether it has the parts of a `config.json`."""
-    try:
-        before = value.get("from", {}).get("before", [])
-        parts = value["is"], value.get("digests", {}), *before
-        return all(isinstance(each, dict) for each in parts) and all(
-            isinstance(each["until_epoch"], int) for each in before
-        )
-    except (AttributeError, KeyError, TypeError):
+    if not isinstance(value, dict) or not isinstance(value.get("is"), dict):
         return False
+    origin, digests = value.get("from", {}), value.get("digests", {})
+    whole = isinstance(origin, dict) and isinstance(digests, dict)
+    return whole and isinstance(origin.get("before", []), list)
 
 
 def _json_digest(value: dict) -> str:

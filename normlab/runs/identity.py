@@ -37,9 +37,6 @@ LOGITS = "logits_by_drawn_weights"  # those of `probe`
 # The last one is there of networks of one's own only.
 OPTIONAL = ("frozen", "gradient_hooks", "logits", LOGITS, "numbers")
 
-# The part of a provenance on which the last bits of the results may depend.
-COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch", "normlab")
-
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
     """What a run computes, as JSON can hold it.
@@ -248,17 +245,3 @@ def provenance(data: Dataset, device: torch.device) -> dict:
         "data_source": data.source,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def earlier_computations(kept: dict, now: dict, epochs: int) -> dict:
-    """What the provenance `now` of a run is to add of the one that it has `kept` so far.
-
-    That is "before", a list with a dict for each sequence of epochs that were computed alike, if
-    not like those that follow: "until_epoch" is the last of them, `epochs` that of the latest.
-    """
-    before = list(kept.get("before", []))
-    computation = {key: kept[key] for key in COMPUTATION if key in kept}
-    told = before[-1]["until_epoch"] if before else 0
-    if epochs > told and computation != {key: now[key] for key in COMPUTATION if key in now}:
-        before.append({"until_epoch": epochs, **computation})
-    return {"before": before} if before else {}
