@@ -168,21 +168,14 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
 test_epoch.__test__ = False  # its name looks like a test to pytest
 
 
-def train_epochs(
-    engine: object, history: list[dict], counted: Callable[[Iterable], Iterator]
-) -> Iterator[dict | None]:
-    """The loop of `fit` over the epochs that the history lacks; gives each its row there.
+def train_epochs(engine: object, history: list, counted: Callable) -> Iterator[dict | None]:
+    """The loop of `fit` over the epochs: gives each its row of the `History`.
 
-    It gives None where others, which are trained at the same time on a GPU, have their turn.
-
-    Args:
-        engine: does an epoch, as `engines.plain.PlainEngine` by `train_epoch` and `test_epoch`.
-        history: a `History`.
-        counted: hands on the batches of an epoch and counts them for a display.
+    An engine, such as `PlainEngine`, does them by `train_epoch` and `test_epoch`, and has `counted`
+    count their batches. None says that it is the turn of others who train on the same GPU.
     """
-    recipe = engine.recipe
-    for epoch in range(len(history), recipe.epochs):
-        factor = recipe.plateau_factor([row["train_loss"] for row in history])
+    for epoch in range(len(history), engine.recipe.epochs):
+        factor = engine.recipe.plateau_factor([row["train_loss"] for row in history])
         yield from engine.launch(epoch, factor)  # a GPU works on its own from here on
         train, test = engine.collect(counted)
         yield history.add(train, test, lr=engine.last_rate(epoch))

@@ -23,7 +23,7 @@ from normlab.runs.identity import (
 )
 from normlab.support.checks import warn
 from normlab.support.files import read_json, remove_leftovers, write_bytes, write_json, write_text
-from normlab.support.locks import locked
+from normlab.support.locks import LOCK, InUse, locked
 
 FILES = (
     *("config.json", "checkpoint.safetensors"),
@@ -135,6 +135,16 @@ class RunFolder:
                 for name, content in files.items():
                     write_bytes(self.directory / name, content)
 
+    def tidy(self) -> None:
+        """Removes what is left by a process that was killed at the very end of the run."""
+        left = (self._checkpoint.name, LOCK, ".*.part")
+        if any(any(self.directory.glob(name)) for name in left):
+            # Not where it is in use, or only to be read.
+            with suppress(InUse, OSError), locked(self.directory, wait=False):
+                if self.is_finished():
+                    self._remove_checkpoint(self._read_config())
+                    remove_leftovers(self.directory)
+
     def start(self, identity: dict, provenance: dict, epochs: int) -> None:
         """Writes down what the run is before its next epoch; removes what no run can use.
 
@@ -201,7 +211,11 @@ class RunFolder:
         write_bytes(self._predictions, tensors_to_bytes(guesses))
         run.config["digests"] = {file.name: _file_digest(file) for file in self._results}
         self._write_config(run.config)
-        if run.recipe.schedule not in OPEN_ENDED:  # no more epochs can follow
+        self._remove_checkpoint(run.config)
+
+    def _remove_checkpoint(self, config: dict) -> None:
+        """If no more epochs can follow."""
+        if config["is"]["recipe"]["schedule"] not in OPEN_ENDED:
             self._checkpoint.unlink(missing_ok=True)
 
     def read_finished(self) -> tuple[dict, list[dict]]:

@@ -211,12 +211,19 @@ def test_what_a_killed_process_left_is_cleared_away(tiny, tiny_network, tmp_path
 LITTER = (".lock", ".weights.safetensors.4711.part", "checkpoint.safetensors")
 
 
-def test_what_a_kill_at_the_very_end_left_is_no_hindrance(tiny, tiny_network, run, folder):
+def test_what_a_kill_at_the_very_end_left_goes_at_the_next_look(tiny, tiny_network, run, folder):
     for name in LITTER:
-        (folder / name).write_bytes(b"half")
-    before = everything_in(folder)
+        (folder / name).write_bytes(b"")
     assert fit(tiny_network("gn"), tiny, folder).history == run.history
-    assert everything_in(folder) == before
+    assert set(everything_in(folder)) == FILES
+
+
+def test_a_look_changes_nothing_where_somebody_else_is_at_work(tiny, tiny_network, run, folder):
+    with FileLock(folder / ".lock"):
+        (folder / LITTER[1]).write_bytes(b"half")
+        before = everything_in(folder)
+        assert fit(tiny_network("gn"), tiny, folder).history == run.history
+        assert everything_in(folder) == before
 
 
 @pytest.mark.usefixtures("run")
