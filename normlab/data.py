@@ -1,4 +1,4 @@
-"""A data set held as tensors, and batches of it made on the device."""
+"""A data set as tensors, and batches of it. To add one, see `SOURCES` in datasets/downloads.py."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field

@@ -22,8 +22,8 @@ from normlab.runs.processes import train
 from normlab.support.checks import one_of
 from normlab.support.devices import pick_device
 from normlab.support.files import user_path
-from normlab.support.late_types import DataFrame
 from normlab.support.locks import scratch_folder
+from normlab.support.type_hints import DataFrame
 
 
 @dataclass(repr=False)

@@ -114,7 +114,7 @@ def test_the_files_and_options_that_it_names_are_there(path):
     options = set(
         re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(re.findall(r"\bnormlab .*", text)))
     )
-    there = (ROOT / "normlab" / "support" / "arguments.py").read_text()
+    there = (ROOT / "normlab" / "support" / "command_line.py").read_text()
     assert options <= set(re.findall(r"--[a-z-]+", there))
 
 
