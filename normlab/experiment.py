@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class Results(Mapping[str, list[Run]]):
             # On a narrow terminal pandas leaves out the columns in the middle.
             "variant": label,
             "test_accuracy": by_epoch[-1],
-            "sd": float(accuracy[:, -1].std(ddof=1)) if len(runs) > 1 else math.nan,
+            "sd": float(accuracy[:, -1].std(ddof=1)) if len(runs) > 1 else np.nan,
             "best_accuracy": by_epoch.max(),
             "best_epoch": int(by_epoch.argmax()) + 1,
             "parameters": runs[0].parameters,

@@ -169,13 +169,9 @@ test_epoch.__test__ = False  # its name looks like a test to pytest
 
 
 def train_epochs(engine: object, history: list, counted: Callable) -> Iterator[dict | None]:
-    """The loop of `fit` over the epochs: gives each its row of the `History`.
-
-    An engine, such as `PlainEngine`, does them by `train_epoch` and `test_epoch`, and has `counted`
-    count their batches. None says that it is the turn of others who train on the same GPU.
-    """
+    """The loop of `fit` over the epochs: gives their rows, and None where others have a turn."""
     for epoch in range(len(history), engine.recipe.epochs):
         factor = engine.recipe.plateau_factor([row["train_loss"] for row in history])
-        yield from engine.launch(epoch, factor)  # a GPU works on its own from here on
-        train, test = engine.collect(counted)
+        yield from engine.launch(epoch, factor)  # only noted, or begun on a GPU that others share
+        train, test = engine.collect(counted)  # of `train_epoch` and `test_epoch`
         yield history.add(train, test, lr=engine.last_rate(epoch))
