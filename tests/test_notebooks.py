@@ -311,6 +311,7 @@ NOT_PRINTED = {
         "0.49": "= 68.15 - 67.66",
         "1,275": "counted by exercise 3; below, that of its runs",
         "2,100": "= 21 * 100",
+        **dict.fromkeys(("16", "32", "64"), "channels of the layers"),
     },
     "04_cifar10_add": {
         "5.86": "= 75.26 - 69.40",
