@@ -73,6 +73,7 @@ _HOMES = {
     "lessons.checking": "Checked",
     "lessons.diagrams": "plot_norm_axes plot_shared",
     "lessons.explorer": "explore_norm",
+    "lessons.layer_table": "summary",
     "lessons.invariance": "Rescaled rescale_weights",
     "lessons.mistake_checks": "check_mistakes",
     "lessons.norm_checks": "check_norm",
@@ -85,7 +86,6 @@ _HOMES = {
     "lessons.watching": "Watch watch",
     "support.figures": "save_figure",
     "support.grad_cam": "grad_cam",
-    "support.summaries": "summary",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from normlab.support.arguments import make_parser
+from normlab.support.command_line import make_parser
 from normlab.support.files import user_path
 from normlab.support.output import lasting_output
 from normlab.support.signals import ended_by_signals
@@ -145,8 +145,8 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _summary(options: argparse.Namespace) -> None:
+    from normlab.lessons.layer_table import summary
     from normlab.model import build_network
-    from normlab.support.summaries import summary
 
     how = {"groups": options.groups, "skip": not options.no_skip, "seed": 0}
     network = build_network(options.network, options.norm, **how)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.support.histories import holds_epochs, row_of, rows_of
-from normlab.support.late_types import DataFrame, Tensor, nn
+from normlab.support.epoch_rows import holds_epochs, row_of, rows_of
+from normlab.support.type_hints import DataFrame, Tensor, nn
 
 if TYPE_CHECKING:
     from normlab.recipes import Recipe
@@ -126,7 +126,7 @@ class Run:
     def provenance(self) -> dict:
         """Where, when and with which versions it was trained.
 
-        If it was resumed under other conditions, "before" lists the earlier ones.
+        If it was resumed, "before" lists the earlier ones, each until one of the epochs.
         """
         return self.config["from"]
 

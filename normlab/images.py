@@ -12,8 +12,8 @@ from normlab.augment import parse_augmentation
 from normlab.data import Dataset
 from normlab.support.checks import whole_number
 from normlab.support.figures import drawn, fitted, mosaic, new_axes, shortened
-from normlab.support.late_types import Axes, Figure
 from normlab.support.seeding import generator
+from normlab.support.type_hints import Axes, Figure
 
 
 @drawn

@@ -1,4 +1,4 @@
-"""The networks of the assignments, built from a few small parts, with a normalization to choose.
+"""The networks of the assignments, of the parts in support/layers.py, with a norm to choose.
 
 Each network is one function that lists its layers, with the shape after each as a comment. A
 convolution is padded unless it is `valid`; letters say what follows it: N the norm, R a ReLU, D

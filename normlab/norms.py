@@ -58,10 +58,7 @@ class NormKind:
         return {axis: size for axis, size in sizes.items() if axis not in self.averaged}
 
     def statistics(self, shape: tuple[int, int, int, int], *, groups: int = 1) -> int:
-        """How many means there are for an input of `shape` (N, C, H, W).
-
-        Raises `ValueError` if `groups` does not divide C.
-        """
+        """How many means an input of `shape` (N, C, H, W) has; `groups` must divide C."""
         return math.prod(self.own_axes(shape, groups=groups).values()) if self.averaged else 0
 
     def parameters(self, shape: tuple[int, int, int, int]) -> int:
@@ -164,3 +161,10 @@ def make_norm(
     if "H" in found.learned_axes:
         size = height_and_width(size, name)
     return found.make(channels, groups, size)
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a layer is one that the table makes, or of a class that is called …Norm."""
+    made = tuple(type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged)
+    named = re.search(r"norm(alization)?[1-3]?d?$", type(layer).__name__, re.I)
+    return (isinstance(layer, made) or named is not None) and not list(layer.children())

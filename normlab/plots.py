@@ -15,7 +15,7 @@ from normlab.support.checks import check_instance, one_of
 from normlab.support.colours import curve_styles
 from normlab.support.curves import legend_key, set_scales, two_columns, write_ends
 from normlab.support.figures import drawn, fitted, label_axes, new_axes, place_legend, shortened
-from normlab.support.late_types import Axes, Figure, Line2D, Tensor
+from normlab.support.type_hints import Axes, Figure, Line2D, Tensor
 
 Runs = Mapping[str, Run | History | Sequence[Run] | Sequence[History]]
 """What to compare: a run, or several that differ in their seed, for each label; `Results` too.

@@ -24,8 +24,8 @@ from normlab.cli import main
 from normlab.datasets.loading import DATASETS
 from normlab.norms import NORMS
 from normlab.runs.folder import RunFolder
-from normlab.support import arguments
-from normlab.support.arguments import make_parser
+from normlab.support import command_line
+from normlab.support.command_line import make_parser
 
 # However little there is to do, in two processes side by side.
 SIDE_BY_SIDE = "import sys, normlab.cli as c, normlab.runs.processes as p; p.WORTHWHILE = 0; "
@@ -675,16 +675,16 @@ def test_whatever_ends_it_side_by_side_leaves_no_process_and_no_litter(how, tmp_
 def test_alone_it_lists_its_commands(capsys):
     assert main([]) == 0
     listed = capsys.readouterr().out
-    assert all(f"\n    {command} " in listed for command in arguments.COMMANDS)
+    assert all(f"\n    {command} " in listed for command in command_line.COMMANDS)
 
 
 def test_help_names_all_there_is_to_choose_from():
     def names(text):
         return text.replace(" or ", ", ").split(", ")
 
-    assert names(arguments.NAMES) == list(nl.ASSIGNMENTS)
-    assert names(arguments.DATASETS)[:-1] == list(DATASETS)
-    assert names(arguments.NORMS) == list(NORMS)
+    assert names(command_line.NAMES) == list(nl.ASSIGNMENTS)
+    assert names(command_line.DATASETS)[:-1] == list(DATASETS)
+    assert names(command_line.NORMS) == list(NORMS)
 
 
 @pytest.mark.process

@@ -18,6 +18,7 @@ from normlab.engines import choice
 from normlab.engines.cpu import CpuEngine
 from normlab.engines.cuda_graph import GraphEngine
 from normlab.engines.plain import PlainEngine
+from normlab.lessons.layer_table import receptive_fields
 from normlab.support.colours import curve_styles
 from normlab.support.figures import drawn, label_axes, new_axes, place_legend, shortened
 from tests.test_plots import run_with
@@ -190,6 +191,14 @@ def test_a_new_norm_is_drawn_and_listed(rms, capsys):
     assert nl.plot_shared(nl.make_norm("rms", 4), nl.example_batch()).axes
     assert main(["list"]) == 0
     assert "rms             root mean square normalization" in capsys.readouterr().out
+
+
+def test_a_new_norm_is_told_from_other_layers(rms):
+    mine, usual = (nl.build_network("mnist-l1", norm, seed=0) for norm in ("rms", "bn"))
+    made = [layer for layer in mine.modules() if isinstance(layer, MeanSquare)]
+    assert [layer for layer in mine.modules() if norms.is_norm(layer)] == made
+    # Its statistics reach over the whole image; how far convolutions see is as with any other.
+    assert receptive_fields(mine, (1, 28, 28)) == receptive_fields(usual, (1, 28, 28))
 
 
 def test_a_new_norm_is_compared_with_others(rms, digits):

@@ -14,7 +14,7 @@ from normlab.experiment import Results
 from normlab.support.checks import check_instance, one_of
 from normlab.support.colours import background, text_colour
 from normlab.support.figures import drawn, label_axes, literal, new_axes
-from normlab.support.late_types import Axes, Figure
+from normlab.support.type_hints import Axes, Figure
 
 
 @dataclass(frozen=True)

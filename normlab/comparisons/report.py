@@ -18,11 +18,12 @@ from normlab.comparisons.fairness import Finding, limits
 from normlab.experiment import Results
 from normlab.history import runs_of
 from normlab.images import plot_mistakes
+from normlab.norms import is_norm
 from normlab.plots import Runs, plot_curves, plot_loss_and_accuracy
 from normlab.support.figures import save_if_drawn
 from normlab.support.files import user_path, write_json, write_text
-from normlab.support.late_types import DataFrame
-from normlab.support.summaries import described_norm, is_norm
+from normlab.support.summaries import described_norm
+from normlab.support.type_hints import DataFrame
 
 LOSS_FIGURE, ACCURACY_FIGURE = "test-loss.png", "test-accuracy.png"
 TRAINING_FIGURE = "training-and-test.png"

@@ -9,7 +9,7 @@ from normlab.comparisons.fairness import differing, facts_of, facts_of_seeds
 from normlab.comparisons.report import escaped, in_markdown
 from normlab.runs.folder import FILES, RunFolder
 from normlab.support.files import user_path
-from normlab.support.late_types import DataFrame
+from normlab.support.type_hints import DataFrame
 
 COLUMNS = ("folder", "network", "data", "epochs", "seeds", "accuracy", "whole", "fair")
 

@@ -19,7 +19,7 @@ from normlab.support.figures import (
     save_if_drawn,
     shortened,
 )
-from normlab.support.late_types import Axes, DataFrame, Figure, Index
+from normlab.support.type_hints import Axes, DataFrame, Figure, Index
 
 # What an axis says, and a label.
 _SWEPT = {"batch_size": ("batch size (images)", "batch size"), "base_lr": ("learning rate", "rate")}

@@ -25,8 +25,8 @@ from normlab.runs.processes import train
 from normlab.support.checks import as_list, number, one_of, whole_number
 from normlab.support.devices import pick_device
 from normlab.support.files import remove_leftovers, user_path, write_text
-from normlab.support.late_types import DataFrame
 from normlab.support.locks import locked, scratch_folder
+from normlab.support.type_hints import DataFrame
 
 MEASURED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 RESULTS = [*MEASURED, "seconds"]

@@ -1,11 +1,9 @@
 """The data sets that torchvision can download: read from files that are here, else fetched."""
 
 import http.client
-import math
 import os
 import shutil
 import socket
-import struct
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,11 +16,6 @@ from normlab.datasets.cache import cache_folder
 from normlab.datasets.folders import load_folder
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download counts as failed
-
-
-class _Damaged(ValueError):
-    def __init__(self, what: str | Path, why: str) -> None:
-        super().__init__(f"{what} is damaged ({why}): delete it and load the data set again")
 
 
 @dataclass(frozen=True)
@@ -57,11 +50,11 @@ class Source:
         try:
             idx = self.files[0].endswith("ubyte")
             data = Dataset(name, *(self._read_idx(place) if idx else self._read(place)), self.title)
-        except _Damaged:
-            raise
         except Exception as error:  # torchvision raises whatever the damage happens to provoke
             paths = dict.fromkeys(str(place / Path(file).parts[0]) for file in self.files)
-            raise _Damaged(" or ".join(paths), str(error) or type(error).__name__) from error
+            what, why = " or ".join(paths), str(error) or type(error).__name__
+            text = f"{what} is damaged ({why}): delete it and load the data set again"
+            raise ValueError(text) from error
         original = self.fingerprint in ("", data.fingerprint)
         return data if original else replace(data, source=f"{self.title}, changed")
 
@@ -78,20 +71,13 @@ class Source:
 
     def _read_idx(self, place: Path) -> list:
         """The same of files like MNIST's, without torchvision, whose import takes a second."""
-        found = []
-        for file in self.files:
-            content = (place / file).read_bytes()
-            magic, *shape = (2051, 28, 28) if "images" in file else (2049,)
-            start = 8 + 4 * len(shape)
-            count, rest = divmod(len(content) - start, math.prod(shape))
-            header = struct.pack(f">{start // 4}I", magic, max(count, 0), *shape)
-            if count < 1 or rest or content[:start] != header:
-                raise _Damaged(place / file, "its header and its size do not fit together")
-            found.append(np.frombuffer(content, np.uint8, offset=start).reshape(count, *shape))
-            wrong = not shape and (count != len(found[-2]) or found[-1].max() >= len(self.classes))
-            if wrong:
-                raise _Damaged(place / file, "its labels do not fit to the images")
-        return [found[0][:, None], found[1], found[2][:, None], found[3], self.classes]
+        images, labels, test_images, test_labels = (
+            np.fromfile(place / file, np.uint8, offset=16 if "images" in file else 8)
+            for file in self.files
+        )
+        shape = (-1, 1, 28, 28)
+        parts = images.reshape(shape), labels, test_images.reshape(shape), test_labels
+        return [*parts, self.classes]
 
 
 _IDX_FILES = (

@@ -11,7 +11,7 @@ from normlab.lessons.sharing import shared_statistics
 from normlab.norms import NORMS, NormKind, norm_name
 from normlab.support.checks import check_groups, plain, sizes
 from normlab.support.figures import drawn, literal, new_axes
-from normlab.support.late_types import Axes, Figure
+from normlab.support.type_hints import Axes, Figure
 
 SHARED, OTHER = "#0072B2", "#E8E8E8"
 

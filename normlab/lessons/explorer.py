@@ -15,9 +15,9 @@ from normlab.lessons.diagrams import draw_cube, plot_shared, table_size
 from normlab.norms import NORMS, NormKind, make_norm, norm_name
 from normlab.support.checks import check_groups, divisors, one_of, plain, sizes, warn
 from normlab.support.figures import drawn
-from normlab.support.late_types import Figure
 from normlab.support.progress import notebook_shell
 from normlab.support.seeding import generator
+from normlab.support.type_hints import Figure
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -106,12 +106,10 @@ def _picture(kind: str, shape: Shape, groups: int) -> Figure:
 
     images, channels, height, width = shape
     across, down = table_size(shape)
-    wide = channels * width > 10  # then the tables stand one above the other
-    rows = [["cube", "before"], ["cube", "after"]] if wide else [["cube", "before", "after"]]
-    widths = (3.4, *[across + 0.9] * (len(rows[0]) - 1))
+    widths = (2, across + 0.9)  # so narrow that a page of 520 pixels shows readable numbers
     figure, axes = pyplot.subplot_mosaic(
-        rows,
-        figsize=(sum(widths), max(3.2, (down + 0.8) * len(rows)) + 0.4),
+        [["cube", "before"], ["cube", "after"]],
+        figsize=(sum(widths), max(1.6, down + 0.7) * 2 + 0.4),
         width_ratios=widths,
         per_subplot_kw={"cube": {"projection": "3d"}},
         layout="constrained",

@@ -19,10 +19,10 @@ from normlab.support.checks import check_instance, number, warn, whole_number
 from normlab.support.colours import curve_styles
 from normlab.support.devices import exact_float32, pick_device
 from normlab.support.figures import drawn, label_axes, new_axes, place_legend, shortened
-from normlab.support.late_types import Axes, Figure
 from normlab.support.module_state import copied, set_training
 from normlab.support.seeding import seeded
 from normlab.support.tensor_checks import check_weights
+from normlab.support.type_hints import Axes, Figure
 
 WINDOW = 9  # steps over which the median smooths the loss
 MOST = 0.9  # of the fall of the loss: where it is made, the loss begins to slow down

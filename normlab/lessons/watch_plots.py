@@ -12,7 +12,7 @@ from normlab.lessons.watching import CONVOLUTION, KINDS, NORM, PERCENTILES, QUAN
 from normlab.support.checks import one_of, whole_number
 from normlab.support.colours import COLOURS, is_dark, text_colour
 from normlab.support.figures import drawn, fitted
-from normlab.support.late_types import Axes, DataFrame, Figure
+from normlab.support.type_hints import Axes, DataFrame, Figure
 
 # The title of each quantity, what its axis says, its factor, and whether its sizes may differ so
 # much that only a logarithmic axis shows them all.

@@ -14,10 +14,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from normlab.lessons.sparsity import small_share
-from normlab.norms import NORMS
+from normlab.norms import is_norm
 from normlab.optimizers import PLAIN_FACTOR
 from normlab.support.checks import check_instance, whole_number
-from normlab.support.late_types import DataFrame
+from normlab.support.type_hints import DataFrame
 
 CONVOLUTION, LINEAR, NORM = KINDS = ("convolution", "linear", "norm")
 
@@ -174,22 +174,22 @@ def _layers_of(network: nn.Module) -> dict[nn.Module, tuple[str, str]]:
     what = type(network).__name__
     if next(network.parameters(), None) is None:
         raise ValueError(f"{what} has no parameters, so that there is no training to watch")
-    classes = ((nn.modules.conv._ConvNd,), (nn.Linear,), _norm_layers())
     layers = {
         layer: (name or what, kind)
         for name, layer in network.named_modules()
-        for kind, some in zip(KINDS, classes, strict=True)
-        if isinstance(layer, some)
+        if (kind := _kind_of(layer)) is not None
     }
     if all(kind == NORM for _, kind in layers.values()):
         raise ValueError(f"{what} has no convolution or linear layer to watch")
     return layers
 
 
-def _norm_layers() -> tuple[type[nn.Module], ...]:
-    """The classes of layers that are normalizations: torch's, and those of the table."""
-    made = {type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged}
-    return (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *made)
+def _kind_of(layer: nn.Module) -> str | None:
+    """Which of `KINDS` a layer is."""
+    for kind, classes in ((CONVOLUTION, nn.modules.conv._ConvNd), (LINEAR, nn.Linear)):
+        if isinstance(layer, classes):
+            return kind
+    return NORM if is_norm(layer) else None
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """How curves look: colours that fit the background and each other, lines and markers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 import numpy as np
@@ -10,27 +10,36 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-NORMS = ("BN", "GN", "LN", "IN", "none")  # have the first colours, in this order, in every figure
+# These have the first colours, in this order, in every figure.
+NORMS = ("BN", "GN", "LN", "IN", "none", "LN element-wise")
 LEGIBLE = 4.5  # the least contrast of small text, by WCAG 2
 
 
 def curve_styles(labels: Iterable[str]) -> dict[str, dict]:
     """Colour, line and marker of each label; a norm has the same ones in every figure.
 
-    "BN + skip" has the colour and the marker of "BN", but another line. Where no two labels share a
-    colour, each has a line of its own, which tells them apart in grey print.
+    "BN + skip" has the colour and the marker of "BN", but another line; LN's two kinds are two
+    norms. Where no two labels share a colour, each has a line of its own, which tells them apart
+    in grey print.
     """
     labels, families = list(labels), {}
     for label in labels:
-        heads = [head for head in (*NORMS, *labels) if f"{label} ".startswith(f"{head} ")]
-        families.setdefault(min(heads, key=len), []).append(label)
-    free = count(len(NORMS) if any(head in NORMS for head in families) else 0)
+        families.setdefault(_head(label, NORMS, max) or _head(label, labels, min), []).append(label)
+    taken = {NORMS.index(head) for head in families if head in NORMS}
+    first = len(NORMS) - 1 if taken else 0  # the last one's colour is lent where it is not there
+    free = (place for place in count(first) if place not in taken)
     alone, styles = len(families) == len(labels), {}
     for head, family in families.items():
         place = NORMS.index(head) if head in NORMS else next(free)
         for member, label in enumerate(family):
             styles[label] = _style(place, place if alone else member, hollow=member > 0)
     return {label: styles[label] for label in labels}
+
+
+def _head(label: str, heads: Iterable[str], which: Callable) -> str | None:
+    """Of the heads that the label begins with, as "BN + L1" with "BN", that of `which` length."""
+    fitting = [head for head in heads if f"{label} ".startswith(f"{head} ")]
+    return which(fitting, key=len, default=None)
 
 
 def _style(place: int, line: int, *, hollow: bool) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 
 from normlab.support.colours import legible
 from normlab.support.figures import shortened
-from normlab.support.late_types import Axes, Figure, Line2D
+from normlab.support.type_hints import Axes, Figure, Line2D
 
 
 def two_columns(panels: int, names: int, **shared: object) -> tuple[Figure, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from normlab.support.checks import one_of, warn
 from normlab.support.files import atomic_write, user_path
-from normlab.support.late_types import Axes, Figure
+from normlab.support.type_hints import Axes, Figure
 
 Arguments = ParamSpec("Arguments")
 

@@ -88,14 +88,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named(tmp_path, damage):
+def test_damaged_files_are_to_be_deleted(tmp_path, damage):
     write_idx(tmp_path)
     file, change = DAMAGES[damage]
     path = tmp_path / "MNIST" / "raw" / file
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"is damaged .*delete it") as caught:
+    with pytest.raises(ValueError, match=r"/MNIST is damaged .*delete it"):
         nl.load_dataset("mnist", tmp_path, download=False)
-    assert str(path) in str(caught.value)
 
 
 def test_the_real_mnist_has_its_well_known_statistics(real_data_root, no_network):

@@ -84,9 +84,14 @@ def test_a_number_that_is_its_own_mean_becomes_0(kind):
     assert len({patch.get_facecolor() for patch in before.patches}) == 2
 
 
-def test_wide_tables_stand_one_above_the_other():
-    _, before, after = nl.explore_norm(shape=LIMITS).axes
+@pytest.mark.parametrize("shape", [(4, 4, 2, 2), LIMITS])
+def test_the_tables_stand_one_above_the_other_and_their_letters_can_be_read(shape):
+    figure = nl.explore_norm(shape=shape)
+    _, before, after = figure.axes
     assert before.get_position().y0 > after.get_position().y1
+    if shape != LIMITS:  # on a page that shows 520 pixels
+        points = min(text.get_fontsize() for text in after.texts)
+        assert points / 72 * 520 / figure.get_figwidth() > 8
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,19 @@ def test_a_norm_looks_the_same_in_every_figure():
     ]  # the first two
 
 
+def test_the_two_kinds_of_ln_differ_in_colour_line_and_marker():
+    labels = ["BN", "GN", "LN", "LN element-wise", "mine"]
+    looks = curve_styles(labels)
+    for kind in ("color", "linestyle", "marker"):
+        assert len({look[kind] for look in looks.values()}) == len(labels)
+    ln, elementwise = looks["LN"], looks["LN element-wise"]
+    assert abs(luminance(ln["color"]) - luminance(elementwise["color"])) > 0.1
+    assert curve_styles(labels[:2] + labels[3:4])["LN element-wise"] == elementwise
+    skips = curve_styles(["LN element-wise", "LN element-wise + skip", "LN + L1"])
+    assert skips["LN element-wise + skip"]["color"] == elementwise["color"]
+    assert skips["LN + L1"]["color"] == ln["color"]
+
+
 @pytest.mark.parametrize("paper", ["white", "black", "0.75", "#E5E5E5"])
 def test_coloured_letters_can_be_read_on_any_paper(paper):
     ink = "white" if paper == "black" else "black"

@@ -1,4 +1,4 @@
-"""The ways in which loops of one's own keep what every epoch gave."""
+"""The rows of a history, from what loops of one's own keep of every epoch."""
 
 import math
 import re
