@@ -358,6 +358,7 @@ NOT_PRINTED = {
         "13": "= 3.6 * (86.1 - 82.5)",
         "125": "= 500 / 4",
         "0.9": "counted by exercise 2",
+        "11": "counted by exercise 2",
         "67.8": "counted by exercise 3",
         "37.2": "counted by exercise 3",
         "255": "the largest value of a pixel",
