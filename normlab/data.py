@@ -15,7 +15,7 @@ from normlab.support.tensor_checks import as_images, as_labels, check_labels
 
 @dataclass(frozen=True, eq=False)
 class Dataset(DatasetBase):
-    """Images and labels for training and testing; `subset`, `save` and such are in its base.
+    """Images and labels for training and testing; `subset` and such: support/dataset_base.py.
 
     Args:
         name: short name, such as "mnist".

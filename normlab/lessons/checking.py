@@ -129,7 +129,7 @@ def checked(title: str, parts: Iterable[tuple[str, Mistakes]]) -> Checked:
     def end(*_: object) -> None:
         raise TooLong
 
-    _import_sympy()
+    _import_what_torch_needs()
     timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
     found = {}
     try:
@@ -150,13 +150,14 @@ def checked(title: str, parts: Iterable[tuple[str, Mistakes]]) -> Checked:
 
 
 @cache
-def _import_sympy() -> None:
-    """Has torch import it, which takes seconds at the first gradient that is given one.
+def _import_what_torch_needs() -> None:
+    """Has torch import what it does at the first gradient that is given one, and optimiser.
 
-    They would count as the student's, and an import that is ended half-way stays so.
+    The seconds would count as the student's, and an import that is ended half-way stays so.
     """
     x = torch.ones(2, requires_grad=True)
     torch.autograd.grad(x * x, x, torch.ones(2))
+    torch.optim.SGD([x], lr=1.0).zero_grad()
 
 
 def attempt(function: Callable, *arguments: object, **named: object) -> object:

@@ -161,8 +161,6 @@ def check_loop(train: Callable | None = None, test: Callable | None = None) -> c
     """
     if train is None and test is None:
         raise TypeError("check_loop needs train=, a function, or test=, or both")
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=_RATE).zero_grad()  # imports a lot:
-    # that must neither count as the student's time nor be ended in the middle
     words = ["training"] * (train is not None) + ["test"] * (test is not None)
     return checking.checked(f"{' and '.join(words)} loop", _loop_parts(train, test))
 
