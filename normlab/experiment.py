@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from normlab.datasets.loading import load_images
 from normlab.engines.choice import ENGINES
 from normlab.history import Run
 from normlab.runs.folder import remove_runs
-from normlab.runs.jobs import find_runs, kept_runs, make_jobs, results_of, say_limits, seed_numbers
+from normlab.runs.jobs import find_all, make_jobs, results_of, say_limits, seed_numbers
 from normlab.runs.processes import train
 from normlab.support.checks import one_of
 from normlab.support.devices import pick_device
@@ -57,11 +56,6 @@ class Results(Mapping[str, list[Run]]):
 
         return pandas.DataFrame([self._row(label, runs) for label, runs in self.runs.items()])
 
-    def spread(self, label: str) -> float:
-        """Standard deviation over seeds of the last epoch's test accuracy; NaN for one seed."""
-        last = [run.last["test_accuracy"] for run in self.runs[label]]
-        return float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
-
     def _row(self, label: str, runs: list[Run]) -> dict:
         accuracy = np.array([[row["test_accuracy"] for row in run.history] for run in runs])
         by_epoch = accuracy.mean(0)
@@ -69,7 +63,7 @@ class Results(Mapping[str, list[Run]]):
             # On a narrow terminal pandas leaves out the columns in the middle.
             "variant": label,
             "test_accuracy": by_epoch[-1],
-            "sd": self.spread(label),
+            "sd": float(accuracy[:, -1].std(ddof=1)) if len(runs) > 1 else np.nan,
             "best_accuracy": by_epoch.max(),
             "best_epoch": int(by_epoch.argmax()) + 1,
             "parameters": runs[0].parameters,
@@ -116,16 +110,13 @@ def run_assignment(
     data = load_images(data, assignment)
     with ExitStack() as stack:
         place = user_path(directory or stack.enter_context(scratch_folder()))
-        jobs = make_jobs(assignment, data, numbers, epochs, place)
+        jobs = make_jobs(assignment, data, numbers, epochs, place, None if fresh else kept)
         jobs = [job.identified(data, device) for job in jobs]
         if progress:
             say_limits(assignment, jobs)
         if fresh:
             remove_runs(*(job.directory for job in jobs))
-            kept = None
-        runs = {} if kept is None else kept_runs(jobs, place, user_path(kept), data, device)
-        own = find_runs([job for job in jobs if job.directory not in runs], data, device)
-        runs |= {job.directory: run for job, run in own.items()}
+        runs = find_all(jobs, data, device)
         left = [job for job in jobs if job.directory not in runs]
         if progress and runs:
             print(f"{len(runs)} of {len(jobs)} runs are loaded, {len(left)} trained")

@@ -126,7 +126,7 @@ class Run:
     def provenance(self) -> dict:
         """Where, when and with which versions it was trained.
 
-        If it was resumed under other conditions, "before" lists the earlier ones.
+        If it was resumed, "before" lists the earlier ones, each until one of the epochs.
         """
         return self.config["from"]
 

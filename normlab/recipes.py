@@ -94,7 +94,7 @@ class Recipe:
         """The learning rate at `step`, from 0 on, of a training of `steps` steps."""
         return self.lr * SCHEDULES[self.schedule](step, steps)
 
-    def scale_after(self, losses: Sequence[float]) -> float:
+    def plateau_factor(self, losses: Sequence[float]) -> float:
         """What the learning rates are multiplied by after epochs of these training losses."""
         scale, best, waited = 1.0, math.inf, 0
         for loss in losses if self.schedule == "plateau" else ():

@@ -1,7 +1,7 @@
 """The step and the loops that train and test a network, on every device."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -166,3 +166,12 @@ def test_epoch(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
 
 
 test_epoch.__test__ = False  # its name looks like a test to pytest
+
+
+def train_epochs(engine: object, history: list, counted: Callable) -> Iterator[dict | None]:
+    """The loop of `fit` over the epochs: gives their rows, and None where others have a turn."""
+    for epoch in range(len(history), engine.recipe.epochs):
+        factor = engine.recipe.plateau_factor([row["train_loss"] for row in history])
+        yield from engine.launch(epoch, factor)  # only noted, or begun on a GPU that others share
+        train, test = engine.collect(counted)  # of `train_epoch` and `test_epoch`
+        yield history.add(train, test, lr=engine.last_rate(epoch))

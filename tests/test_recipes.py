@@ -225,8 +225,8 @@ def test_plateau_is_that_of_torch(seed):
     recipe = Recipe(lr=0.5, schedule="plateau")
     for count, loss in enumerate(losses, 1):
         scheduler.step(loss)
-        rate = recipe.lr * recipe.scale_after(losses[:count])
+        rate = recipe.lr * recipe.plateau_factor(losses[:count])
         assert rate == pytest.approx(max(optimizer.param_groups[0]["lr"], 0.5e-8), rel=0.1) or (
             rate < 1e-7  # where torch leaves it, since it hardly changes
         )
-    assert Recipe(lr=0.5, schedule="constant").scale_after(losses) == 1
+    assert Recipe(lr=0.5, schedule="constant").plateau_factor(losses) == 1

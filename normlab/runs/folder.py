@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from normlab.history import COLUMNS, Run
 from normlab.recipes import OPEN_ENDED
 from normlab.runs.identity import (
-    BEGINNING,
+    LOGITS,
     differences,
-    earlier_computations,
     is_beginning,
     recipe_in,
     weights_digest,
@@ -58,7 +57,6 @@ class RunFolder:
         if self.is_empty():
             return False
         config = self._read_config()
-        self.opened = config.get("digest")
         kept, finished = config["is"], "final_weights" in config
         begun = finished or self._checkpoint.is_file()
         as_begun = _as_begun(config, identity, any_weights)
@@ -87,7 +85,7 @@ class RunFolder:
         same = is_beginning(as_begun, wanted) or not differences(as_begun, wanted)
         if not same or kept["initial_weights"] == wanted["initial_weights"]:
             return wanted
-        return wanted | {key: kept[key] for key in BEGINNING if key in kept}
+        return wanted | {"initial_weights": kept["initial_weights"]}
 
     def _read_config(self) -> dict:
         config = read_json(self._config) if self._config.is_file() else None
@@ -151,12 +149,12 @@ class RunFolder:
         """Writes down what the run is before its next epoch; removes what no run can use.
 
         Args:
-            provenance: of what goes on with the run; how the epochs so far were computed is added.
+            provenance: of what goes on with the run; those of the epochs so far are added.
             epochs: how many are finished.
         """
         if epochs:
-            before = self._read_config().get("from", {})
-            provenance |= earlier_computations(before, provenance, epochs)
+            last = self._read_config().get("from", {}) | {"until_epoch": epochs}
+            provenance |= {"before": [*last.pop("before", []), last]}
         remove_leftovers(self.directory)
         self._identity = identity
         self._write_config({"is": identity, "from": provenance})
@@ -283,13 +281,11 @@ class RunFolder:
 
 def _as_begun(config: dict, wanted: dict, any_weights: bool) -> dict:
     """What the run is that lies here, in so far as the wanted one may have other weights."""
-    kept = config["is"]
+    kept, weights = config["is"], {"initial_weights": wanted["initial_weights"]}
     if wanted["initial_weights"] == config.get("final_weights"):  # the run's own network
-        learned = {key: {} for key in wanted if key.startswith("logits") or key == "numbers"}
-        return kept | {"initial_weights": wanted["initial_weights"]} | learned
-    other = any_weights and kept.get("initial_weights") != wanted["initial_weights"]
-    if other and "class" in wanted["network"]:  # of one's own, which may not have been seeded
-        return kept | {key: wanted[key] for key in BEGINNING}
+        return kept | weights | {LOGITS: {}, "numbers": {}}
+    if any_weights and "class" in wanted["network"]:  # of one's own, which may not have been seeded
+        return kept | weights
     return kept
 
 
@@ -303,14 +299,11 @@ def another_run(directory: Path, differences: str) -> ValueError:
 
 def _is_config(value: object) -> bool:
     """Whether it has the parts of a `config.json`."""
-    try:
-        before = value.get("from", {}).get("before", [])
-        parts = value["is"], value.get("digests", {}), *before
-        return all(isinstance(each, dict) for each in parts) and all(
-            isinstance(each["until_epoch"], int) for each in before
-        )
-    except (AttributeError, KeyError, TypeError):
+    if not isinstance(value, dict) or not isinstance(value.get("is"), dict):
         return False
+    origin, digests = value.get("from", {}), value.get("digests", {})
+    whole = isinstance(origin, dict) and isinstance(digests, dict)
+    return whole and isinstance(origin.get("before", []), list)
 
 
 def _json_digest(value: dict) -> str:

@@ -32,12 +32,10 @@ RECIPE_FIELDS = (
     *("centred", "schedule", "l1", "label_smoothing", "augment", "dtype", "seed"),
 )
 NETWORK_ARGUMENTS = ("name", "norm", "groups", "dropout", "skip", "classes", "input_shape")
-# Identities of earlier versions lack these; the last one is there of networks of one's own only.
-OPTIONAL = ("frozen", "gradient_hooks", "logits", "logits_by_drawn_weights", "numbers")
-BEGINNING = ("initial_weights", "logits")  # what depends on the weights at the beginning
-
-# The part of a provenance on which the last bits of the results may depend.
-COMPUTATION = ("engine", "because", "computes_in", "device", "threads", "torch", "normlab")
+LOGITS = "logits_by_drawn_weights"  # those of `probe`
+# Identities of earlier versions lack these; some have "logits", by the weights at the beginning.
+# The last one is there of networks of one's own only.
+OPTIONAL = ("frozen", "gradient_hooks", "logits", LOGITS, "numbers")
 
 
 def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
@@ -63,11 +61,10 @@ def identity(network: nn.Module, data: Dataset, recipe: Recipe) -> dict:
             "train_images": len(data.train_images),
             f"{data.test_name}_images": len(data.test_images),
         },
-        "logits": probe(network, data.input_shape, dtype),
+        LOGITS: probe(network, data.input_shape, dtype),
     }
-    if "class" in about["network"]:  # a network of one's own, which may not have been seeded
-        drawn = probe(network, data.input_shape, dtype, drawn=True)
-        about |= {"logits_by_drawn_weights": drawn, "numbers": _numbers(network)}
+    if "class" in about["network"]:
+        about["numbers"] = _numbers(network)
     return about
 
 
@@ -77,7 +74,7 @@ def digest_of(identity: dict) -> str:
     They leave out the logits, which are compared with a tolerance: two runs that differ in these
     alone have the same digits, and the second one is refused in the folder of the first.
     """
-    left_out = {key for key in identity if key.startswith("logits")} | {"numbers"}
+    left_out = {"logits", LOGITS, "numbers"}
     covered = {k: v for k, v in identity.items() if k not in left_out and v != []}
     covered["network"] = {k: v for k, v in covered["network"].items() if k != "program"}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:12]
@@ -210,7 +207,7 @@ def _comparable(part: str, kept: dict, wanted: dict) -> tuple[dict, dict]:
         wanted = _completed(part, wanted)
         usual = _completed(part, {name: wanted[name] for name in wanted.keys() & kept.keys()})
         return usual | {k: v for k, v in kept.items() if k in wanted or v}, wanted
-    if part.startswith("logits"):
+    if part == LOGITS:
         both = {mode for mode in both if are_apart(kept[mode], wanted[mode])}
     elif part == "network" and "class" in both:
         both = both - {"code"} if "program" in both else both
@@ -248,17 +245,3 @@ def provenance(data: Dataset, device: torch.device) -> dict:
         "data_source": data.source,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def earlier_computations(kept: dict, now: dict, epochs: int) -> dict:
-    """What the provenance `now` of a run is to add of the one that it has `kept` so far.
-
-    That is "before", a list with a dict for each sequence of epochs that were computed alike, if
-    not like those that follow: "until_epoch" is the last of them, `epochs` that of the latest.
-    """
-    before = list(kept.get("before", []))
-    computation = {key: kept[key] for key in COMPUTATION if key in kept}
-    told = before[-1]["until_epoch"] if before else 0
-    if epochs > told and computation != {key: now[key] for key in COMPUTATION if key in now}:
-        before.append({"until_epoch": epochs, **computation})
-    return {"before": before} if before else {}

@@ -21,6 +21,7 @@ from normlab.runs.folder import RunFolder, another_run
 from normlab.runs.identity import identity, weights_digest
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
+from normlab.support.files import user_path
 from normlab.support.module_state import device_of, evaluating, was_trained
 from normlab.support.seeding import seeded
 from normlab.support.tensor_checks import check_network
@@ -46,6 +47,7 @@ class Job:
         directory: where the run is kept, if anywhere.
         label: what progress and warnings call it.
         variant: of which variant of an assignment the network is, if of any.
+        kept: a folder that is only read, where a finished run of it may lie.
         identity: the run's `identity`, once `identified` has told it: a process that the network
             was sent to could not, since the source is not there.
     """
@@ -55,6 +57,7 @@ class Job:
     directory: Path | None = None
     label: str = ""
     variant: Variant | None = None
+    kept: Path | None = None
     identity: dict | None = None
 
     def identified(self, data: Dataset, device: torch.device) -> Job:
@@ -81,31 +84,30 @@ class Job:
         """
         return self.variant is None and not was_trained(self.build())
 
-    def find(self, data: Dataset, device: torch.device, *, only_read: bool = False) -> Run | None:
+    def find(self, data: Dataset, device: torch.device, *, kept: bool = False) -> Run | None:
         """The finished run that lies in its directory, in evaluation mode; None if there is none.
 
+        With `kept` it is the one that lies in that folder.
         A network of one's own, or a trained one, must predict what the run keeps: it may depend on
         more than its identity tells, such as a number that it counted up while it was trained.
         Raises `ValueError` if it does not, or if the directory holds another run or a damaged one;
         then the network has its own weights.
         """
-        folder = None if self.directory is None else RunFolder(self.directory)
+        directory = self.kept if kept else self.directory
+        folder = None if directory is None else RunFolder(directory)
         if folder is None or not folder.open(self.identity, any_weights=self.may_begin_otherwise()):
             return None
-        if not only_read:
+        if not kept:
             folder.tidy()
         network = self.build()
         move(network, device, self.recipe)
         initial = {name: value.clone() for name, value in network.state_dict().items()}
         run = folder.load(network)
-        if run.config.get("digest") != folder.opened:  # somebody has gone on with it meanwhile
-            network.load_state_dict(initial)
-            return self.find(data, device, only_read=only_read)
         trained = weights_digest(initial) == run.config["final_weights"]
         ask = trained or "class" in run.identity["network"]
         if ask and not _predicts_what_is_kept(run, data):
             network.load_state_dict(initial)
-            raise another_run(self.directory, "its network predicted otherwise, with its weights")
+            raise another_run(directory, "its network predicted otherwise, with its weights")
         network.eval()
         return run
 
@@ -142,7 +144,12 @@ def move(network: nn.Module, device: torch.device, recipe: Recipe) -> None:
 
 
 def make_jobs(
-    assignment: Assignment, data: Dataset, seeds: list[int], epochs: int | None, place: Path
+    assignment: Assignment,
+    data: Dataset,
+    seeds: list[int],
+    epochs: int | None,
+    place: Path,
+    kept: str | Path | None = None,
 ) -> list[Job]:
     """A job for each variant and seed; a first seed of everything before the second of anything."""
     return [
@@ -152,6 +159,7 @@ def make_jobs(
             place / variant.folder / f"seed-{seed}",
             f"{variant.label}, seed {seed}",
             variant,
+            kept and user_path(kept) / variant.folder / f"seed-{seed}",
         )
         for seed in seeds
         for variant in assignment.variants
@@ -198,23 +206,22 @@ def find_runs(jobs: Iterable[Job], data: Dataset, device: torch.device) -> dict[
     return {job: run for job in jobs if (run := job.find(data, device))}
 
 
-def kept_runs(
-    jobs: Iterable[Job], place: Path, kept: Path, data: Dataset, device: torch.device
-) -> dict[Path, Run]:
-    """The finished runs that lie in `kept` as those of the jobs in `place`, by their directories.
+def find_all(jobs: Iterable[Job], data: Dataset, device: torch.device) -> dict[Path, Run]:
+    """The runs of the jobs that are done, by their directories: those that are kept, or their own.
 
-    Says why runs there are not taken, if there are any.
+    Says why kept runs are not taken, if there are any.
     """
     found, problem = {}, ""
     for job in jobs:
-        there = replace(job, directory=kept / job.directory.relative_to(place))
         try:
-            found[job.directory] = there.find(data, device, only_read=True)
+            run = job.find(data, device, kept=True)
         except ValueError as error:
-            problem = problem or str(error).partition(": choose another")[0]
+            run, problem = None, problem or str(error).partition(": choose another")[0]
+        if run := run or job.find(data, device):
+            found[job.directory] = run
     if problem:
         print(f"Not taken from the kept runs: {problem}")
-    return {directory: run for directory, run in found.items() if run is not None}
+    return found
 
 
 # --- what becomes of jobs ---------------------------------------------------------------------

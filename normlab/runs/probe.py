@@ -28,18 +28,16 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 _DROPOUTS += (F.alpha_dropout, F.feature_alpha_dropout)
 
 
-def probe(
-    network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, *, drawn: bool = False
-) -> dict[str, list[float]]:
+def probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[float]]:
     """Logits for images of a shape (C, H, W) in "evaluation" and "training", one after another.
 
     They are computed on the CPU by copies of the network, which stays as and where it is, like all
-    random states. Left out is what cannot be computed, is no number, or depends on chance: all but
-    dropout, whose place a fixed pattern takes. With `drawn` weights are drawn for it, the same
-    for all networks, so that the logits do not depend on those that there are.
+    random states, with weights that are drawn, the same for all networks: so the logits do not
+    depend on those that there are. Left out is what cannot be computed, is no number, or depends
+    on chance: all but dropout, whose place a fixed pattern takes.
     """
     images = torch.rand(IMAGES, *shape, generator=generator(0, "probe")).to(dtype)
-    first, second = (_in_both_modes(network, images, seed, drawn) for seed in (0, 1))
+    first, second = (_in_both_modes(network, images, seed) for seed in (0, 1))
     return {
         mode: logits
         for mode, logits in first.items()
@@ -58,16 +56,14 @@ def are_apart(one: object, other: object, limit: float = LOGITS_APART) -> bool:
     return not (one - other).abs().max() <= limit * other.abs().max()  # as NaN is not
 
 
-def _in_both_modes(
-    network: nn.Module, images: Tensor, seed: int, drawn: bool
-) -> dict[str, list[float]]:
+def _in_both_modes(network: nn.Module, images: Tensor, seed: int) -> dict[str, list[float]]:
     """The logits by mode, those that are numbers; none if the network cannot be copied."""
     found = {}
     with torch.no_grad(), warnings.catch_warnings(), _seeded(seed), _PatternForDropout():
         warnings.simplefilter("ignore")
         with suppress(Exception):  # of a student's code, which may raise anything
             twin = copied(network).to("cpu", images.dtype)
-            _fill(twin, drawn)
+            _draw_weights(twin)
             with evaluating(twin):
                 found["evaluation"] = _six_digits(twin(images))
             set_training(twin)
@@ -79,18 +75,12 @@ def _six_digits(logits: Tensor) -> list[float]:
     return [float(f"{value:.6g}") for value in logits.flatten().tolist()]
 
 
-def _fill(network: nn.Module, drawn: bool) -> None:
-    """Gives values to weights that are all 0, as some begin: they would hide what lies before.
-
-    Where they are `drawn`, to all weights, about as large as networks begin with.
-    """
+def _draw_weights(network: nn.Module) -> None:
+    """About as large as networks begin with: weights that are 0 would hide what lies before."""
     random = generator(0, "probe", "weights")
     for weight in network.parameters():
-        if drawn:
-            size = (weight[0].numel() if weight.dim() > 1 else 1) ** -0.5
-            weight.copy_(size * torch.randn(weight.shape, generator=random))
-        elif not weight.any():
-            weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view(weight.shape))
+        size = (weight[0].numel() if weight.dim() > 1 else 1) ** -0.5
+        weight.copy_(size * torch.randn(weight.shape, generator=random))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +25,7 @@ from normlab.support.locks import locked
 from normlab.support.module_state import TRAINED, modes_kept, was_trained
 from normlab.support.progress import Progress, Show
 from normlab.support.seeding import seeded
-from normlab.training import test_epoch
+from normlab.training import test_epoch, train_epochs
 
 TEST_BATCH = 512  # images; the results do not depend on it, the speed hardly
 
@@ -90,10 +91,10 @@ def _fit_together(
     with locked(*folders):
         outcomes |= find_runs(left, data, device)  # by whoever had the folder before
         left = [job for job in left if job not in outcomes]
-        trainings = [_Training(job, data, device, engine, progress) for job in left]
-        for training in trainings:
-            training.at_once = len(trainings) * processes
-        outcomes |= _take_turns(trainings)
+        at_once = len(left) * processes
+        outcomes |= _take_turns(
+            [_Training(job, data, device, engine, progress, at_once) for job in left]
+        )
     return outcomes
 
 
@@ -119,19 +120,23 @@ def _take_turns(trainings: Sequence["_Training"]) -> dict[Job, Run | Exception |
     return outcomes
 
 
+@dataclass(eq=False)
 class _Training:
     """A job that is being done, epoch by epoch."""
 
-    def __init__(
-        self, job: Job, data: Dataset, device: torch.device, engine: str, progress: Show
-    ) -> None:
-        self.job, self.recipe, self.network = job, job.recipe, job.build()
-        self.identity = job.identity
-        self.data, self.device, self.choice, self.progress = data, device, engine, progress
-        self.folder = None if job.directory is None else RunFolder(job.directory)
+    job: Job
+    data: Dataset
+    device: torch.device
+    choice: str  # of an engine
+    progress: Show
+    at_once: int  # how many trainings share the machine
+
+    def __post_init__(self) -> None:
+        self.recipe, self.network = self.job.recipe, self.job.build()
+        self.identity, directory = self.job.identity, self.job.directory
+        self.folder = None if directory is None else RunFolder(directory)
         self.engine: PlainEngine | None = None
         self.history = History()
-        self.at_once = 1  # how many trainings share the machine
 
     def turns(self) -> Generator[None, None, Run]:
         """Resumes or begins, and trains a part of an epoch at each `next`; returns the run.
@@ -154,10 +159,11 @@ class _Training:
                 )
                 stack.enter_context(shown).start_at(len(self.history))
                 yield  # when it is ready, as those beside it shall be before its first epoch
-                while len(self.history) < self.recipe.epochs:
-                    losses = [row["train_loss"] for row in self.history]
-                    yield from self.engine.launch(len(losses), self.recipe.scale_after(losses))
-                    self._collect(shown)
+                for row in train_epochs(self.engine, self.history, shown.counted):
+                    if row is None:
+                        yield
+                    else:
+                        self._keep(row, shown)
                 self._close_engine()  # predictions are those of the network as a student gets it
                 run = self._finish()
         except BaseException as error:
@@ -222,25 +228,23 @@ class _Training:
             self.engine.close()
             self.engine = None  # and with it the memory of its captured steps
 
-    def _collect(self, shown: Progress) -> None:
-        """Waits for the epoch, checks, keeps and shows it."""
-        epoch = len(self.history)
-        train, test = self.engine.collect(shown.counted)
-        for which, loss in (("training", train.loss + train.penalty), ("test", test.loss)):
+    def _keep(self, row: dict, shown: Progress) -> None:
+        """Checks, keeps and shows an epoch."""
+        minimised = row["train_loss"] + row["penalty"]
+        for which, loss in (("training", minimised), ("test", row["test_loss"])):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"{self.job.label}: the {which} loss became {loss} in epoch {epoch + 1}: try a "
-                    f"lower learning rate than {self.recipe.lr:g}, the one-cycle schedule, or a "
-                    "normalization if there is none"
+                    f"{self.job.label}: the {which} loss became {loss} in epoch {row['epoch']}: "
+                    f"try a lower learning rate than {self.recipe.lr:g}, the one-cycle schedule, "
+                    "or a normalization if there is none"
                     f"{', in another directory' if self.folder else ''}"
                 )
-        row = self.history.add(train, test, lr=self.engine.last_rate(epoch))
         row["seconds"] += self.preparation
         self.preparation = 0.0
         if self.folder is not None:
             self.folder.save_epoch(self.network, self.engine.optimizer, self.history)
         shown.finish_epoch(row)
-        if len(self.history) == CHANCE_EPOCHS:
+        if row["epoch"] == CHANCE_EPOCHS:
             warn_if_at_chance(self.job, self.history, self.data)
 
     def _finish(self) -> Run:

@@ -93,12 +93,9 @@ def scratch_folder() -> Iterator[Path]:
             with FileLock(lock, timeout=0):
                 pass
             _remove_leftovers(lock.parent)
-    place = Path(tempfile.mkdtemp(prefix=f"normlab-{os.getpid()}-"))
-    try:
-        with FileLock(place / LOCK):
-            yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    named = {"prefix": f"normlab-{os.getpid()}-", "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**named) as name, FileLock(Path(name, LOCK)):
+        yield Path(name)
 
 
 def _remove_leftovers(place: Path) -> None:

@@ -477,7 +477,9 @@ def test_sweeps_of_networks_that_compute_something_else_do_not_share_a_folder(
     options = {"norms": ["gn"], "lrs": [0.1, 1e30], "epochs": 1, "directory": tmp_path}
     table = sweep(assignment, tiny, **options)
     factor[0] = 2.0
-    with pytest.raises(ValueError, match=r"something else \(logits\.evaluation.*choose another"):
+    with pytest.raises(
+        ValueError, match=r"something else \(logits_by_drawn_weights\.evaluation.*choose another"
+    ):
         sweep(assignment, tiny, **options)
     trained = []
     options |= {"lrs": [1e30], "after_each": trained.append}

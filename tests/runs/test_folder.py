@@ -21,7 +21,6 @@ from normlab.runs.identity import (
     NETWORK_ARGUMENTS,
     RECIPE_FIELDS,
     _describe,
-    earlier_computations,
     identity,
     weights_digest,
 )
@@ -107,26 +106,6 @@ def test_the_config_says_what_the_run_is_and_where_it_came_from(run, folder, tin
     assert config["from"]["torch"] == torch.__version__
     assert config["from"]["device"] == "cpu"
     assert config["from"]["data_source"] == tiny.source
-
-
-def test_each_way_of_computing_is_told_with_the_epoch_until_which_it_was_taken():
-    def told(*arguments):
-        return earlier_computations(*arguments).get("before", [])
-
-    slow, fast = {"engine": "plain", "threads": 2}, {"engine": "cpu-channels-last", "threads": 2}
-    old = {"engine": "plain"}  # as runs were kept before threads were
-    assert told({}, slow, 0) == []
-    assert told(slow | {"date": "today"}, slow | {"date": "tomorrow"}, 3) == []
-    assert told(slow, fast, 0) == []
-    assert told(old, slow, 1) == [{"until_epoch": 1, **old}]
-    before = told(slow, fast, 3)
-    assert before == [{"until_epoch": 3, **slow}]
-    assert told(fast | {"before": before}, fast, 5) == before
-    assert told(fast | {"before": before}, slow, 3) == before
-    assert told(fast | {"before": before}, slow, 5) == [
-        *before,
-        {"until_epoch": 5, **fast},
-    ]
 
 
 def test_no_file_names_a_place_on_the_machine(run, folder, tmp_path):
@@ -583,7 +562,6 @@ def test_wrong_types_in_a_config_without_digest_are_named(tiny, tiny_network, ru
         try:
             found = RunFolder(folder)
             assert not found.open(run.config["is"]) or found.load(network).history == run.history
-            assert earlier_computations(found._read_config().get("from", {}), {}, 3) is not None
         except ValueError as problem:
             named += str(folder) in str(problem)
         else:

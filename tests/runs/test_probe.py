@@ -10,7 +10,7 @@ from torch import nn
 
 import normlab as nl
 from normlab.runs.folder import RunFolder
-from normlab.runs.identity import differences, digest_of, identity
+from normlab.runs.identity import LOGITS, differences, digest_of, identity
 from normlab.runs.probe import LOGITS_APART, are_apart, probe
 
 RECIPE = nl.Recipe(epochs=1, batch_size=32)
@@ -91,7 +91,7 @@ def fit(network, data, directory):
 
 def assert_refused(network, data, directory):
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
-    said = r"something else \((frozen|gradient_hooks|logits\.|its network pred)"
+    said = r"something else \((frozen|gradient_hooks|logits_by_drawn_weights\.|its network pred)"
     with pytest.raises(ValueError, match=said):
         fit(network, data, directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
@@ -139,7 +139,7 @@ def test_a_normalization_that_is_frozen_by_its_mode_is_seen(tiny):
     one, other = (identity(network, tiny, RECIPE) for network in networks)
     assert one["frozen"] == other["frozen"] == ["norm.weight", "norm.bias"]
     difference, *_ = differences(one, other)
-    assert difference.startswith("logits.training")
+    assert difference.startswith("logits_by_drawn_weights.training")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -213,12 +213,12 @@ def test_what_lies_before_weights_that_begin_at_zero_is_seen(tiny):
     for network in networks:
         nn.init.zeros_(network.linear.weight)
     one, other = (identity(network, tiny, RECIPE) for network in networks)
-    assert "logits.evaluation" in " ".join(differences(one, other))
+    assert "logits_by_drawn_weights.evaluation" in " ".join(differences(one, other))
 
 
 def test_runs_of_earlier_versions_tell_no_logits(tiny):
     now = identity(Own(), tiny, RECIPE)
-    then = {key: now[key] for key in now.keys() - {"frozen", "gradient_hooks", "logits"}}
+    then = {key: now[key] for key in now.keys() - {"frozen", "gradient_hooks", LOGITS}}
     assert differences(then, now) == []
     assert digest_of(then) == digest_of(now)
     network = Own()
