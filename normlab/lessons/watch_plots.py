@@ -114,7 +114,7 @@ def plot_activations(
             _draw_bands(ax, [table.iloc[place][quantity] for quantity in quantities])
             step = f"step {table.index[place]}"
             ax.text(0.02, 0.97, step, transform=ax.transAxes, va="top", fontsize=9)
-        column[-1].set_xlabel(f"{kind}, from the first to the last")
+        column[-1].set_xlabel(f"{kind}, in order")
     for row in axes:
         _compress(row)
     axes[rows // 2][0].set_ylabel("activation")
