@@ -263,6 +263,7 @@ def plot_compare(differences: Sequence[Difference], *, ax: Axes | None = None) -
     counts = sorted({str(each.seeds) for each in differences}, key=int)
     sources = sorted({each.source for each in differences} - {""})
     title = ", ".join([f"Differences over {' or '.join(counts)} seeds", *sources])
+    ax.locator_params(axis="x", nbins=6)  # more labels would touch
     label_axes(ax, title, "difference of test accuracy (points), with 95 % intervals", "")
     ax.axvline(0, color=text_colour(), linewidth=0.8)
     ax.set_yticks(range(len(differences)), [literal(each.pair) for each in differences])
