@@ -10,14 +10,18 @@ from torch import Tensor, nn
 VALUES = 2**16  # of an element's share of a draw; a probability is a multiple of one in so many
 
 
-def dropout(x: Tensor, probability: float) -> Tensor:
-    """Sets elements to 0 with `probability` and scales the others so that the mean stays.
+class _Dropout(torch.autograd.Function):
+    """x · mask / (1 − p), with mask / (1 − p) kept for the way back."""
 
-    Source: Srivastava et al., "Dropout", 2014.
-    """
-    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
-    return (x * _random_factors(x, probability)).to(x.dtype)
+    @staticmethod
+    def forward(ctx, x: Tensor, probability: float) -> Tensor:
+        factors = _random_factors(x, probability)
+        ctx.save_for_backward(factors)
+        return (x * factors).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient * ctx.saved_tensors[0]).to(gradient.dtype), None
 
 
 def _random_factors(x: Tensor, probability: float) -> Tensor:
@@ -37,6 +41,16 @@ def _random_factors(x: Tensor, probability: float) -> Tensor:
     torch.ge(words.view(torch.int16)[:elements], dropped - VALUES // 2, out=factors)
     factors.mul_(1 / (1 - dropped / VALUES))
     return factors.as_strided(x.shape, x.stride())
+
+
+def dropout(x: Tensor, probability: float) -> Tensor:
+    """Sets elements to 0 with `probability` and scales the others so that the mean stays.
+
+    Source: Srivastava et al., "Dropout", 2014.
+    """
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    return _Dropout.apply(x, probability)
 
 
 def _forward(layer: nn.Dropout, x: Tensor) -> Tensor:
