@@ -95,8 +95,8 @@ class Assignment:
         return self.recipe.replace(**changes | ({} if epochs is None else {"epochs": epochs}))
 
 
-# Chosen by a few short trials on a validation part (`tests/search.py` repeats them). Networks this
-# small hardly over-fit, so the assignments leave out the dropout of `build_network`. The L1 of
+# Chosen by short trials on a validation part, which `tests/search.py` repeats. Networks this small
+# hardly over-fit, so the assignments leave out the dropout of `build_network`. The L1 of
 # "mnist-eva6" is that of "mnist-l1": the submission's 5e-4 multiplies a sum of means over tensors.
 _MUON = Recipe(batch_size=64, optimizer="muon", lr=0.05, weight_decay=0.01, centred=True)
 _MNIST = _MUON.replace(augment=("rotate:10", "shift:2"), schedule="warm-up")

@@ -126,7 +126,7 @@ class Run:
     def provenance(self) -> dict:
         """Where, when and with which versions it was trained.
 
-        If it was resumed, "before" lists the earlier ones, each until one of the epochs.
+        If it was resumed, "before" has that of each earlier part; "until_epoch" is its last one.
         """
         return self.config["from"]
 

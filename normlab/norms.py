@@ -164,7 +164,8 @@ def make_norm(
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether a layer is one that the table makes, or of a class that is called …Norm."""
-    made = tuple(type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged)
-    named = re.search(r"norm(alization)?[1-3]?d?$", type(layer).__name__, re.I)
-    return (isinstance(layer, made) or named is not None) and not list(layer.children())
+    """Whether it is a layer that the table makes, or one called …Norm, and has no layers itself."""
+    made = {type(kind.make(4, 1, (1, 1))) for kind in NORMS.values() if kind.averaged}
+    named = re.search(r"^[^_].*norm(alization)?[1-3]?d?$", type(layer).__name__, re.I)
+    known = isinstance(layer, (nn.modules.batchnorm._NormBase, *made))
+    return (known or named is not None) and not list(layer.children())

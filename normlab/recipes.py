@@ -37,9 +37,8 @@ class Recipe:
         schedule: "one-cycle" (up for 30 % of the steps, then down to nothing: Smith & Topin
             2018), "warm-up" (the same, up for 10 %), "cosine" (Loshchilov & Hutter 2017), "step" (a
             tenth from half of the steps on, a hundredth from three quarters on: He et al. 2016),
-            "constant"; they change after every step. "plateau" divides a constant rate by 10
-            whenever for 3 epochs the training loss was not lower than ever before (as torch's
-            `ReduceLROnPlateau` with patience=2).
+            "constant"; they change after every step. "plateau" divides a constant rate by 10 after
+            3 epochs without a new lowest training loss (`ReduceLROnPlateau` with patience=2).
         l1: factor of `l1_penalty` in the loss.
         l1_over: what that sums over: "weights" of convolutions and linear layers, or "all".
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).

@@ -169,9 +169,9 @@ test_epoch.__test__ = False  # its name looks like a test to pytest
 
 
 def train_epochs(engine: object, history: list, counted: Callable) -> Iterator[dict | None]:
-    """The loop of `fit` over the epochs: gives their rows, and None where others have a turn."""
+    """The loop of `fit` over a `History`: gives its rows, and None where others have a turn."""
     for epoch in range(len(history), engine.recipe.epochs):
         factor = engine.recipe.plateau_factor([row["train_loss"] for row in history])
-        yield from engine.launch(epoch, factor)  # only noted, or begun on a GPU that others share
+        yield from engine.launch(epoch, factor)  # on a GPU it enqueues the epoch
         train, test = engine.collect(counted)  # of `train_epoch` and `test_epoch`
         yield history.add(train, test, lr=engine.last_rate(epoch))

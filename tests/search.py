@@ -6,8 +6,9 @@
     python -m tests.search mnist-l1 --data-root DATA --norms "bn + l1" gn ln --epochs 10 \\
         --trials "muon 0.05 centred, warm-up"
 
-Each trial trains the assignment's network by its recipe with a few fields changed, on nine tenths
-of the training images, and is tested on the last tenth; the test set is not looked at. The rows go
+Each trial trains the assignment's network by its recipe with a few fields changed (or with
+the library changed, by `search_patches.py`), on nine tenths of the training images, and is tested
+on the last tenth; the test set is not looked at. The rows go
 to `notebooks/results/search/NETWORK.csv`; what is there is not trained again.
 """
 
@@ -23,7 +24,7 @@ from normlab.support.files import atomic_write
 from tests.search_patches import PATCHES, patched
 
 EPOCHS, VALIDATION = 3, 0.1
-AT_ONCE = 2  # trials
+AT_ONCE = 2  # norms of a trial
 L1 = 1e-5  # of a norm that is called "bn + l1"
 ONE_CYCLE = {"batch_size": 64, "schedule": "one-cycle"}
 SGD = {**ONE_CYCLE, "optimizer": "sgd", "nesterov": True, "weight_decay": 5e-4}
@@ -80,7 +81,7 @@ TRIALS: dict[str, dict] = {
     },
     "muon 0.05 centred, affine:10": {**CENTRED, "augment": ("affine:10",)},
     # What no recipe can say: `PATCHES` has how it is done.
-    "muon 0.05 centred, alternating flip": CENTRED,
+    "muon 0.05 centred, alternating flip": {**CENTRED, "augment": SHIFTED},
     "muon 0.05 centred, linear": CENTRED,
     "muon 0.05 centred, averaged weights": CENTRED,
     "muon 0.05 centred, averaged weights, to a tenth": CENTRED,
@@ -113,7 +114,12 @@ def main() -> None:
                 search = replace(assignment, variants=tuple(left[start : start + at_once]))
                 with patched(trial):
                     results = nl.run_assignment(
-                        search, data=data, epochs=options.epochs, seeds=[seed], directory=place
+                        search,
+                        data=data,
+                        epochs=options.epochs,
+                        seeds=[seed],
+                        directory=place,
+                        fresh=trial in PATCHES,  # no checkpoint holds what a patch keeps
                     )
                 _keep(table, [_row(label, runs[0]) for label, runs in results.runs.items()])
 

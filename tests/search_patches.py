@@ -1,7 +1,7 @@
 """What the search tries and no recipe can say, as changes of the library while a block lasts.
 
-`PATCHES` has a trial's name and the function that changes the library for it; what none of them
-gained is no part of `Recipe`.
+`PATCHES` has a trial's name and the function that changes the library for it. None of them gained
+anything, so `Recipe` does not have them.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,7 +56,10 @@ def _ramp(progress: float, summit: float, lowest: float = 1 / 25) -> float:
 
 
 def _averaged(patch: pytest.MonkeyPatch) -> None:
-    """Tests see a running average of the weights and of BN's statistics."""
+    """Tests see a running average of the weights and of BN's statistics.
+
+    On a GPU it also has the steps that warm a capture up, three for each size of a batch.
+    """
     step, averages = training.train_step, {}
 
     def exchange(network: nn.Module, *_: object) -> None:

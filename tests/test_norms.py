@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normlab import NORMS, group_norm, make_norm
+from normlab.norms import is_norm
 
 REAL_NORMS = ("bn", "ln", "gn", "ln-elementwise", "in")
 
@@ -170,3 +171,14 @@ def test_elementwise_needs_both_sides(size):
 def test_bad_number_of_channels_is_refused(channels, error):
     with pytest.raises(error, match="channels"):
         make_norm("bn", channels)
+
+
+def test_what_has_norm_in_its_name_is_none_if_it_normalizes_weights_or_holds_layers():
+    class BN(nn.BatchNorm1d):
+        """As the network of one's own may call it."""
+
+    weights = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)).parametrizations.weight[0]
+    block = nn.Sequential()
+    block.add_module("norm", nn.BatchNorm2d(4))
+    found = [is_norm(layer) for layer in (BN(4), nn.RMSNorm(4), weights, block, nn.Conv2d(1, 4, 3))]
+    assert found == [True, True, False, False, False]

@@ -166,17 +166,22 @@ def rates_of_torch(kind, steps: int, **arguments) -> list[float]:
     return [*first, optimizer.param_groups[0]["lr"]]
 
 
-# With less than 4 steps, torch's rise of 30 % is shorter than one step.
-@pytest.mark.parametrize("steps", [4, 33, 469])
-def test_one_cycle_is_that_of_torch(steps):
+# With fewer steps, torch's rise of 30 or 10 % is shorter than one step.
+@pytest.mark.parametrize(
+    ("schedule", "rise", "steps"),
+    [*(("one-cycle", 0.3, n) for n in (4, 33, 469)), *(("warm-up", 0.1, n) for n in (11, 33, 469))],
+)
+def test_one_cycle_and_warm_up_are_those_of_torch(schedule, rise, steps):
     expected = rates_of_torch(
         torch.optim.lr_scheduler.OneCycleLR,
         steps,
         max_lr=0.3,
         total_steps=steps,
+        pct_start=rise,
         cycle_momentum=False,
     )
-    assert rates_of_recipe(Recipe(lr=0.3), steps) == pytest.approx(expected, rel=0, abs=1e-9)
+    actual = rates_of_recipe(Recipe(lr=0.3, schedule=schedule), steps)
+    assert actual == pytest.approx(expected, rel=0, abs=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 469])
@@ -190,7 +195,7 @@ def test_constant_stays():
     assert rates_of_recipe(Recipe(lr=0.3, schedule="constant"), 5) == [0.3] * 5
 
 
-@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+@pytest.mark.parametrize("schedule", ["one-cycle", "warm-up", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_shortest_trainings_still_learn(schedule, steps):
     factors = [Recipe(lr=1, schedule=schedule).rate_at(step, steps) for step in range(steps)]
@@ -198,7 +203,7 @@ def test_shortest_trainings_still_learn(schedule, steps):
     assert max(factors) >= 1 / 25
 
 
-@pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["one-cycle", "warm-up", "cosine", "constant"])
 @pytest.mark.parametrize("done", [1, 20, 39])
 def test_resumed_schedule_goes_on_as_if_never_stopped(done, schedule):
     recipe = Recipe(lr=0.3, schedule=schedule)

@@ -78,7 +78,7 @@ def receptive_fields(network: nn.Module, input_size: tuple[int, int, int]) -> li
 
     for layer in list(twin.modules()):
         if is_norm(layer):
-            layer.forward = lambda images: images
+            layer.forward = lambda images, *_, **__: images
         if layer is not twin and not isinstance(layer, nn.Sequential | nn.ModuleList):
             layer.register_forward_hook(look)  # where torchsummary has a row
     channels, height, width = input_size

@@ -18,7 +18,7 @@ from normlab.model import build_network
 from normlab.penalties import l1_penalty
 from normlab.recipes import DTYPES, Recipe, make_optimizer
 from normlab.runs.folder import RunFolder, another_run
-from normlab.runs.identity import identity, weights_digest
+from normlab.runs.identity import LOGITS, identity, weights_digest
 from normlab.support.checks import check_instance, plain, warn, whole_number
 from normlab.support.devices import check_dtype
 from normlab.support.files import user_path
@@ -104,7 +104,8 @@ class Job:
         initial = {name: value.clone() for name, value in network.state_dict().items()}
         run = folder.load(network)
         trained = weights_digest(initial) == run.config["final_weights"]
-        ask = trained or "class" in run.identity["network"]
+        told = LOGITS in run.identity and "class" not in run.identity["network"]
+        ask = trained or not told
         if ask and not _predicts_what_is_kept(run, data):
             network.load_state_dict(initial)
             raise another_run(directory, "its network predicted otherwise, with its weights")
@@ -159,7 +160,7 @@ def make_jobs(
             place / variant.folder / f"seed-{seed}",
             f"{variant.label}, seed {seed}",
             variant,
-            kept and user_path(kept) / variant.folder / f"seed-{seed}",
+            None if kept is None else user_path(kept) / variant.folder / f"seed-{seed}",
         )
         for seed in seeds
         for variant in assignment.variants

@@ -8,6 +8,7 @@ is a number in a file beside the images, for the display alone.
 
 import functools
 import hashlib
+import math
 import os
 import threading
 import time
@@ -185,13 +186,23 @@ def _train_alone(file: Path, processes: int, sent: bytes) -> None:
     with quiet():
         data = _open(file)
         job = unpack(sent, data)
-        tell = functools.partial(_tell, _counter(file.parent, job.directory))
+        tell = _teller(_counter(file.parent, job.directory))
         fit_job(job, data, device="cpu", progress=tell, processes=processes)
 
 
-def _tell(counter: Path, epochs: float) -> None:
-    with suppress(OSError):  # a full disk: without the display the training goes on
-        counter.write_text(f"{epochs:.4f}")
+def _teller(counter: Path) -> Callable[[float], None]:
+    """A function that keeps a number in a file, as often as somebody looks there."""
+    last = -math.inf
+
+    def tell(epochs: float) -> None:
+        nonlocal last
+        if time.monotonic() - last < SECONDS_BETWEEN_LOOKS:
+            return
+        last = time.monotonic()
+        with suppress(OSError):  # a full disk: without the display the training goes on
+            counter.write_text(f"{epochs:.4f}")
+
+    return tell
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
 """The probe of a network: what it sees, what it overlooks, and that it leaves everything alone."""
 
+import json
 import random
 
 import numpy as np
@@ -224,3 +225,22 @@ def test_runs_of_earlier_versions_tell_no_logits(tiny):
     network = Own()
     frozen_by_gradient(network)
     assert digest_of(identity(network, tiny, RECIPE)) != digest_of(now)
+
+
+def test_a_run_that_tells_no_logits_is_asked_what_it_predicts(few_digits, tmp_path):
+    def trained(hook=None):
+        network = nl.build_network("mnist-l1", dropout=0.0, seed=0)
+        if hook is not None:
+            network[0][1].register_forward_hook(hook)
+        recipe = RECIPE.replace(epochs=8, batch_size=16)  # until it is sure of something
+        options = {"device": "cpu", "progress": False}
+        return nl.fit(network, few_digits, recipe, directory=tmp_path / "run", **options)
+
+    trained()
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    del config["is"][LOGITS], config["digest"]  # as earlier versions kept it
+    file.write_text(json.dumps(config))
+    assert trained().config["final_weights"] == config["final_weights"]
+    with pytest.raises(ValueError, match="predicted otherwise"):
+        trained(lambda layer, inputs, output: -output)
