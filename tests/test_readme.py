@@ -142,7 +142,7 @@ REASONS = {
     **dict.fromkeys(("73.78", "72.07"), "last epochs of a submission's log"),
     "5.9": "= 75.26 - 69.40",
     **dict.fromkeys(("0.01", "0.9", "0.05"), "the recipe of `as_submitted`, and a rate tried"),
-    **dict.fromkeys(("0.38", "0.3"), "measured between two kinds of processor"),
+    "0.20": "= 99.67 - 99.47",
     "19.0": "= 190 / 10",
     "3.9": "= 190 / 50 / 0.98",
     **dict.fromkeys(("50", "100"), "workers"),
