@@ -40,7 +40,14 @@ def machine() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", nl.ASSIGNMENTS)
+# Six networks are worth processes of their own.
+MARKED = [
+    pytest.param(name, marks=[pytest.mark.process] if name == "cifar10-skip" else [])
+    for name in nl.ASSIGNMENTS
+]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_two_epochs_give_what_they_gave(name, one_thread):
     kept = json.loads(KEPT.read_text())
     there, here = kept["runs"][name], two_epochs(name)
