@@ -648,3 +648,9 @@ def test_the_seconds_of_the_runs_on_a_gpu(name):
 
 def on_a_gpu(config: dict) -> bool:
     return "NVIDIA" in config["from"]["device"]
+
+
+def test_a_cell_of_the_assignment_is_seen_at_once():
+    """Longer than those of the lessons, since a task of its own is solved in each."""
+    cells = code_cells(ROOT / "notebooks" / "assignment" / "normalization.ipynb")
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 21
