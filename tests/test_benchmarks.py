@@ -14,6 +14,7 @@ from tests.benchmarks import peers
 from tests.benchmarks.__main__ import _device_name, table
 from tests.benchmarks.kernels import step_calls
 from tests.benchmarks.step import shares_of
+from tests.search_patches import PATCHES, patched
 
 
 def measured(*seconds):
@@ -90,3 +91,18 @@ def test_a_step_on_a_gpu_makes_few_calls():
     weights = more.pop("add")  # autograd adds the penalty's gradient to that of the loss
     assert weights == 8
     assert more.total() <= 8
+
+
+@pytest.mark.parametrize("trial", PATCHES)
+def test_a_patch_of_the_search_changes_the_training_and_is_gone_afterwards(trial, few_digits):
+    recipe = nl.Recipe(epochs=2, batch_size=32, augment=("flip",))
+
+    def loss():
+        network = nl.build_network("mnist-l1", dropout=0.0, seed=0)
+        run = nl.fit(network, few_digits, recipe, device="cpu", progress=False)
+        return run.last["test_loss"]
+
+    usual = loss()
+    with patched(trial):
+        assert loss() != usual
+    assert loss() == usual
