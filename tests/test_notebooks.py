@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from alternative_texts import false_claims
 from numbers_in_texts import (
     INTERVAL,
     PRINTED,
@@ -168,6 +169,57 @@ def test_every_figure_has_an_alternative_text(path):
     for cell in code_cells(path):
         if any("image/png" in output.get("data", {}) for output in cell.outputs):
             assert len(cell.metadata.get("alt", "")) >= 40, cell.source
+
+
+def texts_printed_by(cell) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@every_notebook
+def test_an_alternative_text_says_of_zero_what_the_cell_prints(path):
+    for cell in code_cells(path):
+        text = cell.metadata.get("alt", "")
+        assert false_claims(text, texts_printed_by(cell)) == [], text
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "words"),
+    [
+        ("01_mnist_l1", "cell-33", "all three intervals contain zero"),
+        ("01_mnist_l1", "cell-33", "only that of BN + L1 and LN excludes zero, in favour of LN"),
+        ("01_mnist_l1", "cell-33", "only that of GN and LN excludes zero, in favour of GN"),
+        ("01_mnist_l1", "cell-33", "all three intervals exclude zero"),
+        ("01_mnist_l1", "cell-33", "those of BN + L1 contain zero"),  # how many?
+        ("02_mnist_eva6", "cell-13", "element-wise LN is ahead, level with LN at the end"),
+        (
+            "02_mnist_eva6",
+            "cell-24",
+            "only BN + L1 against the two kinds of LN excludes zero, in favour of LN",
+        ),
+        ("05_cifar10_skip", "gains", "all four intervals contain zero"),
+        ("05_cifar10_skip", "gains", "three contain zero, one lies below it"),
+        ("05_cifar10_skip", "gains", "zero is where they begin"),  # not understood
+    ],
+)
+def test_a_false_alternative_text_is_noticed(name, cell, words):
+    (found,) = [c for c in code_cells(ROOT / "notebooks" / f"{name}.ipynb") if c.id == cell]
+    assert false_claims(words, texts_printed_by(found)) != []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "only that of GN and LN excludes zero, in favour of LN",
+        "two of the three intervals contain zero",
+        "all but one contain zero; that of GN and LN lies below it",
+        "the two of BN + L1 contain zero, the third one excludes it",
+        "the steps are equal",
+    ],
+)
+def test_a_true_alternative_text_is_not(words):
+    cells = code_cells(ROOT / "notebooks" / "01_mnist_l1.ipynb")
+    (found,) = [cell for cell in cells if cell.id == "cell-33"]
+    assert false_claims(words, texts_printed_by(found)) == []
 
 
 @every_assignment
