@@ -321,6 +321,41 @@ def test_the_parts_of_notebooks_that_are_linked_to_are_there():
             assert not part or f'<a id="{part}">' in there, part
 
 
+def index_of_answers() -> str:
+    """The last cell of the first notebook."""
+    *_, cell = nbformat.read(NOTEBOOKS[0], as_version=4).cells
+    assert cell.source.startswith("## Where is what answered?")
+    return cell.source
+
+
+def test_the_index_names_each_notebook_and_sections_that_are_there():
+    index = index_of_answers()
+    assert set(re.findall(r"\w+\.ipynb", index)) == {path.name for path in NOTEBOOKS[1:]}
+    lines = re.findall(r"^1\. .+", index, re.M)
+    assert len(lines) == 20
+    for line in lines:
+        assert re.match(r"1\. .+\? \[(Above|Notebook \d+)\]\(", line)
+        for name, section in re.findall(r'\((\w+\.ipynb)\), "([^"]+)"', line):
+            assert re.search(rf"^#+ {section}\b", text_of(NOTEBOOKS[0].with_name(name)), re.M)
+
+
+def test_the_index_has_the_order_in_which_a_course_reads():
+    table = (ROOT / "notebooks" / "teaching.md").read_text(encoding="utf-8")
+    taught = re.findall(r"^\| \[(\d\d)\]", table, re.M)
+    (order,) = re.findall(r"^\*\*The order to read in:\*\* (.+)", index_of_answers(), re.M)
+    read = re.findall(r"\d\d(?=\]| →)", order)
+    assert [number for number in read if number in taught] == taught
+    assert sorted(read) == [path.name[:2] for path in NOTEBOOKS]
+
+
+def test_the_index_asks_in_the_order_in_which_a_course_reads():
+    table = (ROOT / "notebooks" / "teaching.md").read_text(encoding="utf-8")
+    taught = re.findall(r"^\| \[(\d\d)\]", table, re.M)
+    answers = re.findall(r"^1\. .+?\? \[(?:Above|Notebook (\d+))", index_of_answers(), re.M)
+    places = [taught.index(f"{int(each or 0):02}") for each in answers if each not in "345"]
+    assert places == sorted(places)
+
+
 # --- numbers in sentences ---------------------------------------------------------------------
 #
 # A number in a sentence stands in an output or the code of the same section, or anywhere in the
@@ -350,6 +385,7 @@ NOT_PRINTED = {
         "0.289": "= (6 - 5) / 12**0.5",
         "1.706": "= (6 - 2) / 5.5**0.5",
         **dict.fromkeys(("5.5", "6.5", "12"), "variances that are printed above"),
+        "13": "a notebook's number",
     },
     "01_mnist_l1": {
         "15": "= 16 - 1",
