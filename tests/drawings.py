@@ -1,4 +1,4 @@
-"""The drawings on the first screens of notebooks 4 and 5: what is asked there, without the answer.
+"""The drawings on the first screens of notebooks 3 to 5: what is asked there, without the answer.
 
     python -m tests.drawings
 
@@ -14,6 +14,14 @@ from matplotlib.patches import FancyBboxPatch
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 FILL = {"conv": "#e3e3e3", "norm": "#b5d5ee", "ReLU": "#fbdca6"}
+LADDER = {  # the steps of notebook 3, from below
+    "as submitted": "SGD, a constant rate, dropout",
+    "one-cycle up to 0.05": "a rate that rises and falls",
+    "no dropout, batches of 64": "instead of 128 images",
+    "shifts and flips": "of the training images",
+    "Muon": "instead of SGD",
+    "centred": "the mean of every filter stays 0",
+}
 INK, FAINT = "#333333", "#888888"
 
 
@@ -97,7 +105,22 @@ def skip_block() -> Figure:
     return figure
 
 
-DRAWINGS = {"two-orders.png": two_orders, "skip-block.png": skip_block}
+def ladder() -> Figure:
+    """The five steps of notebook 3 from the submission's training to the recipe, from below."""
+    figure, ax = canvas(6.5, 3.1)
+    left, right, apart = 0.3, 1.1, 0.5
+    for x in (left, right):
+        ax.plot((x, x), (0.1, 3.0), color=INK, lw=3, solid_capstyle="round")
+    for y, (step, what) in zip((0.3 + apart * i for i in range(6)), LADDER.items(), strict=True):
+        ax.plot((left, right), (y, y), color=INK, lw=3)
+        ax.text(1.35, y, step, va="center_baseline", size=11.5, weight="bold", color=INK)
+        ax.text(3.85, y, what, va="center_baseline", size=11)
+        if y > 0.3:
+            ax.text(0.7, y - apart / 2, "+ ?", ha="center", va="center_baseline", color="#0072B2")
+    return figure
+
+
+DRAWINGS = {"ladder.png": ladder, "two-orders.png": two_orders, "skip-block.png": skip_block}
 
 if __name__ == "__main__":
     for name, draw in DRAWINGS.items():
