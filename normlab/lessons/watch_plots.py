@@ -166,10 +166,10 @@ def _depth_bar(figure: Figure, axes: np.ndarray, shades: np.ndarray, kind: str) 
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     depth = len(shades)
-    colours = ScalarMappable(
-        BoundaryNorm(np.arange(depth + 1) + 0.5, depth), ListedColormap(shades)
-    )
-    bar = figure.colorbar(colours, ax=list(axes.flat), ticks=sorted({1, (depth + 1) // 2, depth}))
+    norm = BoundaryNorm(np.arange(depth + 1) + 0.5, depth)
+    colours = ScalarMappable(norm, ListedColormap(shades))
+    bar = figure.colorbar(colours, ax=list(axes.flat), ticks=range(1, depth + 1, -(-depth // 10)))
+    bar.minorticks_off()  # there are ten numbers at most, each in the middle of its colour
     bar.set_label(f"number of the {kind} layer" if kind != CONVOLUTION else f"number of the {kind}")
     bar.ax.invert_yaxis()  # the first on top
 

@@ -42,6 +42,9 @@ def test_a_panel_for_each_label_and_a_line_for_each_layer():
     assert left.get_yscale() == "log"
     assert left.get_ylim() == right.get_ylim()
     assert bar.get_ylabel() == "number of the convolution"
+    assert bar.get_yticks().tolist() == [1, 2, 3]
+    many = nl.plot_watch({"BN": made_up(tuple("abcdefghijkl"))}, "std").axes[-1]
+    assert many.get_yticks().tolist() == [1, 3, 5, 7, 9, 11]  # every second, to be legible
 
 
 def test_a_layer_has_the_colour_of_its_depth_in_every_picture():
