@@ -33,7 +33,7 @@ from PIL import Image
 import normlab as nl
 from normlab.comparisons.report import report_text, results_as_dict
 from normlab.runs.folder import RunFolder
-from tests.drawings import DRAWINGS
+from tests.drawings import DRAWINGS, LADDER
 from tests.pages import fill_pages, read_results
 
 ROOT = Path(__file__).parents[1]
@@ -405,6 +405,11 @@ NOT_PRINTED = {
     },
     "03_cifar10_norms": {
         "104,448": "= 2 * (32**2 * (8 + 16) + 16**2 * (16 + 32 + 32) + 8**2 * (16 + 32 + 64))",
+        "15": "= 52.92 - 37.70",
+        "19": "= 58.97 - 40.21",
+        "4.4": "= 68.97 - 64.61",
+        "2.9": "= 69.39 - 66.51",
+        "1.2": "= 83.79 - 82.57",
         "3.15": "= 71.30 - 68.15",
         "9.28": "= 80.58 - 71.30",
         "11.25": "= 79.40 - 68.15",
@@ -752,6 +757,23 @@ def test_the_seconds_of_the_runs_on_a_gpu(name):
 
 def on_a_gpu(config: dict) -> bool:
     return "NVIDIA" in config["from"]["device"]
+
+
+def test_the_ladder_of_notebook_3_leads_from_the_submission_to_the_recipe():
+    cells = code_cells(ROOT / "notebooks" / "03_cifar10_norms.ipynb")
+    (source,) = [cell.source for cell in cells if cell.source.startswith("STEPS")]
+    steps = ast.literal_eval(python_of(source).body[0].value)
+    assert list(steps) == list(LADDER)
+    assignment = nl.ASSIGNMENTS["cifar10-norms"]
+    rung = vars(nl.as_submitted(assignment).recipe) | {"dropout": None}
+    for changes in steps.values():
+        assert set(changes) <= set(rung)
+        rung |= changes
+    assert rung == vars(assignment.recipe) | {"dropout": assignment.dropout}
+    ladder = pd.read_csv(ROOT / "notebooks" / "results" / "ladder" / "accuracies.csv")
+    assert list(ladder["step"].unique()) == list(steps)
+    assert (ladder.groupby(["step", "norm"]).size() == 3).all()
+    assert len(ladder) == 3 * 3 * len(steps)
 
 
 def test_a_cell_of_the_assignment_is_seen_at_once():
