@@ -26,17 +26,16 @@ from tests.search_patches import PATCHES, patched
 EPOCHS, VALIDATION = 3, 0.1
 AT_ONCE = 2  # norms of a trial
 L1 = 1e-5  # of a norm that is called "bn + l1"
-ONE_CYCLE = {"batch_size": 64, "schedule": "one-cycle"}
+ONE_CYCLE = {"batch_size": 64, "schedule": "one-cycle", "centred": False}
 SGD = {**ONE_CYCLE, "optimizer": "sgd", "nesterov": True, "weight_decay": 5e-4}
 MUON = {**ONE_CYCLE, "optimizer": "muon", "weight_decay": 0.01}
 CENTRED = {**MUON, "lr": 0.05, "centred": True}
 SHIFTED = ("shift:2", "flip")
 
 TRIALS: dict[str, dict] = {
-    "sgd 0.05": {**SGD, "lr": 0.05},
-    "sgd 0.1": {**SGD, "lr": 0.1},
-    "sgd 0.2": {**SGD, "lr": 0.2},
+    "sgd 0.05 centred": {**SGD, "lr": 0.05, "centred": True},
     "sgd 0.1 centred": {**SGD, "lr": 0.1, "centred": True},
+    "sgd 0.2 centred": {**SGD, "lr": 0.2, "centred": True},
     "adamw 0.005": {**ONE_CYCLE, "optimizer": "adamw", "lr": 0.005, "weight_decay": 0.01},
     "muon 0.02": {**MUON, "lr": 0.02},
     "muon 0.02 centred": {**MUON, "lr": 0.02, "centred": True},
