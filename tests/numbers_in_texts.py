@@ -37,6 +37,7 @@ def sentences(text: str) -> list[str]:
     Nor with a notebook's number, which is its name.
     """
     text = re.sub(r"<!-- normlab: .+? -->.*?<!-- / -->", "", text, flags=re.S)
+    text = re.sub(r"\[\d+\]\(\w+\.ipynb[^)]*\)", " ", text)
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|</?[a-z][^<>]*>|\$[^$]*\$", " ", text, flags=re.S)
     text = re.sub(r"[Nn]otebook \d+", " ", text)
     return [s for s in re.split(r"(?<=[.:;])\s", text) if not re.search(r"\b(19|20)\d\d\b", s)]

@@ -630,11 +630,7 @@ ON_A_TERMINAL = (
 
 @pytest.mark.process
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
-@pytest.mark.parametrize(
-    "how",
-    # A closed terminal sends SIGHUP.
-    ["SIGTERM", "a closed terminal", pytest.param("SIGHUP", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "a closed terminal"])
 def test_whatever_ends_it_side_by_side_leaves_no_process_and_no_litter(how, tmp_path):
     place = tmp_path / "temporary"
     place.mkdir()

@@ -374,7 +374,7 @@ def kill_somebody(process: subprocess.Popen, chance: random.Random) -> None:
 
 @pytest.mark.process
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("rounds", [1, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_after_kills_at_random_the_next_call_leaves_the_runs_alone(rounds, undisturbed, tmp_path):
     chance = random.Random(rounds)
     for number in range(rounds):
