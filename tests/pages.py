@@ -278,7 +278,8 @@ def _points(difference: float) -> str:
 def _difference(variant: dict) -> str:
     if variant["reported"] is None:
         return "–"
-    return _points(variant["test_accuracy"] - variant["reported"])
+    shown = round(100 * variant["test_accuracy"], 2) / 100  # so that a reader finds the same
+    return _points(shown - variant["reported"])
 
 
 def _reported(variant: dict) -> str:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 import pytest
@@ -19,6 +20,7 @@ from numbers_in_texts import (
 from scipy.stats import t, ttest_1samp, tukey_hsd
 
 import normlab as nl
+from normlab.runs.folder import RunFolder
 from tests.pages import PAGES, read_results
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +119,18 @@ def test_what_was_tried_beside_the_recipe_is_computed_from_the_tables_of_the_sea
     assert f"+{shorter.mean():.2f} ± {half:.2f} points, paired over nine trainings" in README
 
 
+def test_cpus_and_a_gpu_end_alike():
+    gaps = []
+    for name in ("cifar10-norms", "cifar10-skip"):
+        for variant in (ROOT / "notebooks" / "results" / name / "runs").iterdir():
+            ends = {True: [], False: []}
+            for about, rows in (RunFolder(folder).read_finished() for folder in variant.iterdir()):
+                ends["NVIDIA" in about["from"]["device"]].append(100 * rows[-1]["test_accuracy"])
+            assert [len(each) for each in ends.values()] == [7, 3]
+            gaps.append(abs(fmean(ends[True]) - fmean(ends[False])))
+    assert f"lie {min(gaps):.2f} to {max(gaps):.2f} points apart" in README
+
+
 # --- numbers in sentences ---------------------------------------------------------------------
 #
 # A number in a sentence or a table, where `tests/pages.py` does not fill it, follows from the kept
@@ -143,6 +157,10 @@ REASONS = {
     "5.9": "= 75.26 - 69.40",
     **dict.fromkeys(("0.01", "0.9", "0.05"), "the recipe of `as_submitted`, and a rate tried"),
     "0.20": "= 99.67 - 99.47",
+    "0.28": "test_cpus_and_a_gpu_end_alike computes it",
+    "0.64": "in notebooks/results/cifar10-add/report.md",
+    "0.47": "in notebooks/results/cifar10-norms/report.md",
+    "0.48": "in notebooks/results/cifar10-skip/report.md",
     "19.0": "= 190 / 10",
     "3.9": "= 190 / 50 / 0.98",
     **dict.fromkeys(("50", "100"), "workers"),

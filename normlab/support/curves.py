@@ -80,10 +80,10 @@ def write_ends(ax: Axes, lines: Sequence[Line2D], quantity: str) -> None:
 
 
 def _spread(heights: Sequence[float], *, gap: float) -> np.ndarray:
-    """Ascending heights in [0, 1] moved as little as needed to lie `gap` apart."""
+    """Ascending heights in [0, 1] moved as little as needed to lie `gap` apart, below the title."""
     steps = gap * np.arange(len(heights))
     apart = np.maximum.accumulate(np.maximum(heights, 0) - steps) + steps
-    return np.minimum(apart, 1 - steps[::-1])
+    return np.minimum(apart, 0.97 - steps[::-1])
 
 
 def legend_key(ax: Axes, groups: Mapping[str, Sequence]) -> dict:
