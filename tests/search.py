@@ -71,6 +71,11 @@ TRIALS: dict[str, dict] = {
     "muon 0.05 centred, smoothing 0.05": {**CENTRED, "label_smoothing": 0.05},
     "muon 0.05 centred, smoothing 0.1": {**CENTRED, "label_smoothing": 0.1},
     "muon 0.05 centred, momentum 0.95": {**CENTRED, "momentum": 0.95},
+    "muon 0.05 centred, momentum 0.95, warm-up": {
+        **CENTRED,
+        "momentum": 0.95,
+        "schedule": "warm-up",
+    },
     "muon 0.05 centred, decay 0": {**CENTRED, "weight_decay": 0.0},
     "muon 0.05 centred, decay 0.05": {**CENTRED, "weight_decay": 0.05},
     "muon 0.05 centred, cutout:8": {**CENTRED, "augment": (*SHIFTED, "cutout:8")},
@@ -82,8 +87,15 @@ TRIALS: dict[str, dict] = {
     # What no recipe can say: `PATCHES` has how it is done.
     "muon 0.05 centred, alternating flip": {**CENTRED, "augment": SHIFTED},
     "muon 0.05 centred, linear": CENTRED,
+    "muon 0.05 centred, rise of a twentieth": CENTRED,
+    "muon 0.05 centred, rise of a half": CENTRED,
+    "muon 0.05 centred, first layer 0.5": CENTRED,
+    "muon 0.05 centred, first layer 2": CENTRED,
+    "muon 0.05 centred, last layer 0.5": CENTRED,
+    "muon 0.05 centred, last layer 2": CENTRED,
     "muon 0.05 centred, averaged weights": CENTRED,
     "muon 0.05 centred, averaged weights, to a tenth": CENTRED,
+    "muon 0.05 centred, mean of the end": CENTRED,
 }
 # The likeliest first.
 RATES = tuple(f"muon {rate} centred" for rate in (0.05, 0.1, 0.02, 0.2, 0.4))

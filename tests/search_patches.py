@@ -6,6 +6,7 @@ anything, so `Recipe` does not have them.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from normlab import training
 from normlab.data import BatchLoader
-from normlab.recipes import SCHEDULES
+from normlab.penalties import WEIGHT_LAYERS
+from normlab.recipes import SCHEDULES, _one_cycle
 from normlab.support.seeding import generator
+
+Patch = Callable[[pytest.MonkeyPatch], None]
 
 KEPT = 0.999  # part of an average that is left after a step
 
@@ -55,12 +59,54 @@ def _ramp(progress: float, summit: float, lowest: float = 1 / 25) -> float:
     return max(1e-6, 1 - (progress - summit) / (1 - summit))
 
 
-def _averaged(patch: pytest.MonkeyPatch) -> None:
-    """Tests see a running average of the weights and of BN's statistics.
+def _rise(part: float) -> Patch:
+    """The rate rises for this part of the steps, not for 30 %."""
+    schedule = partial(_one_cycle, rising=part)
+    return lambda patch: patch.setitem(SCHEDULES, "one-cycle", schedule)
 
-    On a GPU it also has the steps that warm a capture up, three for each size of a batch.
+
+def _layer_rate(place: int, factor: float) -> Patch:
+    """The layer at this place takes steps that are `factor` times as long: its rate, times that."""
+
+    def change(patch: pytest.MonkeyPatch) -> None:
+        step = training.train_step
+
+        def train_step(network: nn.Module, *arguments: object, **options: object) -> tuple:
+            layers = [layer for layer in network.modules() if isinstance(layer, WEIGHT_LAYERS)]
+            weights = [weight.detach() for weight in layers[place].parameters()]
+            before = [weight.clone() for weight in weights]
+            result = step(network, *arguments, **options)
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(torch.lerp(old, weight, factor))
+            return result
+
+        patch.setattr(training, "train_step", train_step)
+
+    return change
+
+
+def _mean_of_the_end(patch: pytest.MonkeyPatch) -> None:
+    """Tests see the mean of the weights after each step of the last quarter."""
+    one_cycle, lengths = SCHEDULES["one-cycle"], set()
+
+    def schedule(step: int, steps: int) -> float:
+        lengths.add(steps)  # of the training, and of the short ones that compare two engines
+        return one_cycle(step, steps)
+
+    patch.setitem(SCHEDULES, "one-cycle", schedule)
+    _averaged(patch, lambda taken: 1 / (taken - 0.75 * max(lengths)).clamp(min=1))
+
+
+def _averaged(
+    patch: pytest.MonkeyPatch,
+    share: Callable[[Tensor], Tensor | float] = lambda taken: 1 - KEPT,
+) -> None:
+    """Tests see an average of the weights and of BN's statistics: by default a running one.
+
+    `share` says what part of it the weights are after so many steps. On a GPU these count the steps
+    that warm a capture up, too, three for each size of a batch.
     """
-    step, averages = training.train_step, {}
+    step, averages, taken = training.train_step, {}, {}
 
     def exchange(network: nn.Module, *_: object) -> None:
         if not network.training:
@@ -75,12 +121,14 @@ def _averaged(patch: pytest.MonkeyPatch) -> None:
             tensors = network.state_dict(keep_vars=True).values()
             floats = [tensor for tensor in tensors if tensor.is_floating_point()]
             averages[network] = [(tensor.detach().clone(), tensor) for tensor in floats]
+            taken[network] = torch.zeros((), device=floats[0].device)
             network.register_forward_pre_hook(exchange)
             network.register_forward_hook(exchange)
         result = step(network, *arguments, **options)
         with torch.no_grad():
-            means, tensors = zip(*averages[network], strict=True)
-            torch._foreach_lerp_(means, [tensor.detach() for tensor in tensors], 1 - KEPT)
+            taken[network] += 1
+            for mean, tensor in averages[network]:
+                mean.lerp_(tensor.detach(), share(taken[network]))
         return result
 
     patch.setattr(training, "train_step", train_step)
@@ -98,9 +146,16 @@ def _averaged_to_a_tenth(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(SCHEDULES, "one-cycle", schedule)
 
 
-PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+PATCHES: dict[str, Patch] = {
     "muon 0.05 centred, alternating flip": _alternating_flip,
     "muon 0.05 centred, linear": _linear,
+    "muon 0.05 centred, rise of a twentieth": _rise(0.05),
+    "muon 0.05 centred, rise of a half": _rise(0.5),
+    "muon 0.05 centred, first layer 0.5": _layer_rate(0, 0.5),
+    "muon 0.05 centred, first layer 2": _layer_rate(0, 2.0),
+    "muon 0.05 centred, last layer 0.5": _layer_rate(-1, 0.5),
+    "muon 0.05 centred, last layer 2": _layer_rate(-1, 2.0),
     "muon 0.05 centred, averaged weights": _averaged,
     "muon 0.05 centred, averaged weights, to a tenth": _averaged_to_a_tenth,
+    "muon 0.05 centred, mean of the end": _mean_of_the_end,
 }
