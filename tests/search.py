@@ -90,7 +90,6 @@ TRIALS: dict[str, dict] = {
     "muon 0.05 centred, rise of a twentieth": CENTRED,
     "muon 0.05 centred, rise of a half": CENTRED,
     "muon 0.05 centred, first layer 0.5": CENTRED,
-    "muon 0.05 centred, first layer 2": CENTRED,
     "muon 0.05 centred, last layer 0.5": CENTRED,
     "muon 0.05 centred, last layer 2": CENTRED,
     "muon 0.05 centred, averaged weights": CENTRED,
