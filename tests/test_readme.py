@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from numbers_in_texts import (
+    INTERVAL,
     changed,
     exactly,
     following_from,
@@ -161,10 +162,10 @@ def test_cpus_and_a_gpu_end_alike():
 def test_the_lead_over_the_networks_is_what_notebook_5_prints():
     section = README.partition("### BN's lead on CIFAR-10")[2].partition("###")[0]
     outputs = (ROOT / "notebooks" / "05_cifar10_skip.ipynb").read_text(encoding="utf-8")
-    said = [f"{mean} ± {half}" for mean, half in re.findall(r"([\d.]+) ± ([\d.]+\d)", section)]
+    said = INTERVAL.findall(section)
     assert len(said) == 3
-    for each in said:
-        assert re.search(rf"= [+-]{re.escape(each)} points over 10 seeds", outputs), each
+    for mean, half in said:
+        assert re.search(rf"= [+-]{mean} ± {half} points over 10 seeds", outputs), mean
     assert "(p = 0.195; Tukey–Kramer, 3 pairs" in outputs  # GN and LN: not significantly different
 
 
